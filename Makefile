@@ -1,0 +1,35 @@
+# Every target does its own set-up in .venv from a bare python3 with pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow lint bench clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,dev]'
+	@touch $@
+
+train: $(VENV)/.installed  ## train TD-MPC2 on Pendulum-v1 through Ray and say how well it does
+	$(BIN)/python -m launch.train --config configs/tdmpc2_pendulum.yaml $(ARGS)
+
+test: $(VENV)/.installed  ## run the test suite (without the slow learning tests)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed  ## run the tests that show learning (minutes each)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## measured comparisons: replay and runtime
+	$(BIN)/python -m benchmarks.replay
+	$(BIN)/python -m benchmarks.runtime
+
+clean:  ## remove the virtual environment and caches (runs are kept)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

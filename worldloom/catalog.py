@@ -1,0 +1,212 @@
+"""Models by name: every preset in plain sight, and how a name, alias or directory becomes a model or an agent."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+
+import torch
+
+from worldloom.pretrained import load_parameters, read_description
+from worldloom.tdmpc2 import SIZES, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
+from worldloom.types import Agent, WorldModel
+
+if TYPE_CHECKING:
+    import gymnasium
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one algorithm is built. A third-party model joins with `register_model`."""
+
+    config: type[Any]  # a frozen dataclass; its fields are what `agent: {…}` may override
+    sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
+    default_size: str
+    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length) -> WorldModel
+    agent: Callable[..., Any]  # (model, seed) -> Agent
+
+
+FAMILIES: dict[str, Family] = {
+    "tdmpc2": Family(TDMPC2Config, SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent),
+}
+ALIASES: dict[str, str] = {
+    "tdmpc": "tdmpc2:5m",
+    "tdmpc-small": "tdmpc2:5m",
+    "tdmpc-medium": "tdmpc2:48m",
+    "tdmpc-large": "tdmpc2:317m",
+}
+
+
+def register_model(name: str, family: Family) -> None:
+    """Make `name:size` known. Raises ValueError if the name is taken."""
+    if name in FAMILIES:
+        raise ValueError(f"register_model: {name!r} is taken. Choose another name.")
+    FAMILIES[name] = family
+
+
+def list_models() -> list[str]:
+    """Every preset, as create_world_model takes it."""
+    return [f"{name}:{size}" for name, family in FAMILIES.items() for size in family.sizes]
+
+
+def resolve(model: str) -> tuple[str, str]:
+    """(family, size) of a preset or alias. Raises ValueError with the nearest names."""
+    name, _, size = ALIASES.get(model, model).partition(":")
+    if name in FAMILIES and (size or FAMILIES[name].default_size) in FAMILIES[name].sizes:
+        return name, size or FAMILIES[name].default_size
+    known = [*list_models(), *FAMILIES, *ALIASES]
+    near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}, or a model directory.")
+
+
+def build_config(model: str, overrides: Mapping[str, Any]) -> Any:
+    """The configuration of a preset with single fields replaced. Raises ValueError or TypeError, naming the field."""
+    name, size = resolve(model)
+    family = FAMILIES[name]
+    fields = {**family.sizes[size], **check_overrides(family.config, overrides)}
+    return family.config(**fields)
+
+
+def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Names must be fields of `config` and values of their types (whole numbers pass for floats)."""
+    hints = get_type_hints(config)
+    checked = {}
+    for name, value in overrides.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(hints)}."
+            raise ValueError(f"agent.{name} is not a field of {config.__name__}. {hint}")
+        allowed = get_args(hints[name]) or (hints[name],)
+        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) not in allowed:
+            expected = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
+            raise TypeError(f"agent.{name} is {value!r} ({type(value).__name__}), expected {expected}.")
+        checked[name] = value
+    return checked
+
+
+def create_world_model(
+    model: str | os.PathLike[str],
+    obs_shape: tuple[int, ...] | None = None,
+    action_dim: int | None = None,
+    device: torch.device | str = "cpu",
+    episode_length: int | None = None,
+    **overrides: Any,
+) -> WorldModel:
+    """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc") or a directory (`save_pretrained`).
+
+    obs_shape: of one observation, channel-first for images. action_dim: A, the number of action dimensions.
+    episode_length: agent steps, where known (TD-MPC2 derives its discount from it). overrides: fields of the
+    model's config. Raises ValueError or TypeError that names what was wrong, FileNotFoundError for a directory
+    that holds no model.
+    """
+    if Path(model).is_dir():
+        return _load_world_model(model, obs_shape, action_dim, device, overrides)
+    name, _ = resolve(str(model))
+    if obs_shape is None or action_dim is None:
+        raise ValueError(
+            f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
+        )
+    config = build_config(str(model), overrides)
+    built = FAMILIES[name].model(tuple(obs_shape), action_dim, config, episode_length)
+    return cast(WorldModel, built.to(device))
+
+
+def _load_world_model(
+    directory: str | os.PathLike[str],
+    obs_shape: tuple[int, ...] | None,
+    action_dim: int | None,
+    device: torch.device | str,
+    overrides: Mapping[str, Any],
+) -> WorldModel:
+    model = _from_description(directory, read_description(directory), overrides)
+    for name, wanted, found in [
+        ("obs_shape", obs_shape and tuple(obs_shape), model.obs_shape),
+        ("action_dim", action_dim, model.action_dim),
+    ]:
+        if wanted is not None and wanted != found:
+            raise ValueError(f"{directory} holds a model with {name}={found}, but {name}={wanted} was asked for.")
+    load_parameters(directory, model)
+    return cast(WorldModel, model.to(device))
+
+
+def _from_description(source: object, description: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    family = FAMILIES.get(description.get("family", ""))
+    if family is None:
+        raise ValueError(
+            f"{source} holds a model of family {description.get('family')!r}, expected one of {', '.join(FAMILIES)}."
+        )
+    config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
+    return family.model(
+        tuple(description["obs_shape"]), description["action_dim"], config, description["episode_length"]
+    )
+
+
+def create_agent(
+    model: str,
+    observation_space: gymnasium.Space[Any],
+    action_space: gymnasium.Space[Any],
+    *,
+    episode_length: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    **overrides: Any,
+) -> Agent:
+    """An agent for the spaces of `make_env`: Box observations, Box actions in [-1, 1].
+
+    Raises ValueError or TypeError for spaces or fields that the model cannot take.
+    """
+    from gymnasium import spaces
+
+    name, _ = resolve(model)
+    if not isinstance(observation_space, spaces.Box):
+        raise TypeError(f"{model} reads Box observations, but the space is {observation_space}.")
+    if not isinstance(action_space, spaces.Box):
+        raise TypeError(
+            f"{model} acts in continuous (Box) action spaces, but the space is {action_space}. "
+            "Choose an environment with continuous actions."
+        )
+    world_model = create_world_model(
+        model, observation_space.shape, action_space.shape[0], device, episode_length, **overrides
+    )
+    return cast(Agent, FAMILIES[name].agent(world_model, seed))
+
+
+def agent_from_description(description: Mapping[str, Any], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
+    """An untrained agent as `Agent.describe` described it; `load_state_dict` or weights complete it."""
+    model = _from_description("the description", description, {}).to(device)
+    return cast(Agent, FAMILIES[description["family"]].agent(model, seed))
+
+
+def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
+    """A trained agent from a run directory (its newest checkpoint) or from a model directory.
+
+        agent = load_agent("runs/pendulum")
+        obs, act_state, is_first = env.reset(), None, np.ones(env.num_envs, bool)
+        while True:
+            actions, act_state = agent.act(obs, act_state, is_first, explore=False)
+            step = env.step(actions)
+            obs, is_first = step.obs, step.is_first
+
+    Raises FileNotFoundError if there is no checkpoint.
+    """
+    from worldloom.training.checkpoint import newest_checkpoint
+
+    folder = Path(directory)
+    if (folder / "checkpoints").is_dir():
+        folder = newest_checkpoint(folder) / "agent"
+    agent = agent_from_description(read_description(folder), device, seed)
+    load_parameters(folder, agent.world_model)
+    return agent
+
+
+def config_fields(model: str) -> list[dataclasses.Field[Any]]:
+    """The fields that `agent: {…}` may override for this model, in order."""
+    return list(dataclasses.fields(FAMILIES[resolve(model)[0]].config))

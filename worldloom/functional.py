@@ -1,0 +1,122 @@
+"""The mathematics that both models share: tensors in, tensors out; no config, module or device.
+
+Golden values of every function stand in tests/test_functional.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(1 + |x|), elementwise (DreamerV3, eq. 9)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def symexp_bins(count: int, limit: float = 20.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bin positions spaced by symexp, exactly antisymmetric around a middle bin at 0 (DreamerV3).
+
+    Returns [count], ascending from symexp(-limit) to symexp(limit). `count` must be odd.
+    """
+    if count % 2 == 0 or count < 3:
+        raise ValueError(f"symexp_bins: count is {count}, expected an odd number of at least 3.")
+    half = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=dtype))
+    return torch.cat([half, -half[:-1].flip(0)])
+
+
+def two_hot(x: Tensor, bins: Tensor) -> Tensor:
+    """Spread each value over its two neighbouring bins so that the mean is the value.
+
+    x: [...], bins: [K] ascending. Returns [..., K]; values off either end give their mass to the end bin.
+    DreamerV3 passes raw values with `symexp_bins`; TD-MPC2 passes symlog(x) with evenly spaced bins.
+    """
+    x = x.clamp(bins[0], bins[-1])
+    lower = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
+    left, right = bins[lower], bins[lower + 1]
+    weight = ((x - left) / (right - left)).unsqueeze(-1)
+    target = torch.zeros(*x.shape, len(bins), dtype=x.dtype, device=x.device)
+    target.scatter_(-1, lower.unsqueeze(-1), 1 - weight)
+    return target.scatter_(-1, lower.unsqueeze(-1) + 1, weight)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-sum(target * log softmax(logits)) over the last axis; [..., K] and [..., K] to [...]."""
+    return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
+
+
+def symlog_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """Decode TD-MPC2's two-hot head: the mean is taken in symlog space, then symexp.
+
+    logits: [..., K], bins: [K] evenly spaced in symlog space. Returns [...].
+    """
+    return symexp(F.softmax(logits, dim=-1) @ bins)
+
+
+def antisymmetric_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """Decode DreamerV3's two-hot head: the mean of the bin positions, without symexp afterwards.
+
+    logits: [..., K] with K odd, bins: [K] from `symexp_bins`. Returns [...]. The mirrored probabilities are
+    subtracted before the product, so that equal logits give exactly 0 although bins reach 4.85e8.
+    """
+    probs = F.softmax(logits, dim=-1)
+    half = len(bins) // 2
+    return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ bins[half + 1 :]
+
+
+def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lam: float | Tensor) -> Tensor:
+    """Mix every n-step return, from the last step back (Sutton & Barto 2018, section 12.1).
+
+    reward, discount, next_value: [T, ...], all belonging to the move out of step t; discount is gamma times
+    the chance that the episode goes on. lam: a number, or [T, ...] where the mix differs by step (0 cuts the
+    trace at the end of an episode). Returns [T, ...]; the tail bootstraps from next_value[-1].
+    """
+    if not reward.shape == discount.shape == next_value.shape:
+        raise ValueError(
+            f"lambda_return: reward {tuple(reward.shape)}, discount {tuple(discount.shape)} and next_value "
+            f"{tuple(next_value.shape)} differ, expected one shape [T, ...]. Drop the first row of value."
+        )
+    mix = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device).expand_as(reward)
+    target, targets = next_value[-1], []
+    for t in reversed(range(len(reward))):
+        target = reward[t] + discount[t] * ((1 - mix[t]) * next_value[t] + mix[t] * target)
+        targets.append(target)
+    return torch.stack(targets[::-1])
+
+
+def percentile_range(x: Tensor, low: float = 0.05, high: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Two quantiles of all entries of x with linear interpolation, each a scalar.
+
+    Both models scale returns by their distance: DreamerV3 averages the two over time, TD-MPC2 their difference.
+    """
+    ordered = x.detach().flatten().sort().values
+
+    def at(q: float) -> Tensor:
+        position = q * (len(ordered) - 1)
+        lower = int(position)
+        upper = min(lower + 1, len(ordered) - 1)
+        return torch.lerp(ordered[lower], ordered[upper], position - lower)
+
+    return at(low), at(high)
+
+
+def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
+    """log((1 - mix) softmax(logits) + mix / K) over the last axis, in at least float32 (DreamerV3)."""
+    probs = F.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return torch.log((1 - mix) * probs + mix / logits.shape[-1])
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, summed over groups: log probabilities [..., S, K] to [...]."""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+
+
+def free_nats(kl: Tensor, nats: float = 1.0) -> Tensor:
+    """max(kl, nats) elementwise: below the floor the gradient is zero (DreamerV3, eq. 5)."""
+    return kl.clamp(min=nats)

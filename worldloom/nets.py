@@ -1,0 +1,145 @@
+"""Network layers, with parameters named as the papers' code names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SimNorm(nn.Module):
+    """Softmax over consecutive groups of the last axis (TD-MPC2, eq. 5): [..., D] to [..., D]."""
+
+    def __init__(self, group: int = 8) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (-1, self.group))
+        if x.is_cpu:  # a softmax over 8 neighbours does not vectorise; over 8 planes it is 9 times as fast
+            return F.softmax(groups.movedim(-1, 0).contiguous(), dim=0).movedim(0, -1).flatten(-2)
+        return F.softmax(groups, dim=-1).flatten(-2)
+
+
+class _CpuMish(torch.autograd.Function):
+    """Mish out of vectorised parts: torch's CPU kernel is scalar and takes 4 times as long.
+
+    With s = sigmoid(x) and u = s (2 - s), tanh(softplus(x)) = u / (2 - u), free of overflow and cancellation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        s = torch.sigmoid(x)
+        u = (2 - s).mul_(s)
+        return u.div_(2 - u).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        u = (2 - s).mul_(s)
+        rest = 2 - u
+        slope = (1 - s).square_().mul_(s).mul_(4).mul_(x).div_(rest).add_(u).div_(rest)
+        return slope.mul_(gradients[0])
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x)), elementwise (Misra 2019)."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return F.mish(x)
+    return cast(Tensor, _CpuMish.apply(x))  # type: ignore[no-untyped-call]
+
+
+class NormedLinear(nn.Linear):
+    """Linear, then LayerNorm, then activation."""
+
+    def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
+        super().__init__(inputs, outputs)
+        self.ln = nn.LayerNorm(outputs)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.ln(super().forward(x)))
+
+
+def mlp(
+    sizes: Sequence[int], outputs: int, output_activation: Callable[[Tensor], Tensor] | None = None
+) -> nn.Sequential:
+    """NormedLinear layers through `sizes` (the input first), then a NormedLinear with `output_activation`,
+    or a plain linear layer where there is none."""
+    layers: list[nn.Module] = [NormedLinear(i, o) for i, o in pairwise(sizes)]
+    if output_activation is None:
+        layers.append(nn.Linear(sizes[-1], outputs))
+    else:
+        layers.append(NormedLinear(sizes[-1], outputs, output_activation))
+    return nn.Sequential(*layers)
+
+
+class EnsembleLinear(nn.Module):
+    """N linear layers with stacked parameters: weight [N, out, in], bias [N, out]; `ln` as well if `normed`."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, normed: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(members, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(members, outputs))
+        self.ln = nn.LayerNorm(outputs) if normed else None
+        if self.ln is not None:
+            self.ln.weight = nn.Parameter(torch.ones(members, outputs))
+            self.ln.bias = nn.Parameter(torch.zeros(members, outputs))
+
+
+class Ensemble(nn.Module):
+    """N MLPs of one shape with two NormedLinear layers and a linear output, evaluated together.
+
+    The first layer of all members is one matrix product, since they read the same input.
+    """
+
+    def __init__(self, members: int, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                EnsembleLinear(members, inputs, hidden, normed=True),
+                EnsembleLinear(members, hidden, hidden, normed=True),
+                EnsembleLinear(members, hidden, outputs, normed=False),
+            ]
+        )
+
+    @property
+    def members(self) -> int:
+        return int(self.layers[0].weight.shape[0])
+
+    def forward(
+        self, x: Tensor, heads: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
+    ) -> Tensor:
+        """x: [..., I] to [N, ..., O].
+
+        heads: [N'] indices, evaluates only those members. dropout: [..., N, hidden] factors for the first
+        layer (before its norm). frozen: gradients flow to x but not into the parameters.
+        """
+        parameters = [self._parameters_of(layer, heads, frozen) for layer in self.layers]
+        (w0, b0, *norm0), (w1, b1, *norm1), (w2, b2) = parameters
+        lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        h = F.linear(flat, w0.flatten(0, 1), b0.flatten()).unflatten(-1, b0.shape)  # [R, N, M]
+        if dropout is not None:
+            h = h * dropout.reshape(h.shape)
+        h = _norm_mish(h, *norm0).transpose(0, 1)
+        h = _norm_mish(torch.baddbmm(b1.unsqueeze(1), h, w1.mT).transpose(0, 1), *norm1).transpose(0, 1)
+        return torch.baddbmm(b2.unsqueeze(1), h, w2.mT).unflatten(1, lead)
+
+    @staticmethod
+    def _parameters_of(layer: nn.Module, heads: Tensor | None, frozen: bool) -> list[Tensor]:
+        found = [layer.weight, layer.bias]
+        if layer.ln is not None:
+            found += [layer.ln.weight, layer.ln.bias]
+        chosen = [p.detach() if frozen else p for p in found]  # type: ignore[operator, union-attr]
+        return chosen if heads is None else [p[heads] for p in chosen]
+
+
+def _norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last axis of [R, N, M] with affine [N, M], then Mish."""
+    return mish(torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight))

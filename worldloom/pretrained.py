@@ -1,0 +1,47 @@
+"""A model directory: config.json says what it is, model.safetensors holds its parameters. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a model directory. Raises FileNotFoundError or ValueError, naming the directory."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json, expected a directory written by save_pretrained.")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Save the model again.") from error
+    return description
+
+
+def load_parameters(directory: str | os.PathLike[str], model: nn.Module) -> None:
+    """Fill `model` from model.safetensors. Raises ValueError where names or shapes differ."""
+    path = Path(directory) / "model.safetensors"
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} holds no model.safetensors.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}). Save the model again.") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its config.json: {error}") from error

@@ -1,0 +1,200 @@
+"""The TD-MPC2 agent: plans to act, and learns model, values and policy in one update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from worldloom import functional as fn
+from worldloom.tdmpc2.planner import Planner
+from worldloom.tdmpc2.world_model import TDMPC2WorldModel
+from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, WindowSpec
+
+
+class RunningScale:
+    """S, the running distance of the 5th and 95th percentiles, at least 1: values are divided by it."""
+
+    def __init__(self, tau: float) -> None:
+        self.tau = tau
+        self.value = torch.ones(())
+
+    def update(self, x: Tensor) -> None:
+        low, high = fn.percentile_range(x)
+        self.value = self.value.to(x.device).lerp((high - low).clamp(min=1.0), self.tau)
+
+
+class TDMPC2Agent:
+    """Acts on vector observations with continuous actions; see `worldloom.types.Agent` for the protocol."""
+
+    columns: Mapping[str, ColumnSpec] = {}
+    random_warmup = True
+
+    def __init__(self, model: TDMPC2WorldModel, seed: int = 0) -> None:
+        c = model.config
+        self.world_model, self.config, self.planner = model, c, Planner(model)
+        self.batch_size, self.pretrain = c.batch_size, c.pretrain
+        self.windows = WindowSpec(length=c.horizon + 1, context=1, crosses_episodes=False)
+        self.updates = 0
+        self.scale = RunningScale(c.tau)
+        self.device = model.bins.device
+        self._generator = torch.Generator(self.device)
+        self.seed(seed)
+        policy = list(model.policy.parameters())
+        encoder = list(model.encoder.parameters())
+        apart = {id(p) for p in [*policy, *encoder]}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+        self._model_parameters, self._policy_parameters = [*encoder, *rest], policy
+        groups = [{"params": encoder, "lr": c.lr * c.encoder_lr_scale}, {"params": rest}]
+        self._model_optimizer = torch.optim.Adam(groups, lr=c.lr, fused=True)
+        self._policy_optimizer = torch.optim.Adam(policy, lr=c.lr, eps=1e-5, fused=True)
+
+    # Acting
+
+    @torch.inference_mode()
+    def act(
+        self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
+    ) -> tuple[Array, ActState]:
+        """Actions [E, A] in [-1, 1] for obs [E, V]; act_state holds each environment's previous plan."""
+        z = self.world_model.encode(torch.as_tensor(obs, device=self.device)).deterministic
+        noise = self.planner.draw_noise(len(z), self._generator)
+        mean = self._previous_mean(act_state, is_first, len(z))
+        if self.config.mpc:
+            action, mean = self.planner.plan(z, mean, noise, explore)
+        else:
+            sample = self.world_model.sample_policy(z, noise.explore)
+            action = sample.action if explore else sample.mean_action
+        return action.cpu().numpy(), {"mean": mean}
+
+    def _previous_mean(self, act_state: ActState | None, is_first: Array, envs: int) -> Tensor:
+        if act_state is None:
+            return torch.zeros(envs, self.config.horizon, self.world_model.action_dim, device=self.device)
+        if len(act_state["mean"]) != envs:
+            raise ValueError(
+                f"act: act_state has {len(act_state['mean'])} rows and obs {envs}. Keep one act_state for each "
+                "vector of environments."
+            )
+        return act_state["mean"] * ~torch.as_tensor(is_first, device=self.device)[:, None, None]
+
+    def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
+        return {}
+
+    # Learning
+
+    def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
+        """One update: world model, then policy, then target values (algorithm 2 of the paper)."""
+        batch = cast(Batch, {name: torch.as_tensor(value, device=self.device) for name, value in batch.items()})
+        model, c = self.world_model, self.config
+        noise = model.draw_noise(*batch["actions"].shape[:2], generator=self._generator)
+        found = model.losses(batch, noise)
+        self._model_optimizer.zero_grad()
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._model_parameters, c.grad_clip)
+        self._model_optimizer.step()
+        policy = self._update_policy(found.latents.detach())
+        with torch.no_grad():
+            torch._foreach_lerp_(list(model.target_q.parameters()), list(model.q.parameters()), c.tau)
+        self.updates += 1
+        scalars = {
+            "loss": found.loss,
+            "consistency_loss": found.consistency_loss,
+            "reward_loss": found.reward_loss,
+            "value_loss": found.value_loss,
+            "termination_loss": found.termination_loss,
+            "grad_norm": grad_norm,
+            "value_scale": self.scale.value,
+            **policy,
+        }
+        values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+        metrics = dict(zip(scalars, values, strict=True))
+        if not metrics["loss"] == metrics["loss"]:
+            raise FloatingPointError(self._name_nan(metrics))
+        return metrics, {}
+
+    def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
+        """Maximise scaled values plus entropy on z [B, H+1, D]; the value heads are frozen."""
+        model, c = self.world_model, self.config
+        noise = torch.randn(*z.shape[:-1], model.action_dim, device=self.device, generator=self._generator)
+        heads = model.draw_heads(self._generator)
+        keep = None
+        if c.dropout > 0:
+            keep = torch.empty(*z.shape[:-1], len(heads), c.mlp_dim, device=self.device)
+            keep.bernoulli_(1 - c.dropout, generator=self._generator).div_(1 - c.dropout)
+        sample = model.sample_policy(z, noise)
+        logits = model.q(torch.cat([z, sample.action], -1), heads, keep, frozen=True)
+        value = fn.symlog_mean(logits, model.bins).mean(0)  # [B, H+1]
+        self.scale.update(value[:, 0])
+        loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
+        self._policy_optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, c.grad_clip)
+        self._policy_optimizer.step()
+        return {
+            "policy_loss": loss,
+            "policy_grad_norm": grad_norm,
+            "policy_entropy": -sample.log_prob.mean(),
+            "value": value.mean(),
+        }
+
+    def _name_nan(self, metrics: Metrics) -> str:
+        bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]
+        return (
+            f"update {self.updates}: {', '.join(bad) or 'loss'} is NaN. Look for huge rewards or observations; "
+            "lower agent.lr, or go on from the last checkpoint with --resume."
+        )
+
+    # Exchange
+
+    def _acting_parameters(self) -> list[Tensor]:
+        model = self.world_model
+        modules = [model.encoder, model.policy]
+        if self.config.mpc:
+            modules += [model.dynamics, model.reward, model.q]
+            modules += [] if model.termination is None else [model.termination]
+        return [parameter.detach() for module in modules for parameter in module.parameters()]
+
+    def acting_weights(self) -> Array:
+        return cast(Array, torch.cat([p.flatten() for p in self._acting_parameters()]).cpu().numpy())
+
+    def load_acting_weights(self, flat: Array) -> None:
+        parameters = self._acting_parameters()
+        expected = sum(p.numel() for p in parameters)
+        if flat.shape != (expected,):
+            raise ValueError(
+                f"load_acting_weights: {flat.shape} numbers, expected ({expected},): another model's weights."
+            )
+        pieces = torch.from_numpy(flat.copy()).split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.copy_(piece.view_as(parameter))
+
+    def seed(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+
+    def describe(self) -> dict[str, Any]:
+        return self.world_model.describe()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.world_model.state_dict(),
+            "model_optimizer": self._model_optimizer.state_dict(),
+            "policy_optimizer": self._policy_optimizer.state_dict(),
+            "scale": self.scale.value,
+            "updates": self.updates,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.world_model.load_state_dict(state["model"])
+        self._model_optimizer.load_state_dict(state["model_optimizer"])
+        self._policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self.scale.value = state["scale"].to(self.device)
+        self.updates = int(state["updates"])
+        self._generator.set_state(state["generator"])
+
+
+def policy_loss(value: Tensor, scaled_entropy: Tensor, rho: float, entropy_coef: float) -> Tensor:
+    """-mean over t of rho^t mean over B of (value + entropy bonus); value is already scaled. [B, H+1] each."""
+    weight = rho ** torch.arange(value.shape[1], device=value.device)
+    return -((value + entropy_coef * scaled_entropy).mean(0) * weight).mean()

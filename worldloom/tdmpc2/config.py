@@ -1,0 +1,108 @@
+"""TD-MPC2's numbers: the five published sizes and every hyper-parameter, with the paper's defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SIZES: dict[str, dict[str, int]] = {  # paper, table 8
+    "1m": {"encoder_dim": 256, "mlp_dim": 384, "latent_dim": 128, "encoder_layers": 2, "num_q": 2},
+    "5m": {"encoder_dim": 256, "mlp_dim": 512, "latent_dim": 512, "encoder_layers": 2, "num_q": 5},
+    "19m": {"encoder_dim": 1024, "mlp_dim": 1024, "latent_dim": 768, "encoder_layers": 3, "num_q": 5},
+    "48m": {"encoder_dim": 1792, "mlp_dim": 1792, "latent_dim": 768, "encoder_layers": 4, "num_q": 5},
+    "317m": {"encoder_dim": 4096, "mlp_dim": 4096, "latent_dim": 1376, "encoder_layers": 5, "num_q": 8},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TDMPC2Config:
+    """Defaults are the reference's for single-task control from states (Hansen et al. 2024, table 9)."""
+
+    # Networks
+    encoder_dim: int = 256  # width of the encoder's hidden layers
+    mlp_dim: int = 512  # width of every other hidden layer
+    latent_dim: int = 512  # D, a multiple of simnorm_dim
+    encoder_layers: int = 2  # the last one included
+    num_q: int = 5  # N, value heads
+    simnorm_dim: int = 8  # entries per softmax group
+    num_bins: int = 101  # K, two-hot bins
+    bin_limit: float = 10.0  # bins span [-bin_limit, bin_limit] in symlog space
+    dropout: float = 0.01  # first layer of each value head, in training
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
+    episodic: bool = False  # learn a termination head, for tasks with true ends
+
+    # Learning
+    batch_size: int = 256  # B, windows per update
+    horizon: int = 3  # H, steps trained and planned
+    rho: float = 0.5  # weight of step t in the losses is rho^t
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    value_coef: float = 0.1
+    termination_coef: float = 1.0
+    entropy_coef: float = 1e-4
+    lr: float = 3e-4  # Adam
+    encoder_lr_scale: float = 0.3  # the encoder learns at lr times this
+    grad_clip: float = 20.0  # global norm
+    tau: float = 0.01  # per update, of the target value heads and of the value scale
+    discount: float | None = None  # None derives it from the episode length
+    discount_denominator: float = 5.0  # an episode is this many effective horizons long
+    discount_min: float = 0.95
+    discount_max: float = 0.995
+    pretrain: bool = True  # one update per warm-up step when learning starts
+
+    # Planning (MPPI)
+    mpc: bool = True  # plan; otherwise act with the policy
+    iterations: int = 6  # plus 2 where there are 20 or more action dimensions
+    num_samples: int = 512  # sequences per iteration, the policy's included
+    num_elites: int = 64
+    num_pi_trajs: int = 24  # sequences from the policy
+    temperature: float = 0.5  # multiplies values
+    min_std: float = 0.05
+    max_std: float = 2.0
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                raise ValueError(f"agent.{name} is {getattr(self, name)!r}, expected {expected}.")
+
+        for name in (
+            "encoder_dim",
+            "mlp_dim",
+            "latent_dim",
+            "encoder_layers",
+            "batch_size",
+            "horizon",
+            "iterations",
+        ):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        require(
+            self.latent_dim % self.simnorm_dim == 0,
+            "latent_dim",
+            f"a multiple of simnorm_dim={self.simnorm_dim}",
+        )
+        require(self.num_q >= 2, "num_q", "at least 2: targets take the minimum of two heads")
+        require(self.num_bins >= 3, "num_bins", "at least 3 (scalar heads are not supported)")
+        require(0 <= self.dropout < 1, "dropout", "a probability in [0, 1)")
+        require(0 < self.rho <= 1, "rho", "a number in (0, 1]")
+        require(self.lr > 0, "lr", "a positive number")
+        require(self.discount is None or 0 <= self.discount <= 1, "discount", "a number in [0, 1], or null")
+        require(
+            0 <= self.num_pi_trajs < self.num_samples,
+            "num_pi_trajs",
+            f"less than num_samples={self.num_samples}",
+        )
+        require(
+            1 <= self.num_elites <= self.num_samples,
+            "num_elites",
+            f"between 1 and num_samples={self.num_samples}",
+        )
+        require(0 < self.min_std <= self.max_std, "min_std", f"a positive number up to max_std={self.max_std}")
+
+    def discount_for(self, episode_length: int | None) -> float:
+        """gamma for episodes of that many agent steps (section 4.1 of the paper); the largest where unknown."""
+        if self.discount is not None:
+            return self.discount
+        if episode_length is None:
+            return self.discount_max
+        horizon = episode_length / self.discount_denominator
+        return min(max((horizon - 1) / horizon, self.discount_min), self.discount_max)

@@ -1,0 +1,298 @@
+"""TD-MPC2's networks and the losses that train them (Hansen, Su & Wang 2024, https://arxiv.org/abs/2310.16828)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.nets import Ensemble, SimNorm, mlp
+from worldloom.pretrained import save_model
+from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.types import Batch, LatentState, Obs, Trajectory
+
+
+@dataclass(frozen=True)
+class PolicySample:
+    """Actions drawn from the policy: all [..., A], but `scaled_entropy` [...]."""
+
+    action: Tensor
+    mean_action: Tensor  # tanh of the mean
+    log_std: Tensor
+    log_prob: Tensor  # [...], after squashing
+    scaled_entropy: Tensor  # the bonus in the policy loss
+
+
+@dataclass(frozen=True)
+class LossNoise:
+    """Everything random in `losses`, drawn beforehand, so that the losses are a pure function."""
+
+    target_action: Tensor  # [B, H, A] standard normal
+    target_heads: Tensor  # [2] distinct head indices
+    dropout: Tensor | None  # [B, H, N, M] factors 0 or 1 / (1 - p)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars, and the latents [B, H+1, D] that the policy is then trained on."""
+
+    loss: Tensor
+    consistency_loss: Tensor
+    reward_loss: Tensor
+    value_loss: Tensor
+    termination_loss: Tensor
+    latents: Tensor
+
+
+class TDMPC2WorldModel(nn.Module):
+    """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
+
+    obs_shape: (V,) float32 vectors. Actions are continuous, in [-1, 1]. episode_length: agent steps, sets gamma.
+    Raises ValueError for image observations.
+    """
+
+    bins: Tensor
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_dim: int,
+        config: TDMPC2Config | None = None,
+        episode_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if len(obs_shape) != 1 or obs_shape[0] < 1:
+            raise ValueError(
+                f"TD-MPC2 reads vector observations here: obs_shape is {tuple(obs_shape)}, expected (V,). "
+                "Flatten the observation."
+            )
+        if action_dim < 1:
+            raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
+        self.config = c = config or TDMPC2Config()
+        self.obs_shape, self.action_dim, self.episode_length = tuple(obs_shape), action_dim, episode_length
+        self.discount = c.discount_for(episode_length)
+        joint, hidden = c.latent_dim + action_dim, [c.mlp_dim] * 2
+        encoder_sizes = [obs_shape[0]] + [c.encoder_dim] * max(c.encoder_layers - 1, 1)
+        self.encoder = mlp(encoder_sizes, c.latent_dim, SimNorm(c.simnorm_dim))
+        self.dynamics = mlp([joint, *hidden], c.latent_dim, SimNorm(c.simnorm_dim))
+        self.reward = mlp([joint, *hidden], c.num_bins)
+        self.policy = mlp([c.latent_dim, *hidden], 2 * action_dim)
+        self.q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins)
+        self.termination = mlp([c.latent_dim, *hidden], 1) if c.episodic else None
+        self._initialise()
+        self.target_q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins).requires_grad_(False)
+        self.target_q.load_state_dict(self.q.state_dict())
+        self.register_buffer("bins", torch.linspace(-c.bin_limit, c.bin_limit, c.num_bins), persistent=False)
+
+    def _initialise(self) -> None:
+        """N(0, 0.02) weights, zero biases; the last layers of reward and values start at exactly zero."""
+        for name, parameter in self.named_parameters():
+            if ".ln." in name:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)  # the bounds -2 and 2 are absolute: 100 sigma
+        last_reward: Any = self.reward[-1]
+        last_q: Any = self.q.layers[-1]
+        nn.init.zeros_(last_reward.weight)
+        nn.init.zeros_(last_q.weight)
+
+    # The networks on latents z [..., D] and actions [..., A]
+
+    def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
+        """[..., D]"""
+        return self.dynamics(torch.cat([z, action], -1))
+
+    def predict_reward(self, z: Tensor, action: Tensor) -> Tensor:
+        """[...], of the move out of z."""
+        return fn.symlog_mean(self.reward(torch.cat([z, action], -1)), self.bins)
+
+    def values(self, z: Tensor, action: Tensor, heads: Tensor | None = None) -> Tensor:
+        """[N, ...], of the online heads without dropout; only `heads` [N'] where given."""
+        return fn.symlog_mean(self.q(torch.cat([z, action], -1), heads), self.bins)
+
+    def terminates(self, z: Tensor) -> Tensor:
+        """[...], chance that the episode truly ends on arriving at z; zeros without a termination head."""
+        if self.termination is None:
+            return torch.zeros(z.shape[:-1], device=z.device)
+        return torch.sigmoid(self.termination(z)).squeeze(-1)
+
+    def sample_policy(self, z: Tensor, noise: Tensor) -> PolicySample:
+        """z: [..., D], noise: [..., A] standard normal."""
+        c = self.config
+        mean, raw = self.policy(z).chunk(2, -1)
+        log_std = c.log_std_min + 0.5 * (c.log_std_max - c.log_std_min) * (torch.tanh(raw) + 1)
+        return squashed_sample(mean, log_std, noise)
+
+    # WorldModel
+
+    def encode(self, obs: Obs) -> LatentState:
+        """obs: [B, V]."""
+        if not isinstance(obs, Tensor) or tuple(obs.shape[1:]) != self.obs_shape:
+            found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
+            raise ValueError(f"encode: obs is {found}, expected [B, {self.obs_shape[0]}].")
+        return LatentState(self.encoder(obs.float()))
+
+    def predict(self, state: LatentState, action: Tensor) -> LatentState:
+        self._check_action("predict", action, (state.batch_size,))
+        return LatentState(self.next_latent(state.deterministic, action))
+
+    def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
+        """TD-MPC2 keeps no memory: what it observes replaces what it predicted."""
+        self._check_action("observe", action, (state.batch_size,))
+        return self.encode(obs)
+
+    def decode(self, state: LatentState) -> dict[str, Any]:
+        """`obs` None, `action` [B, A] (the policy's mean), `reward` [B, 1] and `q_values` [B, N] of that action,
+        `continue` [B, 1]."""
+        z = state.deterministic
+        action = torch.tanh(self.policy(z).chunk(2, -1)[0])
+        return {
+            "obs": None,
+            "reward": self.predict_reward(z, action).unsqueeze(-1),
+            "continue": (1 - self.terminates(z)).unsqueeze(-1),
+            "q_values": self.values(z, action).movedim(0, -1),
+            "action": action,
+        }
+
+    def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
+        self._check_action("imagine", actions, (actions.shape[0], state.batch_size))
+        states, rewards, continues = [state], [], []
+        for action in actions:
+            z = states[-1].deterministic
+            rewards.append(self.predict_reward(z, action))
+            states.append(LatentState(self.next_latent(z, action)))
+            continues.append(1 - self.terminates(states[-1].deterministic))
+        return Trajectory(tuple(states), torch.stack(rewards).unsqueeze(-1), torch.stack(continues).unsqueeze(-1))
+
+    def initial_state(self, batch_size: int) -> LatentState:
+        """Uniform simplices: what SimNorm makes of zeros."""
+        z = torch.full((batch_size, self.config.latent_dim), 1 / self.config.simnorm_dim)
+        return LatentState(z.to(self.bins.device))
+
+    def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` and its parts `consistency_loss`, `reward_loss`, `value_loss`, `termination_loss`.
+
+        batch: T >= 2 rows; the policy has a loss of its own (`TDMPC2Agent.update`).
+        """
+        found = self.losses(batch, self.draw_noise(*batch["actions"].shape[:2]))
+        names = [field.name for field in dataclasses.fields(found) if field.name != "latents"]
+        return {name: getattr(found, name) for name in names}
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        save_model(directory, self.describe(), self)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": "tdmpc2",
+            "obs_shape": list(self.obs_shape),
+            "action_dim": self.action_dim,
+            "episode_length": self.episode_length,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    # Learning
+
+    def draw_noise(self, batch_size: int, length: int, generator: Generator | None = None) -> LossNoise:
+        """For `losses` of [B, T] rows."""
+        c, device, steps = self.config, self.bins.device, length - 1
+        keep = None
+        if c.dropout > 0:
+            keep = torch.empty(batch_size, steps, c.num_q, c.mlp_dim, device=device)
+            keep.bernoulli_(1 - c.dropout, generator=generator).div_(1 - c.dropout)
+        shape = (batch_size, steps, self.action_dim)
+        return LossNoise(torch.randn(shape, device=device, generator=generator), self.draw_heads(generator), keep)
+
+    def draw_heads(self, generator: Generator | None = None) -> Tensor:
+        """[2] distinct head indices."""
+        return torch.randperm(self.config.num_q, device=self.bins.device, generator=generator)[:2]
+
+    def losses(self, batch: Batch, noise: LossNoise) -> Losses:
+        """The joint loss of section 3.1: sum over t of rho^t (consistency + reward + value), plus termination.
+
+        Gradients run through the whole latent rollout; the policy gets none.
+        """
+        obs, actions, rewards, terminated = self._transitions(batch)
+        c, steps = self.config, actions.shape[1]
+        with torch.no_grad():
+            next_z = self.encoder(obs[:, 1:])
+            target = self.td_target(next_z, rewards, terminated, noise)
+        latents = [self.encoder(obs[:, 0])]
+        for t in range(steps):
+            latents.append(self.next_latent(latents[-1], actions[:, t]))
+        z = torch.stack(latents, 1)  # [B, H+1, D]
+        joint = torch.cat([z[:, :-1], actions], -1)
+        weight = c.rho ** torch.arange(steps, device=z.device)
+
+        def over_time(per_step: Tensor) -> Tensor:  # [..., B, H]
+            return (per_step.flatten(0, -2).mean(0) * weight).mean()
+
+        consistency = over_time((z[:, 1:] - next_z).square().mean(-1))
+        reward = over_time(self._cross_entropy(self.reward(joint), rewards))
+        value = over_time(self._cross_entropy(self.q(joint, dropout=noise.dropout), target))
+        termination = torch.zeros((), device=z.device)
+        if self.termination is not None:
+            logits = self.termination(z[:, 1:]).squeeze(-1)
+            termination = F.binary_cross_entropy_with_logits(logits, terminated)
+        total = (
+            c.consistency_coef * consistency
+            + c.reward_coef * reward
+            + c.value_coef * value
+            + c.termination_coef * termination
+        )
+        return Losses(total, consistency, reward, value, termination, z)
+
+    @torch.no_grad()
+    def td_target(self, next_z: Tensor, rewards: Tensor, terminated: Tensor, noise: LossNoise) -> Tensor:
+        """r + gamma (1 - terminated) min over two random target heads of Q(z', a' ~ policy): [B, H]."""
+        action = self.sample_policy(next_z, noise.target_action).action
+        logits = self.target_q(torch.cat([next_z, action], -1), noise.target_heads)
+        value = fn.symlog_mean(logits, self.bins).amin(0)
+        return rewards + self.discount * (1 - terminated) * value
+
+    def _cross_entropy(self, logits: Tensor, x: Tensor) -> Tensor:
+        return fn.soft_cross_entropy(logits, fn.two_hot(fn.symlog(x), self.bins))
+
+    def _transitions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows to transitions: obs [B, H+1, V], and the H actions, rewards and ends that led to rows 1..H."""
+        obs, actions, rewards = batch["obs"], batch["actions"], batch["rewards"]
+        if not isinstance(obs, Tensor) or obs.ndim != 3 or tuple(obs.shape[2:]) != self.obs_shape:
+            found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
+            raise ValueError(f"batch['obs'] is {found}, expected [B, T, {self.obs_shape[0]}].")
+        if obs.shape[1] < 2:
+            raise ValueError(f"batch['obs'] has {obs.shape[1]} rows, expected at least 2: one transition.")
+        self._check_action("batch['actions']", actions, tuple(obs.shape[:2]))
+        if rewards.shape != obs.shape[:2]:
+            raise ValueError(f"batch['rewards'] is {tuple(rewards.shape)}, expected {tuple(obs.shape[:2])}.")
+        if "terminated" in batch:
+            terminated = batch["terminated"].float()
+        elif "continues" in batch:
+            terminated = 1 - batch["continues"]
+        else:
+            terminated = torch.zeros_like(rewards)
+        return obs.float(), actions[:, 1:].float(), rewards[:, 1:].float(), terminated[:, 1:]
+
+    def _check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
+        expected = (*lead, self.action_dim)
+        if tuple(action.shape) != expected:
+            raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+
+
+def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> PolicySample:
+    """a = tanh(mean + noise exp(log_std)), with its log-probability.
+
+    The scaled entropy is the reference's: -log_prob * A g / log_prob, that is -A g with g the log-density before
+    squashing (its issue #76).
+    """
+    action = torch.tanh(mean + noise * log_std.exp())
+    gaussian = (-0.5 * noise.square() - log_std - 0.9189385175704956).sum(-1)
+    log_prob = gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1)
+    scale = mean.shape[-1] * gaussian / (log_prob + 1e-8)
+    return PolicySample(action, torch.tanh(mean), log_std, log_prob, -log_prob * scale)

@@ -1,0 +1,194 @@
+"""The nouns and protocols that everything else stands on, and THE time alignment, stated once.
+
+Rows arrive. Row t is what is known on arriving at step t: obs[t], and the actions[t], rewards[t], terminated[t]
+and truncated[t] that LED there. On an is_first row no action led here, so action and reward are zero. An episode of
+L actions has L + 1 rows, the final observation included. Gymnasium's order is converted in training/rollout.py
+(and in `ReplayBuffer.add_episode` for recorded data), nowhere else.
+
+Letters: B sequences or environments, T steps, H imagined steps, A action size, D deterministic size, S stochastic size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+Obs = Tensor | Mapping[str, Tensor]
+ObsArray = Array | Mapping[str, Array]
+
+
+class Batch(TypedDict):
+    """Experience from replay, batch-first: B sequences of T rows (see the alignment above)."""
+
+    obs: Obs  # [B, T, *obs_shape] or a mapping of them; uint8 images or float32 vectors
+    actions: Tensor  # [B, T, A] float32, in [-1, 1] or one-hot
+    rewards: Tensor  # [B, T] float32, as the environment gave it (no symlog, no clipping)
+    continues: NotRequired[Tensor]  # [B, T] float32, 1 - terminated
+    is_first: NotRequired[Tensor]  # [B, T] bool, this row starts an episode
+    terminated: NotRequired[Tensor]  # [B, T] bool, a true end: the value after it is zero
+    truncated: NotRequired[Tensor]  # [B, T] bool, cut short: bootstrap from obs[:, t]
+    rows: NotRequired[Tensor]  # [B, T] int64, replay's row numbers, for writing columns back
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """What a model knows of B environments: `deterministic` [B, D] and, for DreamerV3, `stochastic` [B, S] flat."""
+
+    deterministic: Tensor
+    stochastic: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """[B, D + S]: what the heads read."""
+        if self.stochastic is None:
+            return self.deterministic
+        return torch.cat([self.deterministic, self.stochastic], -1)
+
+    @property
+    def batch_size(self) -> int:
+        return self.deterministic.shape[0]
+
+    def to(self, device: torch.device | str) -> LatentState:
+        moved = None if self.stochastic is None else self.stochastic.to(device)
+        return LatentState(self.deterministic.to(device), moved)
+
+    def detach(self) -> LatentState:
+        cut = None if self.stochastic is None else self.stochastic.detach()
+        return LatentState(self.deterministic.detach(), cut)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """An imagined rollout of T actions, time-first."""
+
+    states: tuple[LatentState, ...]  # T + 1, the start included
+    rewards: Tensor  # [T, B, 1], of the move out of step t
+    continues: Tensor  # [T, B, 1], chance in [0, 1] that the episode goes on after that move
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """How an agent wants its batches drawn from replay."""
+
+    length: int  # rows in a window, context included
+    context: int  # leading rows that give context and are not trained on
+    crosses_episodes: bool  # may a window run over an is_first row
+
+    @property
+    def trained(self) -> int:
+        """Replayed steps that one window counts for in the train ratio."""
+        return self.length - self.context
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """An extra replay column that an agent asks for: one entry of `shape` per row."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What `act` needs, as one flat buffer. `version` counts publishes and never goes back."""
+
+    version: int
+    flat: Array
+
+
+ActState = Mapping[str, Tensor]
+Metrics = dict[str, float]
+
+
+@runtime_checkable
+class WorldModel(Protocol):
+    """What both models do; each is an nn.Module. Actions are float32 [.., A] in [-1, 1] or one-hot."""
+
+    def encode(self, obs: Obs) -> LatentState:
+        """The state after seeing only obs [B, *obs_shape]."""
+
+    def predict(self, state: LatentState, action: Tensor) -> LatentState:
+        """The state after `action` [B, A], without seeing what came of it."""
+
+    def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
+        """The state after `action` [B, A] led to `obs` [B, *obs_shape]."""
+
+    def decode(self, state: LatentState) -> dict[str, Any]:
+        """`obs` (None without a decoder), `reward` [B, 1] and `continue` [B, 1], a probability."""
+
+    def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
+        """Roll the model forward under `actions` [T, B, A]."""
+
+    def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalars: `loss`, the sum to minimise, and its parts."""
+
+    def initial_state(self, batch_size: int) -> LatentState:
+        """The state before anything was seen."""
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors; `create_world_model(directory)` reads them."""
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """A world model that acts and learns.
+
+    `act_state` carries what each environment must remember, one row each; `is_first` resets a row.
+    """
+
+    world_model: Any
+    batch_size: int  # B, windows per update
+    windows: WindowSpec
+    columns: Mapping[str, ColumnSpec]  # extra replay columns, empty where none are needed
+    random_warmup: bool  # act uniformly at random until learning starts
+    pretrain: bool  # replay the warm-up steps at the train ratio too, in one burst when learning starts
+    updates: int  # gradient updates so far
+
+    def act(
+        self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
+    ) -> tuple[Array, ActState]:
+        """Actions [E, A] for obs [E, *obs_shape] of E environments; act_state None starts all of them."""
+
+    def replay_columns(self, act_state: ActState) -> dict[str, Array]:
+        """The entries of `columns` [E, ...] that belong to the rows just acted on."""
+
+    def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
+        """One learning step. Returns metrics and replay columns [B, T, ...] to write back (often none)."""
+
+    def acting_weights(self) -> Array:
+        """What `act` needs and nothing more, as one flat float32 array."""
+
+    def load_acting_weights(self, flat: Array) -> None:
+        """Take what `acting_weights` gave. Raises ValueError for another model's."""
+
+    def seed(self, seed: int) -> None:
+        """Restart every random generator of this agent."""
+
+    def describe(self) -> dict[str, Any]:
+        """The preset-independent description that `load_agent` rebuilds the agent from (JSON types)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything: parameters, optimisers, scales, counters, generators."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+
+
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Channel-first images have three axes; everything else is a vector."""
+    return len(shape) == 3
+
+
+def action_rows(rng: np.random.Generator, count: int, size: int, discrete: bool) -> Array:
+    """Uniform random actions [count, size]: one-hot if discrete, else in [-1, 1]."""
+    if discrete:
+        return np.eye(size, dtype=np.float32)[rng.integers(size, size=count)]
+    return rng.uniform(-1, 1, (count, size)).astype(np.float32)
