@@ -1,0 +1,104 @@
+"""Environments whose right answers are known. Ids: "tests.environments:Counting-v0" and so on."""
+
+import os
+import time
+
+import gymnasium as gym
+import numpy as np
+
+
+class Counting(gym.Env):
+    """Observation = [step, last action, episode seed % 1000], reward = 10 x step. Ends after `length` steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+    def __init__(self, length=7, true_end=True, delay=0.0, render_mode=None):
+        self.length, self.true_end, self.delay, self.render_mode = length, true_end, delay, render_mode
+
+    def _obs(self, action):
+        return np.array([self.count, action, self.tag], np.float32)
+
+    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+        super().reset(seed=seed)
+        self.count, self.tag = 0, (seed or 0) % 1000
+        return self._obs(0.0), {}
+
+    def step(self, action):
+        assert action.shape == (1,)
+        time.sleep(self.delay)
+        self.count += 1
+        done = self.count >= self.length
+        return self._obs(action[0]), 10.0 * self.count, done and self.true_end, done and not self.true_end, {}
+
+
+class Faulty(Counting):
+    """Raises at every `period`-th step of an instance."""
+
+    def __init__(self, period=50, **kwargs):
+        super().__init__(**kwargs)
+        self.period, self.calls = period, 0
+
+    def step(self, action):
+        self.calls += 1
+        if self.calls % self.period == 0:
+            raise RuntimeError("the simulator exploded")
+        return super().step(action)
+
+
+class Broken(Counting):
+    """Gives one kind of nonsense: "nan", "shape", "reward" or "raise"."""
+
+    def __init__(self, kind="nan", **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.kind == "raise":
+            raise RuntimeError("the simulator exploded")
+        if self.kind == "nan":
+            obs[1] = np.nan
+        if self.kind == "shape":
+            obs = obs[:2]
+        if self.kind == "reward":
+            reward = float("inf")
+        return obs, reward, terminated, truncated, info
+
+
+class Picture(gym.Env):
+    """Channel-last images [8, 6, 3] filled with the step; discrete actions start at 3."""
+
+    observation_space = gym.spaces.Box(0, 255, (8, 6, 3), np.uint8)
+    action_space = gym.spaces.Discrete(4, start=3)
+
+    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros((8, 6, 3), np.uint8), {}
+
+    def step(self, action):
+        self.count += 1
+        obs = np.full((8, 6, 3), self.count, np.uint8)
+        obs[..., 2] = action
+        return obs, float(action), False, self.count >= 5, {}
+
+
+class Suicidal(Counting):
+    """Kills its own process once, at step `at`, unless the file `marker` exists; then it lives on."""
+
+    def __init__(self, at=40, marker="", **kwargs):
+        super().__init__(**kwargs)
+        self.at, self.marker, self.calls = at, marker, 0
+
+    def step(self, action):
+        self.calls += 1
+        if self.calls == self.at and not os.path.exists(self.marker):
+            open(self.marker, "w").close()
+            os.kill(os.getpid(), 9)
+        return super().step(action)
+
+
+for name, kind in list(globals().items()):
+    if isinstance(kind, type) and issubclass(kind, gym.Env) and kind is not gym.Env:
+        gym.register(f"{name}-v0", entry_point=kind)

@@ -1,0 +1,111 @@
+import gymnasium
+import numpy as np
+import pytest
+
+from tests import environments  # noqa: F401 - registers the test environments
+from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env
+
+
+def counting(action_repeat=1, **kwargs):
+    return Environment(gymnasium.make("Counting-v0", disable_env_checker=True, **kwargs), action_repeat)
+
+
+def test_actions_are_rescaled_to_the_bounds_and_clipped():
+    env = counting()
+    env.reset(seed=0)
+    assert [env.step(np.array([a], np.float32))[0][1] for a in (-1, 0, 0.5, 1, 3)] == [-2, 0, 1, 2, 2]
+
+
+def test_action_repeat_sums_rewards_and_stops_at_the_end():
+    env = counting(action_repeat=3)
+    env.reset(seed=0)
+    results = [env.step(np.zeros(1, np.float32)) for _ in range(3)]
+    assert [reward for _, reward, _, _ in results] == [60, 150, 70]  # 10+20+30, 40+50+60, 70
+    assert [terminated for _, _, terminated, _ in results] == [False, False, True]
+
+
+def test_episode_length_counts_agent_steps():
+    assert make_env("Pendulum-v1", action_repeat=3).episode_length == 67
+
+
+def test_images_become_channel_first_and_discrete_actions_one_hot():
+    env = make_env("tests.environments:Picture-v0")
+    assert env.observation_space.shape == (3, 8, 6)
+    assert env.observation_space.dtype == np.uint8
+    assert env.discrete
+    assert env.action_dim == 4
+    obs = env.reset()
+    step = env.step(np.eye(4, dtype=np.float32)[[2]])
+    assert obs.shape == (1, 3, 8, 6)
+    assert step.obs[0, 0].max() == step.obs[0, 0].min() == 1
+    assert (step.obs[0, 2] == 5).all()  # the environment's own action: 3 + 2
+    assert step.rewards[0] == 5
+
+
+def test_true_ends_and_time_limits_stay_apart():
+    for true_end in (True, False):
+        env = VectorEnv(lambda end=true_end: counting(length=2, true_end=end), num_envs=2, seed=0)
+        env.reset()
+        env.step(np.zeros((2, 1), np.float32))
+        step = env.step(np.zeros((2, 1), np.float32))
+        assert step.terminated.tolist() == [true_end] * 2
+        assert step.truncated.tolist() == [not true_end] * 2
+        assert step.final_obs[:, 0].tolist() == [2, 2]
+        assert step.obs[:, 0].tolist() == [0, 0]
+
+
+def test_seeds_differ_between_environments_and_repeat_between_runs():
+    def tags(seed):
+        env = VectorEnv(counting, num_envs=3, seed=seed)
+        return [*env.reset()[:, 2], *env.reset()[:, 2]]
+
+    assert tags(1) == tags(1)
+    assert tags(1) != tags(2)
+    assert len(set(tags(1))) == 6
+
+
+def test_a_failing_environment_is_rebuilt_in_place():
+    make = lambda: Environment(gymnasium.make("Faulty-v0", period=5, length=100, disable_env_checker=True))  # noqa: E731
+    env = VectorEnv(make, num_envs=1, seed=0)
+    env.reset()
+    steps = [env.step(np.zeros((1, 1), np.float32)) for _ in range(6)]
+    assert [bool(step.failed[0]) for step in steps] == [False] * 4 + [True, False]
+    assert steps[4].obs[0, 0] == 0
+    assert steps[5].obs[0, 0] == 1
+    assert env.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("raise", "the simulator exploded"),
+        ("nan", r"NaN or infinity at entries \[1\]"),
+        ("shape", r"shape \(2,\), expected \(3,\)"),
+        ("reward", "reward inf, expected a finite number"),
+    ],
+)
+def test_an_environment_that_always_fails_ends_the_run_with_its_own_error(kind, message):
+    make = lambda: Environment(gymnasium.make("Broken-v0", kind=kind, disable_env_checker=True))  # noqa: E731
+    env = VectorEnv(make, num_envs=1, seed=0)
+    env.reset()
+
+    def run():
+        for _ in range(20):
+            env.step(np.zeros((1, 1), np.float32))
+
+    with pytest.raises(EnvironmentFailed, match=message) as failure:
+        run()
+    assert failure.value.__cause__ is not None
+
+
+def test_wrong_actions_and_names_are_refused():
+    env = make_env("Pendulum-v1", num_envs=2)
+    env.reset()
+    with pytest.raises(ValueError, match=r"actions are \(2, 3\), expected \(2, 1\)"):
+        env.step(np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match=r"Did you mean.*Pendulum-v1"):
+        make_env("Pendulun-v1")
+    with pytest.raises(ValueError, match="cannot be imported.*no_such_module"):
+        make_env("no_such_module:Thing-v0")
+    with pytest.raises(TypeError, match="expected Box"):
+        make_env("FrozenLake-v1")

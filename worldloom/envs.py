@@ -1,0 +1,248 @@
+"""Environments behind one contract: any Gymnasium id, its actions in [-1, 1] or one-hot, its images channel-first.
+
+Every conversion between Gymnasium and the rest of WorldLoom stands in this file.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from worldloom.types import Array, is_image
+
+logger = logging.getLogger(__name__)
+
+FAILURES_ALLOWED = 5  # of one environment within FAILURE_WINDOW of its steps, before the run is given up
+FAILURE_WINDOW = 1000
+
+
+class EnvironmentFailed(RuntimeError):
+    """An environment failed again and again; the last failure is the cause."""
+
+
+class Environment:
+    """One Gymnasium environment under the contract; actions are [A], observations [*obs_shape].
+
+    observation_space: Box, images uint8 (C, H, W), vectors float32. action_space: Box in [-1, 1] of shape (A,);
+    `discrete` actions are one-hot over it.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], action_repeat: int = 1) -> None:
+        if action_repeat < 1:
+            raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
+        self._env, self._repeat = env, action_repeat
+        self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        self.discrete = isinstance(env.action_space, spaces.Discrete)
+        self.action_dim = self._action_size(env.action_space)
+        self.action_space = spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
+        self.observation_space = self._observation_box(env.observation_space)
+        limit = env.spec.max_episode_steps if env.spec else None
+        self.episode_length = None if limit is None else math.ceil(limit / action_repeat)  # in agent steps
+
+    def _action_size(self, space: spaces.Space[Any]) -> int:
+        if isinstance(space, spaces.Discrete):
+            return int(space.n)
+        if isinstance(space, spaces.Box):
+            self._low, self._high = (np.asarray(b, np.float64).reshape(-1) for b in (space.low, space.high))
+            return int(np.prod(space.shape))
+        raise TypeError(f"{self.name} has action space {space}, expected Box or Discrete. Wrap it.")
+
+    def _observation_box(self, space: spaces.Space[Any]) -> spaces.Box:
+        if not isinstance(space, spaces.Box):
+            raise TypeError(
+                f"{self.name} has observation space {space}, expected Box. "
+                "Wrap it (gymnasium.wrappers.FlattenObservation turns mappings into vectors)."
+            )
+        self._raw_shape = space.shape
+        if is_image(space.shape) and space.dtype == np.uint8:
+            self._channels_last = space.shape[-1] in (1, 3, 4) or space.shape[-1] < space.shape[0]
+            channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
+            return spaces.Box(0, 255, (int(channels), int(height), int(width)), np.uint8)
+        return spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),), np.float32)
+
+    def reset(self, seed: int | None = None) -> Array:
+        obs, _ = self._env.reset(seed=seed)
+        return self._observation(obs)
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool]:
+        """Repeat `action` [A] and sum the rewards: (obs, reward, terminated, truncated)."""
+        native, total, terminated, truncated = self._native_action(action), 0.0, False, False
+        for _ in range(self._repeat):
+            obs, reward, terminated, truncated, _ = self._env.step(native)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        if not math.isfinite(total):
+            raise ValueError(f"{self.name} gave reward {total}, expected a finite number. Check its reward function.")
+        return self._observation(obs), total, bool(terminated), bool(truncated)
+
+    def render(self) -> Array:
+        """An RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
+        return np.asarray(self._env.render())
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _native_action(self, action: Array) -> Any:
+        if action.shape != (self.action_dim,):
+            raise ValueError(f"{self.name}: an action is {action.shape}, expected ({self.action_dim},).")
+        space = self._env.action_space
+        if isinstance(space, spaces.Discrete):
+            return int(action.argmax()) + int(space.start)
+        action = np.clip(action.astype(np.float64), -1, 1)
+        bounded = np.isfinite(self._low) & np.isfinite(self._high)
+        low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
+        return (low + (action + 1) / 2 * (high - low)).astype(space.dtype).reshape(space.shape)
+
+    def _observation(self, obs: Any) -> Array:
+        array = np.asarray(obs)
+        if array.shape != self._raw_shape:
+            raise ValueError(f"{self.name} gave an observation of shape {array.shape}, expected {self._raw_shape}.")
+        if self.observation_space.dtype == np.uint8:
+            return np.ascontiguousarray(np.moveaxis(array, -1, 0) if self._channels_last else array, np.uint8)
+        vector = array.astype(np.float32).reshape(-1)
+        if not np.isfinite(vector).all():
+            raise ValueError(
+                f"{self.name} gave an observation with NaN or infinity at entries "
+                f"{np.flatnonzero(~np.isfinite(vector))[:8].tolist()}, expected finite numbers. Check the simulation."
+            )
+        return vector
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of E environments gave, in Gymnasium's order: these came out of the actions just taken."""
+
+    obs: Array  # [E, *obs_shape] to act on next: of the new episode where one ended
+    final_obs: Array  # [E, *obs_shape] that the action led to; equals obs where no episode ended
+    rewards: Array  # [E] float32
+    terminated: Array  # [E] bool
+    truncated: Array  # [E] bool
+    failed: Array  # [E] bool: the step raised; the environment was rebuilt and its episode cut short before it
+
+    @property
+    def is_first(self) -> Array:
+        """[E] bool: obs starts an episode."""
+        return cast(Array, self.terminated | self.truncated | self.failed)
+
+
+class VectorEnv:
+    """E environments stepped together; those that end are reset in the same step.
+
+    An environment that raises is rebuilt in its place. One that fails over and over ends the run with
+    `EnvironmentFailed`, caused by its last error.
+    """
+
+    def __init__(self, make: Callable[[], Environment], num_envs: int, seed: int) -> None:
+        if num_envs < 1:
+            raise ValueError(f"env.num_envs is {num_envs}, expected at least 1.")
+        self._make = make
+        self._seeds = [np.random.default_rng([seed, index]) for index in range(num_envs)]
+        self._envs = [make() for _ in range(num_envs)]
+        self._steps = 0
+        self._failures: list[deque[int]] = [deque(maxlen=FAILURES_ALLOWED) for _ in self._envs]
+        self.num_envs, self.failures = num_envs, 0
+        one = self._envs[0]
+        self.observation_space, self.action_space = one.observation_space, one.action_space
+        self.discrete, self.action_dim, self.episode_length = one.discrete, one.action_dim, one.episode_length
+        self.name = one.name
+
+    def reset(self) -> Array:
+        """Start every environment: obs [E, *obs_shape]."""
+        return np.stack([self._reset(index) for index in range(self.num_envs)])
+
+    def step(self, actions: Array) -> Step:
+        """actions: [E, A]. Raises ValueError for another shape, EnvironmentFailed for a broken environment."""
+        if actions.shape != (self.num_envs, self.action_dim):
+            raise ValueError(
+                f"{self.name}: actions are {actions.shape}, expected {(self.num_envs, self.action_dim)}: [E, A]."
+            )
+        self._steps += 1
+        obs = np.empty((self.num_envs, *self.observation_space.shape), self.observation_space.dtype)
+        final_obs = np.empty_like(obs)
+        rewards = np.zeros(self.num_envs, np.float32)
+        terminated, truncated, failed = np.zeros((3, self.num_envs), bool)
+        for i, env in enumerate(self._envs):
+            try:
+                final_obs[i], rewards[i], terminated[i], truncated[i] = env.step(actions[i])
+                obs[i] = final_obs[i]
+            except Exception as error:
+                self._rebuild(i, error)
+                failed[i] = True
+            if terminated[i] or truncated[i] or failed[i]:
+                obs[i] = self._reset(i)
+                if failed[i]:
+                    final_obs[i] = obs[i]
+        return Step(obs, final_obs, rewards, terminated, truncated, failed)
+
+    def render(self) -> Array:
+        """The first environment's frame [H, W, 3] uint8."""
+        return self._envs[0].render()
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+    def _reset(self, index: int) -> Array:
+        while True:
+            try:
+                return self._envs[index].reset(seed=int(self._seeds[index].integers(2**31)))
+            except Exception as error:
+                self._rebuild(index, error)
+
+    def _rebuild(self, index: int, error: Exception) -> None:
+        """Replace a broken environment, unless it broke too often."""
+        recent = self._failures[index]
+        recent.append(self._steps)
+        self.failures += 1
+        if len(recent) == FAILURES_ALLOWED and self._steps - recent[0] < FAILURE_WINDOW:
+            raise EnvironmentFailed(
+                f"environment {index} ({self.name}) failed {FAILURES_ALLOWED} times within {FAILURE_WINDOW} steps; "
+                f"the last time: {type(error).__name__}: {error}. Mend the environment, then --resume."
+            ) from error
+        logger.warning("environment %d (%s) raised and was rebuilt: %r", index, self.name, error)
+        try:
+            self._envs[index].close()
+        except Exception as closing:  # a broken environment may not close either; it is replaced anyway
+            logger.warning("environment %d could not be closed: %r", index, closing)
+        self._envs[index] = self._make()
+
+
+def make_environment(env_id: str, action_repeat: int = 1, render_mode: str | None = None) -> Environment:
+    """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
+    try:
+        options = {} if render_mode is None else {"render_mode": render_mode}
+        env = gymnasium.make(env_id, disable_env_checker=True, **options)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {error} {_nearest(env_id)}") from error
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"env.id is {env_id!r}, which cannot be imported: {error} Install that module, or correct the id."
+        ) from error
+    return Environment(env, action_repeat)
+
+
+def make_env(
+    env_id: str, num_envs: int = 1, seed: int = 0, action_repeat: int = 1, render_mode: str | None = None
+) -> VectorEnv:
+    """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0").
+
+    Rewards are summed over action_repeat. Raises ValueError for an unknown id, TypeError for spaces other than
+    Box observations and Box or Discrete actions.
+    """
+    return VectorEnv(lambda: make_environment(env_id, action_repeat, render_mode), num_envs, seed)
+
+
+def _nearest(env_id: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(env_id, gymnasium.registry, n=3)
+    return f"Did you mean {' or '.join(near)}?" if near else "gymnasium.pprint_registry() lists the known ids."

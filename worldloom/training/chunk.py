@@ -1,0 +1,76 @@
+"""A chunk: the rows that one actor's environments produced in one collect, ready for replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from worldloom.types import Array, ColumnSpec
+
+FLAGS = ("is_first", "terminated", "truncated")
+
+
+class ChunkKey(NamedTuple):
+    """Names a chunk once and for all, so that inserting it twice changes nothing."""
+
+    actor: int
+    incarnation: int  # how often the actor was started
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """R rows of E environments, one environment after the other; the time alignment is that of `worldloom.types`."""
+
+    key: ChunkKey
+    columns: dict[str, Array]  # name -> [R, ...]
+    lengths: tuple[int, ...]  # rows of each environment, E numbers that sum to R
+    version: int  # of the weights that acted
+    returns: tuple[float, ...]  # of the episodes that ended here
+    episode_lengths: tuple[int, ...]  # their agent steps
+    true_ends: int  # how many of them ended terminated
+    failures: int  # environments rebuilt here after an error
+
+    @property
+    def steps(self) -> int:
+        """Environment steps: rows that an action led to."""
+        return int((~self.columns["is_first"]).sum())
+
+
+def base_columns(obs_shape: tuple[int, ...], obs_dtype: str, action_dim: int) -> dict[str, ColumnSpec]:
+    """The columns that every replay has."""
+    return {
+        "obs": ColumnSpec(obs_shape, obs_dtype),
+        "actions": ColumnSpec((action_dim,), "float32"),
+        "rewards": ColumnSpec((), "float32"),
+        **{flag: ColumnSpec((), "bool") for flag in FLAGS},
+    }
+
+
+class ChunkBuilder:
+    """Collects rows of E environments, each at its own pace, into preallocated columns."""
+
+    def __init__(self, columns: dict[str, ColumnSpec], num_envs: int, rows: int) -> None:
+        self._columns = {
+            name: np.empty((num_envs, rows, *column.shape), column.dtype) for name, column in columns.items()
+        }
+        self._count = np.zeros(num_envs, np.int64)
+
+    def append(self, envs: Array, **values: Array) -> None:
+        """One more row for each environment in `envs` [E'] (indices); values are [E', ...], zeros where not given."""
+        at = self._count[envs]
+        for name, column in self._columns.items():
+            column[envs, at] = values.get(name, 0)
+        self._count[envs] += 1
+
+    def columns(self) -> dict[str, Array]:
+        """name -> [R, ...], one environment after the other."""
+        return {
+            name: np.concatenate([rows[:count] for rows, count in zip(column, self._count, strict=True)])
+            for name, column in self._columns.items()
+        }
+
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(int(count) for count in self._count)

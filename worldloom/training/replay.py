@@ -1,0 +1,342 @@
+"""The replay buffer: one ring of rows in numpy, chunks in, windows out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from worldloom.training.chunk import Chunk, base_columns
+from worldloom.training.windows import Stream, WindowIndex
+from worldloom.types import Array, Batch, ColumnSpec, WindowSpec
+
+logger = logging.getLogger(__name__)
+
+RECORDED = -1  # the actor number of episodes that a user added
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What replay has accepted so far; every count only grows."""
+
+    rows: int
+    steps: int  # environment steps: rows that an action led to
+    episodes: int  # ended, by a true end or cut short
+    chunks: int
+    duplicates: int  # chunks that came again and were ignored
+
+
+class ReplayBuffer:
+    """The last `capacity` rows, and windows of consecutive rows drawn uniformly from them.
+
+    capacity: rows. obs_shape, obs_dtype: of one observation. windows: length, context and whether they may cross
+    is_first rows; by default single-episode windows of 50 rows. columns: extra columns that an agent declares.
+    Raises MemoryError if the ring would not fit in memory, ValueError if it is shorter than a window.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        obs_shape: Sequence[int],
+        action_dim: int,
+        *,
+        obs_dtype: str = "float32",
+        windows: WindowSpec | None = None,
+        columns: Mapping[str, ColumnSpec] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.windows = windows or WindowSpec(length=50, context=0, crosses_episodes=False)
+        if capacity < self.windows.length:
+            raise ValueError(
+                f"replay.capacity is {capacity}, expected at least one window of {self.windows.length} rows. "
+                "Raise capacity or shorten the windows."
+            )
+        self.capacity, self.obs_shape, self.action_dim = capacity, tuple(obs_shape), action_dim
+        base = base_columns(self.obs_shape, obs_dtype, action_dim)
+        if taken := base.keys() & (columns or {}).keys():
+            raise ValueError(f"replay columns {sorted(taken)} are taken. Rename the agent's columns.")
+        self.specs: dict[str, ColumnSpec] = {**base, **(columns or {})}
+        check_memory(capacity, self.specs)
+        self._columns = {name: np.empty((capacity, *s.shape), s.dtype) for name, s in self.specs.items()}
+        self._next = np.full(capacity, -1, np.int64)  # ring position of the row that follows, -1 if none yet
+        self._origin = np.empty((capacity, 2), np.int32)  # actor, environment
+        self._index = WindowIndex(self.windows, capacity)
+        self._rng = np.random.default_rng([seed, 0x5EED])
+        self._streams: dict[tuple[int, int], Stream] = {}
+        self._last: dict[tuple[int, int], int] = {}  # row number of each stream's last row
+        self._sequence: dict[int, tuple[int, int]] = {}  # actor -> last accepted (incarnation, sequence)
+        self._rows = self._steps = self._episodes = self._chunks = self._duplicates = 0
+        self._recorded = 0
+
+    def __len__(self) -> int:
+        """Rows that can be drawn from."""
+        return min(self._rows, self.capacity)
+
+    @property
+    def nbytes(self) -> int:
+        return ring_bytes(self.capacity, self.specs)
+
+    @property
+    def num_windows(self) -> int:
+        """Distinct windows that `sample` draws from."""
+        return self._index.count
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that ended since the start, evicted ones included."""
+        return self._episodes
+
+    def accepted(self) -> Acceptance:
+        return Acceptance(self._rows, self._steps, self._episodes, self._chunks, self._duplicates)
+
+    # In
+
+    def insert(self, chunk: Chunk) -> Acceptance:
+        """Copy a chunk in. A key that was accepted before, or is older than one that was, changes nothing.
+
+        Raises ValueError for columns of other names, shapes or lengths, before anything is changed.
+        """
+        self._check(chunk.columns, sum(chunk.lengths))
+        actor, incarnation, sequence = chunk.key
+        last = self._sequence.get(actor)
+        if last is not None and (incarnation, sequence) <= last:
+            self._duplicates += 1
+            return self.accepted()
+        if last is not None and incarnation > last[0]:
+            self._interrupt(actor)
+        self._sequence[actor] = (incarnation, sequence)
+        begin = 0
+        for env, length in enumerate(chunk.lengths):
+            if length:
+                self._append((actor, env), {n: c[begin : begin + length] for n, c in chunk.columns.items()})
+            begin += length
+        self._chunks += 1
+        return self.accepted()
+
+    def add_episode(self, *, obs: Any, actions: Any, rewards: Any, dones: Any, truncated: bool = False) -> None:
+        """Add a recorded episode of L actions in Gymnasium's order: actions[t] was taken at obs[t].
+
+        obs: [L + 1, *obs_shape], or [L, ...] where the outcome of the last action was not recorded: that action is
+        then dropped. actions: [L, A] in [-1, 1] or one-hot. rewards, dones: [L]; a done may only be the last, and
+        means a true end. truncated: the episode was cut short by a time limit. Raises ValueError before anything
+        is changed.
+        """
+        columns = self._episode_columns(np.asarray(obs), np.asarray(actions), np.asarray(rewards), np.asarray(dones))
+        if truncated and not columns["terminated"][-1]:
+            columns["truncated"][-1] = True
+        rows = len(columns["rewards"])
+        for name, spec in self.specs.items():
+            columns.setdefault(name, np.zeros((rows, *spec.shape), spec.dtype))
+        self._check(columns, rows)
+        self._append((RECORDED, 0), columns)
+        if not (columns["terminated"][-1] or columns["truncated"][-1]):
+            self._columns["truncated"][(self._rows - 1) % self.capacity] = True
+            self._episodes += 1
+
+    def _episode_columns(self, obs: Array, actions: Array, rewards: Array, dones: Array) -> dict[str, Array]:
+        length = len(actions)
+        if not (len(rewards) == len(dones) == length and len(obs) in (length, length + 1) and length >= 1):
+            raise ValueError(
+                f"add_episode: {len(obs)} observations, {length} actions, {len(rewards)} rewards and {len(dones)} "
+                "dones; expected L actions, rewards and dones, and L + 1 observations (or L)."
+            )
+        if actions.shape != (length, self.action_dim):
+            raise ValueError(f"add_episode: actions are {actions.shape}, expected ({length}, {self.action_dim}).")
+        if np.any(dones[:-1]):
+            raise ValueError(
+                f"add_episode: dones[{int(np.argmax(dones))}] is set before the end. Split the data into episodes."
+            )
+        for name, value in (("obs", obs), ("actions", actions), ("rewards", rewards)):
+            if not np.isfinite(value).all():
+                raise ValueError(f"add_episode: {name} holds NaN or infinity, expected finite numbers.")
+        if np.abs(actions).max() > 1 + 1e-6:
+            raise ValueError("add_episode: actions leave [-1, 1]. Rescale them (make_env does it while acting).")
+        if len(obs) == length:
+            if not self._recorded:
+                logger.warning(
+                    "add_episode: as many observations as actions, so the outcome of each episode's last action was "
+                    "not observed; that action and its reward are dropped. Pass L + 1 observations to keep them."
+                )
+            actions, rewards, dones = actions[:-1], rewards[:-1], np.zeros(length - 1, bool)
+            self._recorded += 1
+        none = np.zeros(1, bool)
+        return {
+            "obs": obs,
+            "actions": np.concatenate([np.zeros((1, self.action_dim)), actions]).astype(np.float32),
+            "rewards": np.concatenate([[0.0], rewards]).astype(np.float32),
+            "is_first": np.arange(len(obs)) == 0,
+            "terminated": np.concatenate([none, dones.astype(bool)]),
+            "truncated": np.zeros(len(obs), bool),
+        }
+
+    def _check(self, columns: Mapping[str, Array], rows: int) -> None:
+        if columns.keys() != self.specs.keys():
+            raise ValueError(f"replay got columns {sorted(columns)}, expected {sorted(self.specs)}.")
+        for name, spec in self.specs.items():
+            if columns[name].shape != (rows, *spec.shape):
+                raise ValueError(f"replay column {name!r} is {columns[name].shape}, expected {(rows, *spec.shape)}.")
+        if rows > self.capacity:
+            raise ValueError(f"{rows} rows at once exceed replay.capacity={self.capacity}. Raise capacity.")
+
+    def _append(self, origin: tuple[int, int], columns: Mapping[str, Array]) -> None:
+        """Write consecutive rows of one stream over the oldest rows and link them."""
+        count = len(columns["rewards"])
+        numbers = np.arange(self._rows, self._rows + count)
+        positions = numbers % self.capacity
+        if self._rows + count > self.capacity:
+            self._index.remove(positions)
+        for name, column in columns.items():
+            self._columns[name][positions] = column
+        self._origin[positions] = origin
+        self._next[positions[:-1]] = positions[1:]
+        self._next[positions[-1]] = -1
+        oldest = self._rows + count - self.capacity
+        previous = self._last.get(origin, -1)
+        if previous >= max(oldest, 0):
+            self._next[previous % self.capacity] = positions[0]
+        stream = self._streams.setdefault(origin, Stream(self.windows))
+        self._index.add(stream.extend(numbers, columns["is_first"], oldest) % self.capacity)
+        self._last[origin] = int(numbers[-1])
+        self._rows += count
+        self._steps += int((~columns["is_first"]).sum())
+        self._episodes += int((columns["terminated"] | columns["truncated"]).sum())
+
+    def _interrupt(self, actor: int) -> None:
+        """The actor was started anew: its open episodes end truncated, never terminated."""
+        for origin, number in self._last.items():
+            position = number % self.capacity
+            if origin[0] == actor and number >= self._rows - self.capacity:
+                ended = self._columns["terminated"][position] | self._columns["truncated"][position]
+                self._columns["truncated"][position] |= not ended
+                self._episodes += int(not ended)
+
+    # Out
+
+    def draw(self, batch_size: int) -> dict[str, Array]:
+        """One batch as numpy: every column [B, T, ...], `continues`, and the row numbers `rows`.
+
+        Raises ValueError while no window is complete.
+        """
+        if not self._index.count:
+            raise ValueError(
+                f"replay holds {len(self)} rows but no complete window of {self.windows.length}. "
+                "Collect more, or shorten the windows."
+            )
+        positions = np.empty((batch_size, self.windows.length), np.int64)
+        positions[:, 0] = self._index.draw(self._rng, batch_size)
+        for t in range(1, self.windows.length):
+            positions[:, t] = self._next[positions[:, t - 1]]
+        batch = {name: column.take(positions, axis=0) for name, column in self._columns.items()}
+        batch["continues"] = (~batch["terminated"]).astype(np.float32)
+        age = (self._rows - 1 - positions) % self.capacity
+        batch["rows"] = self._rows - 1 - age
+        return batch
+
+    def sample(self, batch_size: int, device: torch.device | str = "cpu") -> Batch:
+        """One batch as tensors, [B, T, ...]; see `worldloom.types.Batch`."""
+        return cast(Batch, {n: torch.from_numpy(c).to(device) for n, c in self.draw(batch_size).items()})
+
+    def write_back(self, rows: Array, columns: Mapping[str, Array]) -> int:
+        """Replace entries of extra columns at row numbers [B, T]; evicted rows are skipped. Returns how many."""
+        gone = rows < self._rows - self.capacity
+        for name, values in columns.items():
+            self._columns[name][rows[~gone] % self.capacity] = values[~gone]
+        return int(gone.sum())
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the rows themselves, which `save_rows` writes."""
+        return {
+            "rows": self._rows,
+            "steps": self._steps,
+            "episodes": self._episodes,
+            "chunks": self._chunks,
+            "duplicates": self._duplicates,
+            "sequence": [[actor, *last] for actor, last in self._sequence.items()],
+            "starts": self._index.starts(),
+            "rng": self._rng.bit_generator.state,
+            "specs": {name: [list(s.shape), s.dtype] for name, s in self.specs.items()},
+        }
+
+    def rows_between(self, begin: int, end: int) -> dict[str, Array]:
+        """Columns of the rows numbered begin to end, and the stream that each came from."""
+        positions = np.arange(begin, end) % self.capacity
+        return {**{n: c[positions] for n, c in self._columns.items()}, "origin": self._origin[positions]}
+
+    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[Mapping[str, Array]]) -> None:
+        """Restore what `state_dict` gave, from segments of consecutive rows in order.
+
+        Raises ValueError if the columns differ or rows are missing.
+        """
+        expected = {name: [list(s.shape), s.dtype] for name, s in self.specs.items()}
+        if state["specs"] != expected:
+            raise ValueError(f"the checkpoint's replay has columns {state['specs']}, expected {expected}.")
+        rows = sum(len(segment["rewards"]) for segment in segments)
+        if rows < min(state["rows"], self.capacity):
+            raise ValueError(f"the checkpoint holds {rows} rows of replay, expected {state['rows']}.")
+        self._rows = int(state["rows"]) - rows
+        for segment in segments:
+            self._restore(segment)
+        self._steps, self._episodes = int(state["steps"]), int(state["episodes"])
+        self._chunks, self._duplicates = int(state["chunks"]), int(state["duplicates"])
+        self._sequence = {actor: (incarnation, sequence) for actor, incarnation, sequence in state["sequence"]}
+        order = np.asarray(state["starts"], np.int64)
+        if set(order.tolist()) == set(self._index.starts().tolist()):  # the same ring: draw in the same order
+            self._index.remove(order)
+            self._index.add(order)
+        self._rng.bit_generator.state = state["rng"]
+
+    def _restore(self, segment: Mapping[str, Array]) -> None:
+        """Append saved rows, one run of a single stream after the other."""
+        origin = segment["origin"]
+        cuts = np.flatnonzero((origin[1:] != origin[:-1]).any(1)) + 1
+        bounds = [0, *cuts.tolist(), len(origin)]
+        for begin, end in pairwise(bounds):
+            run = {name: segment[name][begin:end] for name in self.specs}
+            self._append((int(origin[begin][0]), int(origin[begin][1])), run)
+
+
+def ring_bytes(capacity: int, specs: Mapping[str, ColumnSpec]) -> int:
+    """Bytes of a full ring, its index included."""
+    row = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in specs.values())
+    return capacity * (row + 8 + 8 + 8 + 8)  # next, origin, start, slot
+
+
+def check_memory(capacity: int, specs: Mapping[str, ColumnSpec]) -> None:
+    """Raises MemoryError if a ring of that capacity exceeds nine tenths of the memory that is free."""
+    needed, free = ring_bytes(capacity, specs), available_memory()
+    if needed > 0.9 * free:
+        fits = int(0.9 * free * capacity / needed)
+        raise MemoryError(
+            f"replay.capacity={capacity:,} rows needs {needed / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB of memory "
+            f"are free. Lower replay.capacity to at most {fits:,}."
+        )
+
+
+def available_memory() -> int:
+    """Bytes free for this process: the machine's, or what its control group leaves."""
+    free = _meminfo_available()
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - used, 0))
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: the machine's whole memory

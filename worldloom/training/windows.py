@@ -1,0 +1,77 @@
+"""Which rows of replay may start a window: kept up to date row by row, drawn uniformly in constant time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from worldloom.types import Array, WindowSpec
+
+
+class WindowIndex:
+    """The set of valid window starts, as a dense array with a slot per row: O(1) insertion, removal and draw.
+
+    Rows are known by their ring position. A row becomes a start once the window's last row has arrived, and ceases
+    to be one when it is evicted; windows of evicted rows need no care, since their start is the oldest row.
+    """
+
+    def __init__(self, spec: WindowSpec, capacity: int) -> None:
+        self.spec = spec
+        self._starts = np.empty(capacity, np.int64)
+        self._slot = np.full(capacity, -1, np.int64)
+        self.count = 0
+
+    def add(self, positions: Array) -> None:
+        """These ring positions [n] now start a complete window."""
+        slots = np.arange(self.count, self.count + len(positions))
+        self._starts[slots] = positions
+        self._slot[positions] = slots
+        self.count += len(positions)
+
+    def remove(self, positions: Array) -> None:
+        """These ring positions [n] are about to be overwritten; the last starts move into the holes."""
+        holes = self._slot[positions]
+        holes = holes[holes >= 0]
+        if not len(holes):
+            return
+        self._slot[positions] = -1
+        left = self.count - len(holes)
+        tail = self._starts[left : self.count]
+        movers, holes = tail[self._slot[tail] >= 0], np.sort(holes[holes < left])
+        self._starts[holes] = movers
+        self._slot[movers] = holes
+        self.count = left
+
+    def draw(self, rng: np.random.Generator, batch_size: int) -> Array:
+        """[B] ring positions, uniform and with replacement."""
+        return self._starts[rng.integers(self.count, size=batch_size)]
+
+    def starts(self) -> Array:
+        """Every valid start, in the order that draws index."""
+        return self._starts[: self.count].copy()
+
+
+class Stream:
+    """What must be remembered of one sequence of rows to know which windows its next rows complete."""
+
+    def __init__(self, spec: WindowSpec) -> None:
+        self._spec = spec
+        self._tail = np.empty(0, np.int64)  # row numbers of the last T - 1 rows
+        self._run = 0  # rows since the window could last have begun anew
+
+    def extend(self, numbers: Array, is_first: Array, oldest: int) -> Array:
+        """Append rows with consecutive `numbers` [n]; the row numbers that now start a complete window.
+
+        oldest: rows with smaller numbers are gone.
+        """
+        length = self._spec.length
+        runs = np.arange(self._run + 1, self._run + 1 + len(numbers))
+        if not self._spec.crosses_episodes:
+            begins = np.where(is_first, np.arange(len(numbers)), -1)
+            last = np.maximum.accumulate(begins)
+            runs = np.where(last >= 0, np.arange(len(numbers)) - last + 1, runs)
+        self._run = int(runs[-1])
+        known = np.concatenate([self._tail, numbers])
+        at = np.flatnonzero(runs >= length) + len(self._tail) - (length - 1)
+        self._tail = known[len(known) - min(length - 1, len(known)) :]
+        starts = known[at]
+        return starts[starts >= oldest]
