@@ -105,7 +105,7 @@ def test_wrong_actions_and_names_are_refused():
         env.step(np.zeros((2, 3), np.float32))
     with pytest.raises(ValueError, match=r"Did you mean.*Pendulum-v1"):
         make_env("Pendulun-v1")
-    with pytest.raises(ValueError, match="cannot be imported.*no_such_module"):
+    with pytest.raises(ValueError, match=r"cannot be imported.*no_such_module"):
         make_env("no_such_module:Thing-v0")
     with pytest.raises(TypeError, match="expected Box"):
         make_env("FrozenLake-v1")

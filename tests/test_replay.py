@@ -2,12 +2,13 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import environments  # noqa: F401
 from worldloom.envs import make_env
-from worldloom.training.chunk import Chunk, ChunkKey
+from worldloom.training.chunk import Chunk, ChunkInfo, ChunkKey
 from worldloom.training.replay import ReplayBuffer
 from worldloom.training.rollout import Rollout
 from worldloom.types import ColumnSpec, WindowSpec
@@ -38,7 +39,8 @@ def rows(steps, first, tag=0.0, end=None):
 def chunk_of(parts, key=(0, 0, 0)):
     columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     lengths = tuple(len(p["rewards"]) for p in parts)
-    return Chunk(ChunkKey(*key), columns, lengths, 0, (), (), 0, 0)
+    info = ChunkInfo(ChunkKey(*key), int((~columns["is_first"]).sum()), 0, (), (), 0, 0, 0.0)
+    return Chunk(columns, lengths, info)
 
 
 def buffer(capacity=100, windows=None, **kwargs):
@@ -260,9 +262,7 @@ class Echo:
 
     def __init__(self):
         self.columns = {"mark": ColumnSpec((1,), "float32")}
-
-    def seed(self, seed):
-        pass
+        self.acting_generator = torch.Generator()
 
     def act(self, obs, act_state, is_first, explore=True):  # noqa: ARG002
         return obs[:, :1] / 100, {"obs": obs}
@@ -281,10 +281,10 @@ def test_rollout_to_replay_keeps_the_time_alignment_end_to_end(true_end):
     lengths, returns, steps = [], [], 0
     for _ in range(12):
         chunk = rollout.collect(5)
-        lengths += chunk.episode_lengths
-        returns += chunk.returns
-        steps += chunk.steps
-        assert chunk.true_ends == (len(chunk.returns) if true_end else 0)
+        lengths += chunk.info.episode_lengths
+        returns += chunk.info.returns
+        steps += chunk.info.steps
+        assert chunk.info.true_ends == (len(chunk.info.returns) if true_end else 0)
         replay.insert(chunk)
     assert replay.accepted().steps == steps == 12 * 5 * 3 - 3  # the last rows are held back
     assert set(lengths) == {7}
@@ -310,7 +310,7 @@ def test_an_environment_that_raises_cuts_its_episode_short():
     make = lambda: Environment(gymnasium.make("Faulty-v0", period=5, length=100, disable_env_checker=True))  # noqa: E731
     rollout = Rollout(VectorEnv(make, 1, 0), Echo(), seed=0)
     chunk = rollout.collect(6)
-    assert chunk.failures == 1
+    assert chunk.info.failures == 1
     assert chunk.columns["obs"][:, 0].tolist() == [0, 1, 2, 3, 4, 0]
     assert chunk.columns["truncated"].tolist() == [False] * 4 + [True, False]
     assert chunk.columns["is_first"].tolist() == [True] + [False] * 4 + [True]

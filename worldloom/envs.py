@@ -84,6 +84,12 @@ class Environment:
             raise ValueError(f"{self.name} gave reward {total}, expected a finite number. Check its reward function.")
         return self._observation(obs), total, bool(terminated), bool(truncated)
 
+    def step_once(self) -> None:
+        """Reset and take one step in the middle of the action space: what is broken shows here, before a run starts."""
+        self.reset(seed=0)
+        middle = np.zeros(self.action_dim, np.float32)
+        self.step(middle)
+
     def render(self) -> Array:
         """An RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
         return np.asarray(self._env.render())

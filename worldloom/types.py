@@ -150,7 +150,9 @@ class Agent(Protocol):
     columns: Mapping[str, ColumnSpec]  # extra replay columns, empty where none are needed
     random_warmup: bool  # act uniformly at random until learning starts
     pretrain: bool  # replay the warm-up steps at the train ratio too, in one burst when learning starts
+    train_ratio: float  # the published one: replayed steps per environment step
     updates: int  # gradient updates so far
+    acting_generator: torch.Generator  # all the randomness of `act`; learning has its own
 
     def act(
         self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
@@ -168,9 +170,6 @@ class Agent(Protocol):
 
     def load_acting_weights(self, flat: Array) -> None:
         """Take what `acting_weights` gave. Raises ValueError for another model's."""
-
-    def seed(self, seed: int) -> None:
-        """Restart every random generator of this agent."""
 
     def describe(self) -> dict[str, Any]:
         """The preset-independent description that `load_agent` rebuilds the agent from (JSON types)."""

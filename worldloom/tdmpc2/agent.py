@@ -37,11 +37,12 @@ class TDMPC2Agent:
         self.world_model, self.config, self.planner = model, c, Planner(model)
         self.batch_size, self.pretrain = c.batch_size, c.pretrain
         self.windows = WindowSpec(length=c.horizon + 1, context=1, crosses_episodes=False)
+        self.train_ratio = float(c.batch_size * c.horizon)  # one update per environment step
         self.updates = 0
         self.scale = RunningScale(c.tau)
         self.device = model.bins.device
-        self._generator = torch.Generator(self.device)
-        self.seed(seed)
+        self.acting_generator = torch.Generator(self.device).manual_seed(seed)
+        self._generator = torch.Generator(self.device).manual_seed(seed + 1)  # of learning
         policy = list(model.policy.parameters())
         encoder = list(model.encoder.parameters())
         apart = {id(p) for p in [*policy, *encoder]}
@@ -59,7 +60,7 @@ class TDMPC2Agent:
     ) -> tuple[Array, ActState]:
         """Actions [E, A] in [-1, 1] for obs [E, V]; act_state holds each environment's previous plan."""
         z = self.world_model.encode(torch.as_tensor(obs, device=self.device)).deterministic
-        noise = self.planner.draw_noise(len(z), self._generator)
+        noise = self.planner.draw_noise(len(z), self.acting_generator)
         mean = self._previous_mean(act_state, is_first, len(z))
         if self.config.mpc:
             action, mean = self.planner.plan(z, mean, noise, explore)
@@ -87,7 +88,7 @@ class TDMPC2Agent:
         """One update: world model, then policy, then target values (algorithm 2 of the paper)."""
         batch = cast(Batch, {name: torch.as_tensor(value, device=self.device) for name, value in batch.items()})
         model, c = self.world_model, self.config
-        noise = model.draw_noise(*batch["actions"].shape[:2], generator=self._generator)
+        noise = model.draw_noise(*batch["actions"].shape[:2], self._generator)
         found = model.losses(batch, noise)
         self._model_optimizer.zero_grad()
         found.loss.backward()  # type: ignore[no-untyped-call]
@@ -169,9 +170,6 @@ class TDMPC2Agent:
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.copy_(piece.view_as(parameter))
 
-    def seed(self, seed: int) -> None:
-        self._generator.manual_seed(seed)
-
     def describe(self) -> dict[str, Any]:
         return self.world_model.describe()
 
@@ -183,6 +181,7 @@ class TDMPC2Agent:
             "scale": self.scale.value,
             "updates": self.updates,
             "generator": self._generator.get_state(),
+            "acting_generator": self.acting_generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -192,6 +191,7 @@ class TDMPC2Agent:
         self.scale.value = state["scale"].to(self.device)
         self.updates = int(state["updates"])
         self._generator.set_state(state["generator"])
+        self.acting_generator.set_state(state["acting_generator"])
 
 
 def policy_loss(value: Tensor, scaled_entropy: Tensor, rho: float, entropy_coef: float) -> Tensor:

@@ -21,22 +21,26 @@ class ChunkKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """R rows of E environments, one environment after the other; the time alignment is that of `worldloom.types`."""
+class ChunkInfo:
+    """What a chunk tells about itself; small, so that it can travel without the rows."""
 
     key: ChunkKey
-    columns: dict[str, Array]  # name -> [R, ...]
-    lengths: tuple[int, ...]  # rows of each environment, E numbers that sum to R
+    steps: int  # environment steps: rows that an action led to
     version: int  # of the weights that acted
     returns: tuple[float, ...]  # of the episodes that ended here
     episode_lengths: tuple[int, ...]  # their agent steps
     true_ends: int  # how many of them ended terminated
     failures: int  # environments rebuilt here after an error
+    seconds: float  # spent collecting
 
-    @property
-    def steps(self) -> int:
-        """Environment steps: rows that an action led to."""
-        return int((~self.columns["is_first"]).sum())
+
+@dataclass(frozen=True)
+class Chunk:
+    """R rows of E environments, one environment after the other; the time alignment is that of `worldloom.types`."""
+
+    columns: dict[str, Array]  # name -> [R, ...]
+    lengths: tuple[int, ...]  # rows of each environment, E numbers that sum to R
+    info: ChunkInfo
 
 
 def base_columns(obs_shape: tuple[int, ...], obs_dtype: str, action_dim: int) -> dict[str, ColumnSpec]:

@@ -104,13 +104,11 @@ class ReplayBuffer:
         Raises ValueError for columns of other names, shapes or lengths, before anything is changed.
         """
         self._check(chunk.columns, sum(chunk.lengths))
-        actor, incarnation, sequence = chunk.key
+        actor, incarnation, sequence = chunk.info.key
         last = self._sequence.get(actor)
         if last is not None and (incarnation, sequence) <= last:
             self._duplicates += 1
             return self.accepted()
-        if last is not None and incarnation > last[0]:
-            self._interrupt(actor)
         self._sequence[actor] = (incarnation, sequence)
         begin = 0
         for env, length in enumerate(chunk.lengths):
@@ -188,6 +186,7 @@ class ReplayBuffer:
     def _append(self, origin: tuple[int, int], columns: Mapping[str, Array]) -> None:
         """Write consecutive rows of one stream over the oldest rows and link them."""
         count = len(columns["rewards"])
+        columns = self._cut_at_seams(origin, columns)
         numbers = np.arange(self._rows, self._rows + count)
         positions = numbers % self.capacity
         if self._rows + count > self.capacity:
@@ -208,14 +207,21 @@ class ReplayBuffer:
         self._steps += int((~columns["is_first"]).sum())
         self._episodes += int((columns["terminated"] | columns["truncated"]).sum())
 
-    def _interrupt(self, actor: int) -> None:
-        """The actor was started anew: its open episodes end truncated, never terminated."""
-        for origin, number in self._last.items():
-            position = number % self.capacity
-            if origin[0] == actor and number >= self._rows - self.capacity:
-                ended = self._columns["terminated"][position] | self._columns["truncated"][position]
-                self._columns["truncated"][position] |= not ended
-                self._episodes += int(not ended)
+    def _cut_at_seams(self, origin: tuple[int, int], columns: Mapping[str, Array]) -> Mapping[str, Array]:
+        """An episode that stops without an end (its actor died) ends truncated, never terminated."""
+        ended, is_first = columns["terminated"] | columns["truncated"], columns["is_first"]
+        previous = self._last.get(origin, -1)
+        if is_first[0] and previous >= max(self._rows - self.capacity, 0):
+            at = previous % self.capacity
+            if not (self._columns["terminated"][at] or self._columns["truncated"][at]):
+                self._columns["truncated"][at] = True
+                self._episodes += 1
+        open_ends = is_first[1:] & ~ended[:-1]
+        if not open_ends.any():
+            return columns
+        truncated = columns["truncated"].copy()
+        truncated[:-1] |= open_ends
+        return {**columns, "truncated": truncated}
 
     # Out
 

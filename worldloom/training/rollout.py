@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.envs import Step, VectorEnv
-from worldloom.training.chunk import Chunk, ChunkBuilder, ChunkKey, base_columns
+from worldloom.training.chunk import Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
 from worldloom.types import ActState, Agent, Array, Weights, action_rows
 
 
@@ -23,7 +23,7 @@ class Rollout:
         self.env, self.agent, self.version = env, agent, 0
         self._actor, self._incarnation, self._sequence = actor, incarnation, 0
         self._rng = np.random.default_rng([seed, actor, incarnation])
-        agent.seed(int(self._rng.integers(2**31)))
+        agent.acting_generator.manual_seed(int(self._rng.integers(2**31)))
         space = env.observation_space
         self._columns = {
             **base_columns(space.shape, str(space.dtype), env.action_dim),
@@ -50,27 +50,28 @@ class Rollout:
             self._start(self.env.reset(), self._all)
         builder = ChunkBuilder(self._columns, self.env.num_envs, 2 * steps)
         episodes: list[tuple[float, int, bool]] = []
-        failures, deadline = self.env.failures, time.monotonic() + seconds
+        failures, began = self.env.failures, time.monotonic()
         for _ in range(steps):
-            actions, columns = self._act(random)
+            actions, extra = self._act(random)
             step = self.env.step(actions)
             self._pending["truncated"] |= step.failed  # an episode cut short by an error ends truncated
-            builder.append(self._all, **self._pending, **columns)
+            builder.append(self._all, **self._pending, **extra)
             self._advance(actions, step, builder, episodes)
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > seconds:
                 break
-        key = ChunkKey(self._actor, self._incarnation, self._sequence)
-        self._sequence += 1
-        return Chunk(
-            key,
-            builder.columns(),
-            builder.lengths(),
-            self.version,
-            tuple(total for total, _, _ in episodes),
-            tuple(length for _, length, _ in episodes),
-            sum(true_end for _, _, true_end in episodes),
-            self.env.failures - failures,
+        columns = builder.columns()
+        info = ChunkInfo(
+            key=ChunkKey(self._actor, self._incarnation, self._sequence),
+            steps=int((~columns["is_first"]).sum()),
+            version=self.version,
+            returns=tuple(total for total, _, _ in episodes),
+            episode_lengths=tuple(length for _, length, _ in episodes),
+            true_ends=sum(true_end for _, _, true_end in episodes),
+            failures=self.env.failures - failures,
+            seconds=time.monotonic() - began,
         )
+        self._sequence += 1
+        return Chunk(columns, builder.lengths(), info)
 
     def _act(self, random: bool) -> tuple[Array, dict[str, Array]]:
         if random:

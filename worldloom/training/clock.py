@@ -1,0 +1,83 @@
+"""When things are due: updates against environment steps, and everything that happens at intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class RateLimiter:
+    """Keeps the train ratio: replayed steps per environment (policy) step.
+
+    Both sides are counted where they are settled: environment steps when replay accepted them, updates when the
+    learner finished them. replayed_per_update: B times the trained steps of a window. The warm-up's own steps are
+    replayed too if `pretrain` (one burst when learning starts, as TD-MPC2 does), and never otherwise.
+    """
+
+    def __init__(self, train_ratio: float, replayed_per_update: int, learning_starts: int, pretrain: bool) -> None:
+        self.train_ratio, self.replayed_per_update = train_ratio, replayed_per_update
+        self.learning_starts, self.pretrain = learning_starts, pretrain
+        self.env_steps = 0
+        self.updates = 0
+
+    @property
+    def updates_per_step(self) -> float:
+        return self.train_ratio / self.replayed_per_update
+
+    @property
+    def learning(self) -> bool:
+        return self.env_steps >= self.learning_starts
+
+    @property
+    def counted_steps(self) -> int:
+        """Environment steps that updates are owed for."""
+        return self.env_steps if self.pretrain else max(self.env_steps - self.learning_starts, 0)
+
+    def updates_due(self) -> int:
+        """Updates owed now; 0 until learning starts."""
+        if not self.learning:
+            return 0
+        owed = self.counted_steps * self.train_ratio / self.replayed_per_update
+        return max(math.floor(owed + 1e-9) - self.updates, 0)
+
+    def steps_ahead(self) -> float:
+        """How many environment steps the collecting side is ahead of the learner; 0 until learning starts."""
+        if not self.learning:
+            return 0.0
+        return max(self.counted_steps - self.updates / self.updates_per_step, 0.0)
+
+    @property
+    def actual(self) -> float:
+        """Replayed steps per counted environment step so far; 0 before the first."""
+        return self.updates * self.replayed_per_update / max(self.counted_steps, 1)
+
+    def describe(self) -> str:
+        """The ratio in all the usual units."""
+        per_step = self.updates_per_step
+        updates = f"{per_step:g} updates a step" if per_step >= 1 else f"1 update every {1 / per_step:g} steps"
+        return (
+            f"train ratio {self.train_ratio:g}: {self.train_ratio:g} replayed steps per environment step, "
+            f"{updates} ({self.replayed_per_update} steps in a batch), from step {self.learning_starts:,} on"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"env_steps": self.env_steps, "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Both totals together, so that nothing is owed after a resume that was not owed before."""
+        self.env_steps, self.updates = int(state["env_steps"]), int(state["updates"])
+
+
+class Every:
+    """Due once whenever another multiple of `interval` steps has been reached; never if the interval is 0."""
+
+    def __init__(self, interval: int, start: int = 0) -> None:
+        self._interval = interval
+        self._done = start // interval if interval else 0
+
+    def due(self, step: int) -> bool:
+        if not self._interval or step // self._interval <= self._done:
+            return False
+        self._done = step // self._interval
+        return True

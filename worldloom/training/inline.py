@@ -1,0 +1,92 @@
+"""The in-process trainer: the whole loop in one place, without Ray."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from worldloom.training.checkpoint import (
+    ReplayStore,
+    begin_checkpoint,
+    commit_checkpoint,
+    load_agent_state,
+    save_agent,
+)
+from worldloom.training.config import RunConfig
+from worldloom.training.evaluation import Evaluation, evaluate
+from worldloom.training.interrupt import GracefulStop
+from worldloom.training.rollout import Rollout
+from worldloom.training.run import EVAL_SEED, Run
+from worldloom.training.task import agent_spec, choose_device, make_replay, make_task_agent, make_task_env, probe_task
+
+
+class InlineTrainer:
+    """Collects, replays and learns in this process, one vector step at a time."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, resume: bool = False) -> None:
+        task = probe_task(config)
+        seed = config.train.seed
+        self.config = config
+        self.agent = make_task_agent(config, task, choose_device(config.train.device), seed)
+        spec = agent_spec(self.agent)
+        self.replay = make_replay(config, task, spec)
+        self.run = Run(config, run_dir, task, spec, resume)
+        self.store = ReplayStore(run_dir)
+        if self.run.checkpoint:
+            load_agent_state(self.run.checkpoint, self.agent)
+            self.store.load(self.run.checkpoint, self.replay)
+        env = make_task_env(config, config.env.num_envs, seed + self.run.incarnation)
+        self.rollout = Rollout(env, self.agent, seed, incarnation=self.run.incarnation)
+
+    def train(self) -> dict[str, Any]:
+        """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
+        run, limiter = self.run, self.run.limiter
+        with GracefulStop() as stop:
+            try:
+                while not run.finished and not stop.requested:
+                    chunk = self.rollout.collect(1, run.random_actions)
+                    limiter.env_steps = self.replay.insert(chunk).steps
+                    run.recorder.chunk(chunk.info, self.rollout.version)
+                    self._learn(stop)
+                    if run.log_clock.due(limiter.env_steps):
+                        run.recorder.log()
+                    if run.eval_clock.due(limiter.env_steps) and not run.finished:
+                        run.recorder.evaluated(limiter.env_steps, self._evaluate())
+                    if run.checkpoint_clock.due(limiter.env_steps):
+                        self.save()
+                return self._finish(stop.requested and not run.finished)
+            finally:
+                run.recorder.close()
+                self.rollout.env.close()
+
+    def _learn(self, stop: GracefulStop) -> None:
+        """Do the updates that are due; write back the replay columns that they refreshed."""
+        limiter = self.run.limiter
+        while limiter.updates_due() and not stop.requested:
+            begun = time.monotonic()
+            batch = self.replay.sample(self.agent.batch_size)
+            metrics, columns = self.agent.update(batch)
+            if columns:
+                self.replay.write_back(batch["rows"].numpy(), columns)
+            limiter.updates += 1
+            self.run.recorder.updated(metrics, 1, time.monotonic() - begun)
+
+    def _evaluate(self) -> Evaluation:
+        make = lambda count: make_task_env(self.config, count, EVAL_SEED + self.config.train.seed)  # noqa: E731
+        return evaluate(self.agent, make, self.config.eval.episodes, EVAL_SEED)
+
+    def save(self) -> None:
+        """Write a checkpoint of everything."""
+        partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
+        save_agent(partial, self.agent)
+        rows = self.store.save(partial, self.replay)
+        commit_checkpoint(partial, self.run.manifest(rows, self.run.incarnation), self.config.checkpoint.keep)
+
+    def _finish(self, interrupted: bool) -> dict[str, Any]:
+        self.save()
+        evaluation = None if interrupted else self._evaluate()
+        if evaluation:
+            self.run.recorder.evaluated(self.run.limiter.env_steps, evaluation)
+        status = "interrupted" if interrupted else "completed"
+        return self.run.recorder.summarise(status, self.run.spec.device, evaluation)

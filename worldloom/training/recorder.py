@@ -1,0 +1,184 @@
+"""The run's bookkeeping: what happened, how fast, what held it up; as metrics, a display and summary.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.training.chunk import ChunkInfo
+from worldloom.training.clock import RateLimiter
+from worldloom.training.config import RunConfig
+from worldloom.training.display import Display, Standing
+from worldloom.training.evaluation import Evaluation
+from worldloom.training.logger import MetricsLogger
+from worldloom.types import Metrics
+
+RECENT_EPISODES = 20
+COUNTERS = ("episodes", "true_ends", "env_failures", "actor_restarts", "env_steps_discarded", "updates_lost")
+
+
+class Recorder:
+    """Told of every chunk, update, evaluation and loss; `limiter` holds the totals of steps and updates."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, limiter: RateLimiter, before: Mapping[str, Any]) -> None:
+        self._run_dir, self._config, self._limiter = run_dir, config, limiter
+        self._logger = MetricsLogger(run_dir)
+        self._display = Display(config.train.total_steps, limiter.env_steps)
+        self.counters = {name: int(before.get(name, 0)) for name in COUNTERS}
+        self._wall_before = float(before.get("wall_seconds", 0.0))
+        self._begun = time.monotonic()
+        self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self._staleness: list[int] = []
+        self._learner_metrics: dict[str, float] = defaultdict(float)
+        self._learner_updates = 0
+        self._evaluation: Evaluation | None = None
+        self._learning_since: float | None = None
+        self._busy = 0.0  # seconds of learning, since the start
+        self._held = 0.0  # seconds in which collecting had to wait for the learner
+        self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
+        self._said_true_ends = False
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of the whole run, earlier sessions included."""
+        return self._wall_before + time.monotonic() - self._begun
+
+    def say(self, text: str) -> None:
+        self._display.say(text)
+
+    def chunk(self, info: ChunkInfo, newest_version: int) -> None:
+        """An accepted chunk."""
+        self.counters["episodes"] += len(info.returns)
+        self.counters["true_ends"] += info.true_ends
+        self._returns.extend(info.returns)
+        self._staleness.append(newest_version - info.version)
+        if info.failures:
+            self.counters["env_failures"] += info.failures
+            self.say(f"actor {info.key.actor}: {info.failures} environment(s) raised and were rebuilt in place")
+        self._display.show(self._standing())
+
+    def warn_of_true_ends(self, text: str) -> None:
+        """Say once that episodes end truly although the model has no notion of it."""
+        if self.counters["true_ends"] and not self._said_true_ends:
+            self._said_true_ends = True
+            self.say(text)
+
+    def updated(self, metrics: Metrics, updates: int, seconds: float) -> None:
+        """`updates` updates took `seconds`; metrics are their means."""
+        if self._learning_since is None:
+            self._learning_since = time.monotonic() - seconds
+        for name, value in metrics.items():
+            self._learner_metrics[name] += value * updates
+        self._learner_updates += updates
+        self._busy += seconds
+        self._display.show(self._standing())
+
+    def held(self, seconds: float) -> None:
+        self._held += seconds
+
+    def evaluated(self, env_steps: int, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        metrics = {
+            "eval/return_mean": evaluation.mean,
+            "eval/return_std": evaluation.std,
+            "eval/length_mean": float(np.mean(evaluation.lengths)),
+        }
+        self._logger.write(env_steps, self._limiter.updates, self.wall_seconds, metrics)
+        self.say(
+            f"step {env_steps:,}: evaluation over {len(evaluation.returns)} episodes: "
+            f"{evaluation.mean:.1f} ± {evaluation.std:.1f}"
+        )
+
+    def log(self) -> None:
+        """Write a line of metrics over the time since the last."""
+        now, limiter = time.monotonic(), self._limiter
+        then, steps, updates, _, _ = self._mark
+        span = max(now - then, 1e-9)
+        metrics = {
+            "rate/env_steps_per_second": (limiter.env_steps - steps) / span,
+            "rate/updates_per_second": (limiter.updates - updates) / span,
+            "rate/learner_busy_fraction": self._busy_fraction(),
+            "rate/train_ratio": limiter.actual,
+            "frames": float(limiter.env_steps * self._config.env.action_repeat),
+            "episodes": float(self.counters["episodes"]),
+        }
+        if self._returns:
+            metrics["episode/return"] = float(np.mean(self._returns))
+        if self._staleness:
+            metrics["weights/staleness"] = float(np.mean(self._staleness[-100:]))
+        for name, total in self._learner_metrics.items():
+            metrics[f"learner/{name}"] = total / self._learner_updates
+        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics)
+        self._display.line(self._standing())
+        self._learner_metrics.clear()
+        self._learner_updates = 0
+        self._mark = (now, limiter.env_steps, limiter.updates, self._busy, self._held)
+
+    def _standing(self) -> Standing:
+        then, steps, _, _, _ = self._mark
+        span = time.monotonic() - then
+        return Standing(
+            self._limiter.env_steps,
+            self._limiter.updates,
+            (self._limiter.env_steps - steps) / span if span > 0 else 0.0,
+            float(np.mean(self._returns)) if self._returns else None,
+            self._evaluation.mean if self._evaluation else None,
+            self.limited_by(),
+        )
+
+    def limited_by(self) -> str:
+        """What the run waited for since the last log line."""
+        if not self._limiter.learning:
+            return "environments (warm-up)"
+        then, _, _, busy, held = self._mark
+        span = max(time.monotonic() - then, 1e-9)
+        if (self._busy - busy) / span >= 0.8 or (self._held - held) / span >= 0.5:
+            return "learner"
+        return "environments"
+
+    def _busy_fraction(self) -> float:
+        if self._learning_since is None:
+            return 0.0
+        return min(self._busy / max(time.monotonic() - self._learning_since, 1e-9), 1.0)
+
+    def saved_counters(self) -> dict[str, Any]:
+        """What a resumed run goes on counting from."""
+        return {**self.counters, "wall_seconds": self.wall_seconds}
+
+    def summarise(self, status: str, device: str, evaluation: Evaluation | None) -> dict[str, Any]:
+        """Write summary.json and return what it holds."""
+        limiter, wall = self._limiter, self.wall_seconds
+        summary = {
+            "status": status,
+            "algorithm": self._config.algorithm,
+            "env_id": self._config.env.id,
+            "env_steps": limiter.env_steps,
+            "frames": limiter.env_steps * self._config.env.action_repeat,
+            "updates": limiter.updates,
+            "eval_return_mean": evaluation.mean if evaluation else None,
+            "eval_return_std": evaluation.std if evaluation else None,
+            "eval_episodes": len(evaluation.returns) if evaluation else 0,
+            "wall_seconds": round(wall, 2),
+            "env_steps_per_second": round(limiter.env_steps / wall, 2),
+            "updates_per_second": round(limiter.updates / wall, 2),
+            "learner_busy_fraction": round(self._busy_fraction(), 4),
+            "train_ratio_target": limiter.train_ratio,
+            "train_ratio_actual": round(limiter.actual, 4),
+            "weight_staleness_p95": float(np.percentile(self._staleness, 95)) if self._staleness else 0.0,
+            **self.counters,
+            "seed": self._config.train.seed,
+            "device": device,
+            "runtime": self._config.runtime.kind,
+        }
+        (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def close(self) -> None:
+        self._display.close()
+        self._logger.close()

@@ -1,0 +1,74 @@
+"""One run, whatever its runtime: its directory, limiter, intervals, bookkeeping and manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from worldloom.training.checkpoint import newest_checkpoint, read_manifest
+from worldloom.training.chunk import base_columns
+from worldloom.training.clock import Every
+from worldloom.training.config import RunConfig
+from worldloom.training.recorder import Recorder
+from worldloom.training.replay import ring_bytes
+from worldloom.training.task import AgentSpec, Task, make_limiter
+
+EVAL_SEED = 1_000_003  # apart from the seeds that training uses
+
+
+class Run:
+    """What the in-process trainer and the Ray coordinator share. With `resume`, counters go on where they stopped."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, task: Task, spec: AgentSpec, resume: bool) -> None:
+        self.config, self.dir, self.spec = config, run_dir, spec
+        self.checkpoint = newest_checkpoint(run_dir) if resume else None
+        manifest = read_manifest(self.checkpoint) if self.checkpoint else {}
+        self.limiter = make_limiter(config, spec)
+        if manifest:
+            self.limiter.load_state_dict(manifest["limiter"])
+        self.incarnation = (
+            int(manifest.get("incarnation", -1)) + 1
+        )  # actors started now are told apart from earlier ones
+        self.recorder = Recorder(run_dir, config, self.limiter, manifest.get("counters", {}))
+        self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
+        self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
+        self.log_clock = Every(config.log.interval, self.limiter.env_steps)
+        self._introduce(task)
+
+    def _introduce(self, task: Task) -> None:
+        spec, config, say = self.spec, self.config, self.recorder.say
+        say(f"run directory: {self.dir.resolve()}")
+        say(
+            f"{config.algorithm} ({spec.parameters:,} parameters) on {config.env.id}: observations "
+            f"{task.observation_space.shape}, actions [{task.action_dim}], learner on {spec.device}"
+        )
+        columns = base_columns(task.observation_space.shape, str(task.observation_space.dtype), task.action_dim)
+        size = ring_bytes(config.replay.capacity, {**columns, **spec.columns})
+        say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
+        say(self.limiter.describe())
+        if self.checkpoint:
+            say(
+                f"resumed from {self.checkpoint.name}: {self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return self.limiter.env_steps >= self.config.train.total_steps
+
+    @property
+    def random_actions(self) -> bool:
+        """Whether to act at random now: the warm-up of agents that ask for one."""
+        return self.spec.random_warmup and not self.limiter.learning
+
+    def manifest(self, rows: list[str], incarnation: int) -> dict[str, Any]:
+        return {
+            "algorithm": self.config.algorithm,
+            "env_id": self.config.env.id,
+            "limiter": self.limiter.state_dict(),
+            "counters": self.recorder.saved_counters(),
+            "incarnation": incarnation,
+            "rows": rows,
+        }
+
+    def resume_command(self) -> str:
+        return f"python -m launch.train --resume --run-dir {self.dir}"

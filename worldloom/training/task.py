@@ -1,0 +1,128 @@
+"""From a configuration to the things it names: environments, an agent, and what each must know of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worldloom.catalog import build_config, create_agent
+from worldloom.envs import VectorEnv, make_env, make_environment
+from worldloom.training.clock import RateLimiter
+from worldloom.training.config import RunConfig
+from worldloom.training.replay import ReplayBuffer
+from worldloom.types import Agent, ColumnSpec, WindowSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an environment offers an agent."""
+
+    observation_space: Any  # gymnasium.spaces.Box
+    action_space: Any  # gymnasium.spaces.Box in [-1, 1]
+    action_dim: int
+    discrete: bool
+    episode_length: int | None  # agent steps, where the environment has a limit
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """What replay, limiter and rollouts must know of an agent, without holding it."""
+
+    description: dict[str, Any]
+    batch_size: int
+    windows: WindowSpec
+    columns: Mapping[str, ColumnSpec]
+    train_ratio: float
+    pretrain: bool
+    random_warmup: bool
+    parameters: int
+    device: str
+
+
+def probe_task(config: RunConfig) -> Task:
+    """Make one environment to see its spaces. Raises ValueError or TypeError for one that cannot be used."""
+    env = make_environment(config.env.id, config.env.action_repeat)
+    try:
+        env.step_once()
+        if env.discrete:
+            raise TypeError(
+                f"{config.env.id} has discrete actions, but {config.algorithm} acts in continuous (Box) action spaces. "
+                "Choose an environment with continuous actions."
+            )
+        return Task(env.observation_space, env.action_space, env.action_dim, env.discrete, env.episode_length)
+    finally:
+        env.close()
+
+
+def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Agent:
+    return create_agent(
+        config.algorithm,
+        task.observation_space,
+        task.action_space,
+        episode_length=task.episode_length,
+        device=device,
+        seed=seed,
+        **config.agent,
+    )
+
+
+def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
+    return make_env(config.env.id, num_envs, seed, config.env.action_repeat, render_mode)
+
+
+def agent_spec(agent: Agent) -> AgentSpec:
+    parameters = sum(p.numel() for p in agent.world_model.parameters() if p.requires_grad)
+    return AgentSpec(
+        agent.describe(),
+        agent.batch_size,
+        agent.windows,
+        dict(agent.columns),
+        agent.train_ratio,
+        agent.pretrain,
+        agent.random_warmup,
+        parameters,
+        str(next(agent.world_model.parameters()).device),
+    )
+
+
+def make_replay(config: RunConfig, task: Task, spec: AgentSpec) -> ReplayBuffer:
+    """Raises MemoryError if it does not fit, ValueError if it is shorter than a window."""
+    return ReplayBuffer(
+        config.replay.capacity,
+        task.observation_space.shape,
+        task.action_dim,
+        obs_dtype=str(task.observation_space.dtype),
+        windows=spec.windows,
+        columns=spec.columns,
+        seed=config.train.seed,
+    )
+
+
+def make_limiter(config: RunConfig, spec: AgentSpec) -> RateLimiter:
+    ratio = config.train.train_ratio or spec.train_ratio
+    per_update = spec.batch_size * spec.windows.trained
+    return RateLimiter(ratio, per_update, config.train.learning_starts, spec.pretrain)
+
+
+def choose_device(name: str) -> str:
+    """auto takes a GPU if there is one. Raises ValueError for a device that is absent."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device is {name!r}, expected auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device is {name!r}, but there is no CUDA device here. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"train.device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices.")
+    return name
+
+
+def check_config(config: RunConfig) -> None:
+    """Everything that can be refused before anything starts. Raises ValueError or TypeError."""
+    build_config(config.algorithm, config.agent)
+    choose_device(config.train.device)
