@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +52,10 @@ def base_columns(obs_shape: tuple[int, ...], obs_dtype: str, action_dim: int) ->
         "rewards": ColumnSpec((), "float32"),
         **{flag: ColumnSpec((), "bool") for flag in FLAGS},
     }
+
+
+def row_bytes(columns: Mapping[str, ColumnSpec]) -> int:
+    return sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in columns.values())
 
 
 class ChunkBuilder:

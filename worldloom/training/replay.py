@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from worldloom.training.chunk import Chunk, base_columns
+from worldloom.training.chunk import Chunk, base_columns, row_bytes
 from worldloom.training.windows import Stream, WindowIndex
 from worldloom.types import Array, Batch, ColumnSpec, WindowSpec
 
@@ -312,8 +312,7 @@ class ReplayBuffer:
 
 def ring_bytes(capacity: int, specs: Mapping[str, ColumnSpec]) -> int:
     """Bytes of a full ring, its index included."""
-    row = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in specs.values())
-    return capacity * (row + 8 + 8 + 8 + 8)  # next, origin, start, slot
+    return capacity * (row_bytes(specs) + 8 + 8 + 8 + 8)  # next, origin, start, slot
 
 
 def check_memory(capacity: int, specs: Mapping[str, ColumnSpec]) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.training.checkpoint import newest_checkpoint, read_manifest
-from worldloom.training.chunk import base_columns
 from worldloom.training.clock import Every
 from worldloom.training.config import RunConfig
 from worldloom.training.recorder import Recorder
 from worldloom.training.replay import ring_bytes
-from worldloom.training.task import AgentSpec, Task, make_limiter
+from worldloom.training.task import AgentSpec, Task, make_limiter, replay_columns
 
 EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 
@@ -42,8 +41,7 @@ class Run:
             f"{config.algorithm} ({spec.parameters:,} parameters) on {config.env.id}: observations "
             f"{task.observation_space.shape}, actions [{task.action_dim}], learner on {spec.device}"
         )
-        columns = base_columns(task.observation_space.shape, str(task.observation_space.dtype), task.action_dim)
-        size = ring_bytes(config.replay.capacity, {**columns, **spec.columns})
+        size = ring_bytes(config.replay.capacity, replay_columns(task, spec))
         say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
         say(self.limiter.describe())
         if self.checkpoint:

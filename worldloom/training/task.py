@@ -10,6 +10,7 @@ import torch
 
 from worldloom.catalog import build_config, create_agent
 from worldloom.envs import VectorEnv, make_env, make_environment
+from worldloom.training.chunk import base_columns
 from worldloom.training.clock import RateLimiter
 from worldloom.training.config import RunConfig
 from worldloom.training.replay import ReplayBuffer
@@ -86,6 +87,12 @@ def agent_spec(agent: Agent) -> AgentSpec:
         parameters,
         str(next(agent.world_model.parameters()).device),
     )
+
+
+def replay_columns(task: Task, spec: AgentSpec) -> dict[str, ColumnSpec]:
+    """Every column of a replay row."""
+    space = task.observation_space
+    return {**base_columns(space.shape, str(space.dtype), task.action_dim), **spec.columns}
 
 
 def make_replay(config: RunConfig, task: Task, spec: AgentSpec) -> ReplayBuffer:

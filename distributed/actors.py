@@ -1,0 +1,160 @@
+"""The Ray actors. Each is a shell around one plain class; decisions stand in those classes and in the coordinator."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from worldloom.catalog import agent_from_description
+from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_agent
+from worldloom.training.chunk import Chunk, ChunkInfo
+from worldloom.training.config import RunConfig
+from worldloom.training.evaluation import Evaluation, evaluate
+from worldloom.training.replay import Acceptance
+from worldloom.training.rollout import Rollout
+from worldloom.training.run import EVAL_SEED
+from worldloom.training.task import (
+    AgentSpec,
+    Task,
+    agent_spec,
+    choose_device,
+    make_replay,
+    make_task_agent,
+    make_task_env,
+)
+from worldloom.types import Array, Batch, Metrics, Weights
+
+Batches = list[dict[str, Array]]
+WrittenColumns = tuple[Array, dict[str, Array]]  # row numbers [B, T] and replay columns [B, T, ...]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What the coordinator counts of a task of several updates."""
+
+    metrics: Metrics  # means
+    updates: int
+    seconds: float
+    published: int | None  # version of the weights published at the end, if any
+
+
+def _copy(batch: dict[str, Array]) -> Batch:
+    """Out of the object store, whose memory is read-only and must not stay pinned."""
+    return cast(Batch, {name: torch.from_numpy(np.array(value)) for name, value in batch.items()})
+
+
+class EnvActor:
+    """Runs one Rollout, and evaluations, in a process of its own with one torch thread."""
+
+    def __init__(self, config: RunConfig, description: dict[str, Any], index: int, incarnation: int) -> None:
+        torch.set_num_threads(1)
+        seed = config.train.seed
+        self._config = config
+        self._agent = agent_from_description(description, seed=seed)
+        env = make_task_env(config, config.env.num_envs, seed + 1000 * index + incarnation)
+        self._rollout = Rollout(env, self._agent, seed, actor=index, incarnation=incarnation)
+        self._name = f"env/{index:03d}"
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def collect(self, steps: int, random: bool, weights: Weights | None) -> tuple[Chunk, ChunkInfo]:
+        """A chunk for replay, and separately what the coordinator must know of it."""
+        if weights is not None:
+            self._rollout.load_weights(weights)
+        chunk = self._rollout.collect(steps, random, self._config.runtime.chunk_seconds)
+        return chunk, chunk.info
+
+    def evaluate(self, weights: Weights) -> Evaluation:
+        self._rollout.load_weights(weights)
+        make = lambda count: make_task_env(self._config, count, EVAL_SEED + self._config.train.seed)  # noqa: E731
+        return evaluate(self._agent, make, self._config.eval.episodes, EVAL_SEED)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class ReplayActor:
+    """Holds the ReplayBuffer; chunks are copied in, so that no shared memory stays pinned."""
+
+    def __init__(self, config: RunConfig, task: Task, spec: AgentSpec, run_dir: Path) -> None:
+        self._replay = make_replay(config, task, spec)
+        self._store = ReplayStore(run_dir)
+        self._batch_size = spec.batch_size
+
+    def __repr__(self) -> str:
+        return "replay/0"
+
+    def insert(self, chunk: Chunk) -> Acceptance:
+        return self._replay.insert(chunk)
+
+    def sample(self, batches: int) -> Batches:
+        return [self._replay.draw(self._batch_size) for _ in range(batches)]
+
+    def write_back(self, updated: list[WrittenColumns]) -> int:
+        """Fresh replay columns from the learner; returns how many rows were already gone."""
+        return sum(self._replay.write_back(rows, columns) for rows, columns in updated)
+
+    def save(self, folder: Path) -> list[str]:
+        return self._store.save(folder, self._replay)
+
+    def load(self, folder: Path) -> Acceptance:
+        self._store.load(folder, self._replay)
+        return self._replay.accepted()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class LearnerActor:
+    """Holds the Agent on its device and updates it from batches."""
+
+    def __init__(self, config: RunConfig, task: Task, threads: int) -> None:
+        torch.set_num_threads(threads)
+        device = choose_device(config.train.device)
+        self._agent = make_task_agent(config, task, device, config.train.seed)
+        self._version = 0
+        self._publish_every = config.runtime.publish_interval
+
+    def __repr__(self) -> str:
+        return "learner"
+
+    def spec(self) -> AgentSpec:
+        return agent_spec(self._agent)
+
+    def update(self, batches: Batches) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
+        """Learn from each batch in turn. Returns three objects of their own: what the coordinator counts, columns
+        for replay, and new weights where they are due."""
+        begun, before = time.monotonic(), self._agent.updates // self._publish_every
+        totals: dict[str, float] = defaultdict(float)
+        written: list[WrittenColumns] = []
+        for batch in batches:
+            metrics, columns = self._agent.update(_copy(batch))
+            if columns:
+                written.append((batch["rows"], columns))
+            for name, value in metrics.items():
+                totals[name] += value / len(batches)
+        due = self._agent.updates // self._publish_every > before
+        weights = self.publish() if due else None
+        result = UpdateResult(dict(totals), len(batches), time.monotonic() - begun, self._version if due else None)
+        return result, written, weights
+
+    def publish(self) -> Weights:
+        self._version += 1
+        return Weights(self._version, self._agent.acting_weights())
+
+    def save(self, folder: Path) -> None:
+        save_agent(folder, self._agent)
+
+    def load(self, folder: Path) -> None:
+        load_agent_state(folder, self._agent)
+
+    def pid(self) -> int:
+        return os.getpid()

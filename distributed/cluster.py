@@ -1,0 +1,83 @@
+"""Joining or starting Ray, and sharing out its logical CPUs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from worldloom.training.config import RunConfig
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: chunks and batches in flight, two versions of the weights
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Logical resources and threads of each process."""
+
+    cpus: float  # of the learner and of each env actor; replay and coordinator ask for none
+    gpus: float  # of the learner
+    learner_threads: int
+
+
+def connect(config: RunConfig, namespace: str) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start one here. Returns whether it was started, and so must be ended.
+
+    Raises RuntimeError if the cluster does not answer or refuses the token.
+    """
+    try:
+        return _connect(config, namespace)
+    except (AuthenticationError, ConnectionError) as error:
+        raise RuntimeError(f"Ray cannot be reached: {error}") from error
+
+
+def _connect(config: RunConfig, namespace: str) -> bool:
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
+    if address:
+        ray.init(address=address, **options)
+        return False
+    paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+        **options,
+    )
+    return True
+
+
+def share(config: RunConfig) -> Shares:
+    """Fit the learner and env actors into what the cluster has free, with fractions of CPUs where it is small.
+
+    Raises RuntimeError if a GPU was asked for that the cluster lacks.
+    """
+    free = ray.available_resources()
+    processes = 1 + config.runtime.env_actors
+    cpus = min(1.0, math.floor(100 * free.get("CPU", 0.0) / processes) / 100)
+    if cpus <= 0:
+        raise RuntimeError(
+            f"the cluster has {free.get('CPU', 0.0):g} free CPUs, expected some for {processes} processes. "
+            "Wait for other jobs to end, or add nodes."
+        )
+    wants_gpu = config.train.device.startswith("cuda")
+    gpus = free.get("GPU", 0.0)
+    if wants_gpu and gpus < 1:
+        raise RuntimeError(
+            f"train.device is {config.train.device!r}, but the cluster has {gpus:g} free GPUs. Use auto or cpu."
+        )
+    takes_gpu = wants_gpu or (config.train.device == "auto" and gpus >= 1)
+    return Shares(cpus, 1.0 if takes_gpu else 0.0, config.runtime.learner_threads or learner_threads(config))
+
+
+def learner_threads(config: RunConfig) -> int:
+    """What env actors leave of this machine's cores, at least one."""
+    return max((os.cpu_count() or 1) - max(config.runtime.env_actors, 1), 1)

@@ -1,0 +1,403 @@
+"""The coordinator: the only loop of the Ray runtime. It runs in the driver and moves references, not data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from distributed.actors import EnvActor, LearnerActor, ReplayActor
+from distributed.cluster import connect, share
+from worldloom.catalog import agent_from_description
+from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint
+from worldloom.training.chunk import ChunkInfo, row_bytes
+from worldloom.training.config import RunConfig
+from worldloom.training.evaluation import Evaluation, evaluate
+from worldloom.training.interrupt import GracefulStop
+from worldloom.training.rollout import Rollout
+from worldloom.training.run import EVAL_SEED, Run
+from worldloom.training.task import AgentSpec, make_task_env, probe_task, replay_columns
+
+BUNDLE_BYTES = 4 * 2**20  # batches of a task together hold about this much
+BUNDLE_UPDATES = 8  # and are at most so many
+UPDATES_IN_FLIGHT = 2  # tasks at the learner: one being learned from, one whose batches are on the way
+SETTLE_SECONDS = 10.0  # for the last collects of a run; what is later is discarded and counted
+EVALUATION = "evaluation"
+START_SECONDS = 180.0  # for an actor to come up
+RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
+
+
+@dataclass
+class Collector:
+    """One remote env actor and what it is doing."""
+
+    index: int
+    incarnation: int
+    handle: Any
+    version: int = -1  # of the weights that it holds
+    task: Any = None  # reference to the info of the collect, or to the evaluation, that is under way
+    chunk: Any = None  # reference to the chunk, or EVALUATION
+    requested: int = 0  # environment steps
+    since: float = 0.0
+    restarts: int = 0
+
+
+class Coordinator:
+    """Starts the actors, hands chunks to replay and batches to the learner, publishes weights, counts and saves."""
+
+    run: Run
+    learner: Any = None
+    replay: Any = None
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config, self._run_dir = config, run_dir.resolve()
+        self._task = probe_task(config)
+        self._owns_cluster = connect(config, namespace=f"worldloom-{self._run_dir.name}")
+        self.collectors: list[Collector] = []
+        self._own: Rollout | None = None  # with no env actors
+        self._weights: Any = None  # reference to the newest Weights; the coordinator owns it
+        self._version = 0
+        self._inserts: dict[Any, ChunkInfo] = {}
+        self._updates: deque[tuple[Any, Any, Any, int]] = deque()  # results, weights, columns, how many
+        self._evaluation_due: int | None = None  # the step at which one fell due
+        self._evaluating: int | None = None  # the step that the one under way belongs to
+        self._held_since: float | None = None
+
+    # Starting and ending
+
+    def start(self, resume: bool) -> None:
+        """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
+        shares = self._shares = share(self.config)
+        arguments = (self.config, self._task, shares.learner_threads)
+        self.learner = self._start(LearnerActor, "learner", shares.cpus, shares.gpus, *arguments)
+        self._spec: AgentSpec = self._wait(self.learner.spec.remote(), "the learner")
+        self.run = Run(self.config, self._run_dir, self._task, self._spec, resume)
+        self._incarnation = self.run.incarnation  # of the actor started last
+        self.replay = self._start(ReplayActor, "replay/0", 0, 0, self.config, self._task, self._spec, self._run_dir)
+        self._wait(self.replay.pid.remote(), "replay")
+        if self.run.checkpoint:
+            self._wait(self.learner.load.remote(self.run.checkpoint), "the learner")
+            self._wait(self.replay.load.remote(self.run.checkpoint), "replay")
+        self._start_collecting()
+
+    def _start(self, kind: type[Any], name: str, cpus: float, gpus: float, *args: Any) -> Any:
+        options = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(kind).options(**options).remote(*args)
+
+    def _wait(self, reference: Any, who: str) -> Any:
+        """The result, or a sentence if the actor does not come up or its constructor failed."""
+        try:
+            return ray.get(reference, timeout=START_SECONDS)
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except GetTimeoutError:
+            raise RuntimeError(
+                f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
+                "Free resources, or lower runtime.env_actors."
+            ) from None
+
+    def _start_collector(self, index: int, incarnation: int) -> Collector:
+        handle = self._start(
+            EnvActor, f"env/{index:03d}", self._shares.cpus, 0, self.config, self._spec.description, index, incarnation
+        )
+        return Collector(index, incarnation, handle)
+
+    def _start_collecting(self) -> None:
+        self._weights = self._publish()
+        for index in range(self.config.runtime.env_actors):
+            self.collectors.append(self._start_collector(index, self.run.incarnation))
+        if not self.collectors:
+            seed = self.config.train.seed
+            agent = agent_from_description(self._spec.description, seed=seed)
+            env = make_task_env(self.config, self.config.env.num_envs, seed + self.run.incarnation)
+            self._own = Rollout(env, agent, seed, incarnation=self.run.incarnation)
+        where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
+        self.run.recorder.say(
+            f"collecting: {where} x {self.config.env.num_envs} environments; learner: "
+            f"{self._shares.learner_threads} threads; {self._shares.cpus:g} logical CPUs a process"
+        )
+
+    def _publish(self) -> Any:
+        reference = self.learner.publish.remote()
+        self._version = self._wait(reference, "the learner").version
+        return reference
+
+    def close(self) -> None:
+        """End this run's actors, and the cluster if this run started it."""
+        for actor in [self.learner, self.replay, *(c.handle for c in self.collectors)]:
+            if actor is not None:
+                ray.kill(actor)
+        if self._own is not None:
+            self._own.env.close()
+        if self._owns_cluster:
+            ray.shutdown()
+
+    # The loop
+
+    def train(self) -> dict[str, Any]:
+        """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
+        run = self.run
+        with GracefulStop() as stop:
+            try:
+                while not (run.finished and not run.limiter.updates_due()) and not stop.requested:
+                    self._dispatch_updates()
+                    self._dispatch_collects()
+                    self._receive()
+                    self._at_intervals()
+                return self._finish(stop.requested and not run.finished)
+            finally:
+                run.recorder.close()
+
+    def _dispatch_updates(self) -> None:
+        """Keep the learner supplied with bundles of batches, never more than are due."""
+        while len(self._updates) < UPDATES_IN_FLIGHT:
+            due = self.run.limiter.updates_due() - sum(count for *_, count in self._updates)
+            count = min(due, self._bundle())
+            if count <= 0:
+                return
+            batches = self.replay.sample.remote(count)
+            results, written, weights = self.learner.update.options(num_returns=3).remote(batches)
+            self._updates.append((results, weights, written, count))
+
+    def _bundle(self) -> int:
+        """Updates in one task: several of small batches, so that calls cost little beside learning."""
+        batch = self._spec.batch_size * self._spec.windows.length * row_bytes(replay_columns(self._task, self._spec))
+        return max(1, min(BUNDLE_UPDATES, BUNDLE_BYTES // batch))
+
+    def _dispatch_collects(self) -> None:
+        """Give idle env actors something to do, unless collecting is too far ahead of learning."""
+        if self._evaluation_due is not None:
+            self._dispatch_evaluation()
+        idle = [c for c in self.collectors if c.task is None]
+        held = False
+        for collector in idle:
+            steps = self._steps_to_collect()
+            held = held or (steps > 0 and self._too_far_ahead())
+            if steps == 0 or held:
+                break
+            self._collect(collector, steps)
+        self._count_held_time(held)
+
+    def _steps_to_collect(self) -> int:
+        """Vector steps for the next collect, 0 once total_steps are collected or under way."""
+        under_way = sum(c.requested for c in self.collectors) + sum(info.steps for info in self._inserts.values())
+        left = self.config.train.total_steps - self.run.limiter.env_steps - under_way
+        return max(min(self.config.runtime.chunk_steps, math.ceil(left / self.config.env.num_envs)), 0)
+
+    def _too_far_ahead(self) -> bool:
+        """Collecting may lead by one round of chunks."""
+        actors = max(len(self.collectors), 1)
+        return self.run.limiter.steps_ahead() > self.config.runtime.chunk_steps * self.config.env.num_envs * actors
+
+    def _collect(self, collector: Collector, steps: int) -> None:
+        weights = None if collector.version == self._version else self._weights
+        collect = collector.handle.collect.options(num_returns=2, name=f"env/{collector.index:03d}.collect")
+        collector.chunk, collector.task = collect.remote(steps, self.run.random_actions, weights)
+        collector.version = self._version
+        collector.requested = steps * self.config.env.num_envs
+        collector.since = time.monotonic()
+
+    def _count_held_time(self, held: bool) -> None:
+        now = time.monotonic()
+        if self._held_since is not None:
+            self.run.recorder.held(now - self._held_since)
+        self._held_since = now if held else None
+
+    # What comes back
+
+    def _receive(self) -> None:
+        """Take in whatever is ready, waiting for the first."""
+        if self._own is not None and self._collect_here():
+            self._take_ready(timeout=0)
+        else:
+            self._take_ready(timeout=1.0)
+
+    def _collect_here(self) -> bool:
+        """With no env actors, the coordinator collects between two looks at the learner."""
+        assert self._own is not None
+        steps = self._steps_to_collect()
+        held = steps > 0 and self._too_far_ahead()
+        self._count_held_time(held)
+        if steps == 0 or held:
+            return False
+        if self._own.version != self._version:
+            self._own.load_weights(ray.get(self._weights))
+        chunk = self._own.collect(steps, self.run.random_actions, self.config.runtime.chunk_seconds)
+        self._inserts[self.replay.insert.remote(chunk)] = chunk.info
+        return True
+
+    def _take_ready(self, timeout: float) -> None:
+        pending = [c.task for c in self.collectors if c.task is not None]
+        pending += [*self._inserts, *(results for results, *_ in self._updates)]
+        if not pending:
+            return
+        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
+        if ready:
+            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+        for reference in ready:
+            if reference in self._inserts:
+                self._take_insert(reference)
+        while self._updates and self._updates[0][0] in ready:
+            self._take_update()
+        for collector in list(self.collectors):
+            if collector.task in ready:
+                self._take_collector(collector)
+            elif collector.task is not None and self._hangs(collector):
+                self._replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
+
+    def _hangs(self, collector: Collector) -> bool:
+        return time.monotonic() - collector.since > self.config.runtime.collect_timeout
+
+    def _take_insert(self, reference: Any) -> None:
+        accepted = self._of_actor(reference, "replay/0")
+        info = self._inserts.pop(reference)
+        self.run.limiter.env_steps = accepted.steps
+        self.run.recorder.chunk(info, self._version)
+
+    def _take_update(self) -> None:
+        results, weights, written = self._updates.popleft()[:3]
+        result = self._of_actor(results, "learner")
+        self.run.limiter.updates += result.updates
+        self.run.recorder.updated(result.metrics, result.updates, result.seconds)
+        if result.published is not None:
+            self._weights, self._version = weights, result.published
+        if self._spec.columns:
+            self._of_actor(self.replay.write_back.remote(written), "replay/0")
+
+    def _take_collector(self, collector: Collector) -> None:
+        reference, chunk = collector.task, collector.chunk
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            self._replace(collector, f"died ({type(error).__name__})", error)
+            return
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        collector.task, collector.chunk, collector.requested, collector.restarts = None, None, 0, 0
+        if isinstance(result, Evaluation):
+            env_steps, self._evaluating = self._evaluating, None
+            self.run.recorder.evaluated(env_steps or 0, result)
+        else:
+            self._inserts[self.replay.insert.remote(chunk)] = result
+
+    def _of_actor(self, reference: Any, who: str) -> Any:
+        """A result of the learner or of replay, whose failures end the run."""
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except RayActorError as error:
+            raise RuntimeError(
+                f"{who} died: {error}. The last checkpoint is intact; go on with: {self.run.resume_command()}"
+            ) from error
+
+    def _replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
+        """Start a lost env actor anew; it gets the newest weights before it acts."""
+        if collector.restarts >= RESTARTS_ALLOWED:
+            raise RuntimeError(
+                f"env/{collector.index:03d} was lost {RESTARTS_ALLOWED + 1} times in a row without finishing a "
+                f"collect; the last time it {why}. Look for an environment that kills or blocks its process."
+            ) from error
+        ray.kill(collector.handle)
+        counters = self.run.recorder.counters
+        counters["actor_restarts"] += 1
+        counters["env_steps_discarded"] += collector.requested
+        if collector.chunk is EVALUATION:  # it was evaluating: do that again
+            self._evaluation_due, self._evaluating = self._evaluating, None
+        self._incarnation += 1
+        self.run.recorder.say(
+            f"env/{collector.index:03d} {why}; started again, at most {collector.requested} steps discarded"
+        )
+        fresh = self._start_collector(collector.index, self._incarnation)
+        fresh.restarts = collector.restarts + 1
+        self.collectors[collector.index] = fresh
+
+    # Intervals
+
+    def _at_intervals(self) -> None:
+        run, steps = self.run, self.run.limiter.env_steps
+        if run.log_clock.due(steps):
+            run.recorder.log()
+        if run.eval_clock.due(steps) and not run.finished:
+            self._evaluation_due = steps
+        if run.checkpoint_clock.due(steps) and not run.finished:
+            self._settle()
+            self.save()
+
+    def _dispatch_evaluation(self) -> None:
+        if self._evaluating is not None:
+            return
+        if self._own is not None:
+            steps, self._evaluation_due = self._evaluation_due, None
+            self.run.recorder.evaluated(steps or 0, self._evaluate_here())
+            return
+        collector = next((c for c in self.collectors if c.task is None), None)
+        if collector is not None:
+            collector.task, collector.chunk = collector.handle.evaluate.remote(self._weights), EVALUATION
+            collector.since, collector.version = time.monotonic(), self._version
+            self._evaluating, self._evaluation_due = self._evaluation_due, None
+
+    def _evaluate_here(self) -> Evaluation:
+        assert self._own is not None
+        self._own.load_weights(ray.get(self._weights))
+        make = lambda count: make_task_env(self.config, count, EVAL_SEED + self.config.train.seed)  # noqa: E731
+        return evaluate(self._own.agent, make, self.config.eval.episodes, EVAL_SEED)
+
+    def _settle(self, collects: bool = False) -> None:
+        """Take in every update and insert under way, so that counters, learner and replay agree."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self._updates or self._inserts or (collects and self._collecting()):
+            self._take_ready(timeout=1.0)
+            if collects and time.monotonic() > deadline and not (self._updates or self._inserts):
+                self.run.recorder.counters["env_steps_discarded"] += sum(c.requested for c in self.collectors)
+                return
+
+    def _collecting(self) -> bool:
+        return any(c.task is not None and c.chunk is not EVALUATION for c in self.collectors)
+
+    def save(self) -> None:
+        """Write a checkpoint of everything; call `_settle` before."""
+        partial = begin_checkpoint(self.run.dir.resolve(), self.run.limiter.env_steps)
+        learner, replay = self.learner.save.remote(partial), self.replay.save.remote(partial)
+        self._of_actor(learner, "learner")
+        rows = self._of_actor(replay, "replay/0")
+        commit_checkpoint(partial, self.run.manifest(rows, self._incarnation), self.config.checkpoint.keep)
+
+    def _finish(self, interrupted: bool) -> dict[str, Any]:
+        self._settle(collects=True)
+        self.save()
+        evaluation = None
+        if not interrupted:
+            self._weights = self._publish()
+            evaluation = self._final_evaluation()
+            self.run.recorder.evaluated(self.run.limiter.env_steps, evaluation)
+        status = "interrupted" if interrupted else "completed"
+        return self.run.recorder.summarise(status, self._spec.device, evaluation)
+
+    def _final_evaluation(self) -> Evaluation:
+        if self._own is not None:
+            return self._evaluate_here()
+        while True:
+            collector = self.collectors[0]
+            try:
+                return cast(Evaluation, ray.get(collector.handle.evaluate.remote(self._weights)))
+            except RayActorError as error:
+                self._replace(collector, f"died while evaluating ({type(error).__name__})", error)
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+
+
+def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:
+    """A whole run on Ray. Returns what summary.json holds; whatever happens, no actor is left behind."""
+    coordinator = Coordinator(config, run_dir)
+    try:
+        coordinator.start(resume)
+        return coordinator.train()
+    finally:
+        coordinator.close()

@@ -1,0 +1,108 @@
+"""Train an agent: python -m launch.train --config configs/tdmpc2_pendulum.yaml [--section.key value …]"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.arguments import Parser, dump_config, run_config, run_parser
+from worldloom.training.config import RunConfig
+from worldloom.training.task import check_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = _parser()
+    parsed = parser.parse_args(_with_saved_config(argv))
+    config = run_config(parser, parsed)
+    run_dir = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
+    try:
+        check_config(config)
+        _prepare(run_dir, config, parsed.resume)
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+    try:
+        summary = _train(config, run_dir, parsed.resume)
+    except KeyboardInterrupt:
+        print(f"\nstopped at once; go on from the last checkpoint with:\n  {_resume_command(run_dir)}")
+        return 130
+    except Exception as error:
+        if not isinstance(error, EXPECTED):
+            raise
+        print(f"launch.train: {error}", file=sys.stderr)
+        return 1
+    return _conclude(summary, run_dir)
+
+
+def _parser() -> Parser:
+    parser = run_parser("launch.train", "Train an agent, through Ray or in this process (--runtime.kind inline).")
+    parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help="default: runs/ENV-ALGORITHM-TIME")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, replay included")
+    return parser
+
+
+def _with_saved_config(argv: list[str]) -> list[str]:
+    """A resumed run starts from its own config; what else is given comes on top."""
+    if "--resume" not in argv:
+        return argv
+    given = next((a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.startswith("--run-dir")), None)
+    saved = Path(given or "") / "config.yaml"
+    if given is None or not saved.is_file():
+        sys.exit(
+            f"launch.train: --resume needs --run-dir DIR of an earlier run; {given or 'none'} holds no config.yaml."
+        )
+    return ["--config", str(saved), *argv]
+
+
+def _default_run_dir(config: RunConfig) -> Path:
+    name = f"{config.env.id}-{config.algorithm}".replace(":", "-").replace("/", "-")
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> None:
+    if not resume and (run_dir / "config.yaml").exists():
+        raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (run_dir / "config.yaml").write_text(dump_config(config))
+
+
+def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
+    if config.runtime.kind == "inline":
+        from worldloom.training.inline import InlineTrainer
+
+        return InlineTrainer(config, run_dir, resume).train()
+    from distributed.coordinator import train
+
+    return train(config, run_dir, resume)
+
+
+def _resume_command(run_dir: Path) -> str:
+    return f"python -m launch.train --resume --run-dir {run_dir}"
+
+
+def _conclude(summary: dict[str, Any], run_dir: Path) -> int:
+    if summary["status"] == "interrupted":
+        print(f"\nsaved at step {summary['env_steps']:,}; go on with:\n  {_resume_command(run_dir)}")
+        return 130
+    print(
+        f"\n{summary['algorithm']} on {summary['env_id']}: return {summary['eval_return_mean']:.1f} ± "
+        f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes after {summary['env_steps']:,} "
+        f"steps in {summary['wall_seconds'] / 60:.1f} minutes\n{run_dir / 'summary.json'}"
+    )
+    return 0
+
+
+SHORT = {
+    "--runtime": "--runtime.kind",
+    "--runtime=inline": "--runtime.kind=inline",
+    "--runtime=ray": "--runtime.kind=ray",
+}
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
+
+if __name__ == "__main__":
+    sys.exit(main())
