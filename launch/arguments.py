@@ -14,7 +14,7 @@ from worldloom.catalog import config_fields
 from worldloom.training.config import RunConfig
 
 
-class Parser(ArgumentParser):  # type: ignore[misc]
+class Parser(ArgumentParser):
     """Ends with one sentence that names the nearest valid key when one is misspelt."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002 - the base class's

@@ -62,7 +62,7 @@ def test_normed_linear_is_linear_then_layernorm_then_mish():
 
 def member(ensemble: Ensemble, n: int, x: torch.Tensor) -> torch.Tensor:
     """The n-th member, one plain layer after the other."""
-    for layer in ensemble.layers:
+    for layer in (ensemble.first, ensemble.second, ensemble.output):
         x = F.linear(x, layer.weight[n], layer.bias[n])
         if layer.ln is not None:
             x = F.mish(F.layer_norm(x, x.shape[-1:], layer.ln.weight[n], layer.ln.bias[n]))

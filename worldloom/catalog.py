@@ -173,9 +173,11 @@ def create_agent(
             f"{model} acts in continuous (Box) action spaces, but the space is {action_space}. "
             "Choose an environment with continuous actions."
         )
-    world_model = create_world_model(
-        model, observation_space.shape, action_space.shape[0], device, episode_length, **overrides
-    )
+    with torch.random.fork_rng(devices=[]):  # one seed gives one agent, and leaves torch's own generator alone
+        torch.manual_seed(seed)
+        world_model = create_world_model(
+            model, observation_space.shape, action_space.shape[0], device, episode_length, **overrides
+        )
     return cast(Agent, FAMILIES[name].agent(world_model, seed))
 
 

@@ -225,7 +225,7 @@ class VectorEnv:
 def make_environment(env_id: str, action_repeat: int = 1, render_mode: str | None = None) -> Environment:
     """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
     try:
-        options = {} if render_mode is None else {"render_mode": render_mode}
+        options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
         env = gymnasium.make(env_id, disable_env_checker=True, **options)
     except gymnasium.error.Error as error:
         raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {error} {_nearest(env_id)}") from error

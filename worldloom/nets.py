@@ -101,17 +101,13 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: int, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                EnsembleLinear(members, inputs, hidden, normed=True),
-                EnsembleLinear(members, hidden, hidden, normed=True),
-                EnsembleLinear(members, hidden, outputs, normed=False),
-            ]
-        )
+        self.first = EnsembleLinear(members, inputs, hidden, normed=True)
+        self.second = EnsembleLinear(members, hidden, hidden, normed=True)
+        self.output = EnsembleLinear(members, hidden, outputs, normed=False)
 
     @property
     def members(self) -> int:
-        return int(self.layers[0].weight.shape[0])
+        return self.first.weight.shape[0]
 
     def forward(
         self, x: Tensor, heads: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
@@ -121,22 +117,23 @@ class Ensemble(nn.Module):
         heads: [N'] indices, evaluates only those members. dropout: [..., N, hidden] factors for the first
         layer (before its norm). frozen: gradients flow to x but not into the parameters.
         """
-        parameters = [self._parameters_of(layer, heads, frozen) for layer in self.layers]
+        parameters = [self._parameters_of(layer, heads, frozen) for layer in (self.first, self.second, self.output)]
         (w0, b0, *norm0), (w1, b1, *norm1), (w2, b2) = parameters
         lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        h = F.linear(flat, w0.flatten(0, 1), b0.flatten()).unflatten(-1, b0.shape)  # [R, N, M]
+        h = F.linear(flat, w0.flatten(0, 1), b0.flatten()).view(len(flat), *b0.shape)  # [R, N, M]
         if dropout is not None:
             h = h * dropout.reshape(h.shape)
         h = _norm_mish(h, *norm0).transpose(0, 1)
         h = _norm_mish(torch.baddbmm(b1.unsqueeze(1), h, w1.mT).transpose(0, 1), *norm1).transpose(0, 1)
-        return torch.baddbmm(b2.unsqueeze(1), h, w2.mT).unflatten(1, lead)
+        out = torch.baddbmm(b2.unsqueeze(1), h, w2.mT)
+        return out.view(len(out), *lead, out.shape[-1])
 
     @staticmethod
-    def _parameters_of(layer: nn.Module, heads: Tensor | None, frozen: bool) -> list[Tensor]:
-        found = [layer.weight, layer.bias]
+    def _parameters_of(layer: EnsembleLinear, heads: Tensor | None, frozen: bool) -> list[Tensor]:
+        found: list[Tensor] = [layer.weight, layer.bias]
         if layer.ln is not None:
             found += [layer.ln.weight, layer.ln.bias]
-        chosen = [p.detach() if frozen else p for p in found]  # type: ignore[operator, union-attr]
+        chosen = [p.detach() if frozen else p for p in found]
         return chosen if heads is None else [p[heads] for p in chosen]
 
 

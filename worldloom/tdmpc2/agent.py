@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.tdmpc2.planner import Planner
@@ -48,7 +48,7 @@ class TDMPC2Agent:
         apart = {id(p) for p in [*policy, *encoder]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
         self._model_parameters, self._policy_parameters = [*encoder, *rest], policy
-        groups = [{"params": encoder, "lr": c.lr * c.encoder_lr_scale}, {"params": rest}]
+        groups: list[dict[str, Any]] = [{"params": encoder, "lr": c.lr * c.encoder_lr_scale}, {"params": rest}]
         self._model_optimizer = torch.optim.Adam(groups, lr=c.lr, fused=True)
         self._policy_optimizer = torch.optim.Adam(policy, lr=c.lr, eps=1e-5, fused=True)
 
@@ -88,10 +88,10 @@ class TDMPC2Agent:
         """One update: world model, then policy, then target values (algorithm 2 of the paper)."""
         batch = cast(Batch, {name: torch.as_tensor(value, device=self.device) for name, value in batch.items()})
         model, c = self.world_model, self.config
-        noise = model.draw_noise(*batch["actions"].shape[:2], self._generator)
+        noise = model.draw_noise(len(batch["actions"]), batch["actions"].shape[1], self._generator)
         found = model.losses(batch, noise)
         self._model_optimizer.zero_grad()
-        found.loss.backward()  # type: ignore[no-untyped-call]
+        found.loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self._model_parameters, c.grad_clip)
         self._model_optimizer.step()
         policy = self._update_policy(found.latents.detach())
@@ -129,7 +129,7 @@ class TDMPC2Agent:
         self.scale.update(value[:, 0])
         loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
         self._policy_optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, c.grad_clip)
         self._policy_optimizer.step()
         return {
@@ -150,14 +150,14 @@ class TDMPC2Agent:
 
     def _acting_parameters(self) -> list[Tensor]:
         model = self.world_model
-        modules = [model.encoder, model.policy]
+        modules: list[nn.Module] = [model.encoder, model.policy]
         if self.config.mpc:
             modules += [model.dynamics, model.reward, model.q]
             modules += [] if model.termination is None else [model.termination]
         return [parameter.detach() for module in modules for parameter in module.parameters()]
 
     def acting_weights(self) -> Array:
-        return cast(Array, torch.cat([p.flatten() for p in self._acting_parameters()]).cpu().numpy())
+        return torch.cat([p.flatten() for p in self._acting_parameters()]).cpu().numpy()
 
     def load_acting_weights(self, flat: Array) -> None:
         parameters = self._acting_parameters()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,15 +100,14 @@ class TDMPC2WorldModel(nn.Module):
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)  # the bounds -2 and 2 are absolute: 100 sigma
         last_reward: Any = self.reward[-1]
-        last_q: Any = self.q.layers[-1]
         nn.init.zeros_(last_reward.weight)
-        nn.init.zeros_(last_q.weight)
+        nn.init.zeros_(self.q.output.weight)
 
     # The networks on latents z [..., D] and actions [..., A]
 
     def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
         """[..., D]"""
-        return self.dynamics(torch.cat([z, action], -1))
+        return cast(Tensor, self.dynamics(torch.cat([z, action], -1)))
 
     def predict_reward(self, z: Tensor, action: Tensor) -> Tensor:
         """[...], of the move out of z."""

@@ -53,7 +53,7 @@ def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> 
 
 def _prune(folder: Path, keep: int) -> None:
     valid = sorted(path.parent for path in folder.glob("step-*/manifest.json") if path.parent.suffix == "")
-    for old in valid[: len(valid) - keep]:
+    for old in valid[:-keep]:
         shutil.rmtree(old)
     wanted = {name for kept in valid[-keep:] for name in read_manifest(kept)["rows"]}
     for path in (folder / "rows").glob("*.msgpack"):

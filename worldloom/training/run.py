@@ -45,9 +45,8 @@ class Run:
         say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
         say(self.limiter.describe())
         if self.checkpoint:
-            say(
-                f"resumed from {self.checkpoint.name}: {self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
-            )
+            done = f"{self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
+            say(f"resumed from {self.checkpoint.name}: {done}")
 
     @property
     def finished(self) -> bool:

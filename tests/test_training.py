@@ -1,0 +1,261 @@
+"""The plain parts of training, and the in-process trainer."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worldloom import load_agent
+from worldloom.envs import make_env
+from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
+from worldloom.training.clock import Every, RateLimiter
+from worldloom.training.codec import pack, unpack
+from worldloom.training.config import (
+    CheckpointConfig,
+    EnvConfig,
+    EvalConfig,
+    LogConfig,
+    ReplayConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from worldloom.training.evaluation import evaluate
+from worldloom.training.inline import InlineTrainer
+
+TINY_AGENT = {
+    "encoder_dim": 16, "mlp_dim": 16, "latent_dim": 16, "batch_size": 8, "num_samples": 16, "num_elites": 4,
+    "num_pi_trajs": 2, "iterations": 2,
+}  # fmt: skip
+
+
+def tiny_config(env_id="tests.environments:Counting-v0", **sections):
+    parts = {
+        "algorithm": "tdmpc2:1m",
+        "agent": TINY_AGENT,
+        "env": EnvConfig(id=env_id, num_envs=2),
+        "replay": ReplayConfig(capacity=2000),
+        "train": TrainConfig(total_steps=300, learning_starts=100, train_ratio=12),
+        "runtime": RuntimeConfig(kind="inline"),
+        "eval": EvalConfig(interval=0, episodes=3),
+        "checkpoint": CheckpointConfig(interval=0),
+        "log": LogConfig(interval=50),
+    }
+    return RunConfig(**{**parts, **sections})
+
+
+# Clocks
+
+
+def test_rate_limiter_owes_updates_in_proportion_to_steps():
+    limiter = RateLimiter(train_ratio=512, replayed_per_update=1024, learning_starts=100, pretrain=False)
+    limiter.env_steps = 99
+    assert limiter.updates_due() == 0
+    limiter.env_steps = 103
+    assert limiter.updates_due() == 1
+    limiter.env_steps, limiter.updates = 300, 99
+    assert limiter.updates_due() == 1
+    assert limiter.steps_ahead() == 2
+
+
+def test_pretraining_replays_the_warm_up_in_one_burst():
+    limiter = RateLimiter(train_ratio=768, replayed_per_update=768, learning_starts=1000, pretrain=True)
+    limiter.env_steps = 1000
+    assert limiter.updates_due() == 1000
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.floats(0.1, 3000), st.integers(1, 2048))
+def test_rate_limiter_keeps_its_ratio_within_one_update(chunks, ratio, per_update):
+    limiter = RateLimiter(ratio, per_update, learning_starts=50, pretrain=False)
+    for steps in chunks:
+        limiter.env_steps += steps
+        limiter.updates += limiter.updates_due()
+        assert limiter.updates_due() == 0
+        owed = limiter.counted_steps * ratio / per_update
+        assert owed - 1 < limiter.updates <= owed + 1e-6
+
+
+def test_a_resumed_rate_limiter_owes_no_burst():
+    limiter = RateLimiter(512, 1024, 100, pretrain=False)
+    limiter.env_steps, limiter.updates = 5000, 2450
+    resumed = RateLimiter(512, 1024, 100, pretrain=False)
+    resumed.load_state_dict(limiter.state_dict())
+    assert resumed.updates_due() == 0
+
+
+def test_every_is_due_once_per_interval_also_after_a_resume():
+    clock = Every(100, start=250)
+    assert [step for step in range(240, 560, 20) if clock.due(step)] == [300, 400, 500]
+    assert not Every(0).due(10**9)
+
+
+# Codec
+
+
+def test_codec_round_trip_keeps_values_types_and_shapes():
+    value = {
+        "array": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "flags": np.array([True, False]),
+        "empty": np.zeros((0, 3), np.float32),
+        "tensor": torch.randn(3, 2).to(torch.bfloat16),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "nested": {0: [1, 2.5, None, "text", b"raw"]},
+        "big": 2**127 + 5,
+        "rng": np.random.default_rng(0).bit_generator.state,
+    }
+    back = unpack(pack(value))
+    for key in ("array", "flags", "empty"):
+        np.testing.assert_array_equal(back[key], value[key])
+        assert back[key].dtype == value[key].dtype
+        back[key][...] = 0  # writable
+    for key in ("tensor", "scalar"):
+        assert back[key].dtype == value[key].dtype
+        assert torch.equal(back[key], value[key])
+    assert back["nested"] == value["nested"]
+    assert back["big"] == value["big"]
+    assert back["rng"] == value["rng"]
+
+
+def test_codec_refuses_objects_and_damaged_data():
+    with pytest.raises(TypeError, match="object cannot be saved"):
+        pack({"a": object()})
+    with pytest.raises(ValueError, match="not a complete"):
+        unpack(pack({"a": np.zeros(100)})[:50])
+
+
+# The in-process trainer
+
+
+def read_metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
+    config = tiny_config(eval=EvalConfig(interval=150, episodes=3), checkpoint=CheckpointConfig(interval=100, keep=2))
+    summary = InlineTrainer(config, tmp_path).train()
+    assert summary["status"] == "completed"
+    assert summary["env_steps"] >= 300
+    assert summary["updates"] == summary["env_steps"] * 12 // 24  # 8 windows of 3 trained rows an update
+    assert summary["train_ratio_actual"] == pytest.approx(12, rel=0.01)
+    assert summary["eval_return_mean"] == 280  # 10 + 20 + … + 70
+    assert summary["eval_episodes"] == 3
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    lines = read_metrics(tmp_path)
+    assert {"env_steps", "updates", "wall_seconds"} <= lines[0].keys()
+    learning = [line for line in lines if "learner/loss" in line]
+    assert learning
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert sum("eval/return_mean" in line for line in lines) == 2
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_one_seed_gives_one_run(tmp_path):
+    def weights(name, seed):
+        config = tiny_config(train=TrainConfig(total_steps=200, learning_starts=100, train_ratio=12, seed=seed))
+        trainer = InlineTrainer(config, tmp_path / name)
+        trainer.run.dir.mkdir(exist_ok=True)
+        trainer.train()
+        return trainer.agent.acting_weights()
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    a, b, c = weights("a", 1), weights("b", 1), weights("c", 2)
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+
+
+def test_resume_goes_on_with_replay_counters_and_optimisers(tmp_path):
+    first = InlineTrainer(tiny_config(), tmp_path)
+    first.train()
+    longer = dataclasses.replace(tiny_config(), train=TrainConfig(total_steps=400, learning_starts=100, train_ratio=12))
+    second = InlineTrainer(longer, tmp_path, resume=True)
+    assert second.replay.accepted() == first.replay.accepted()
+    assert second.run.limiter.updates == first.agent.updates == second.agent.updates
+    assert second.run.limiter.updates_due() == 0
+    a, b = first.agent.state_dict(), second.agent.state_dict()
+    for key in ("model_optimizer", "policy_optimizer"):
+        for index, state in a[key]["state"].items():
+            assert all(torch.equal(state[n], b[key]["state"][index][n]) for n in state)
+    for batch_a, batch_b in zip([first.replay.draw(8)], [second.replay.draw(8)], strict=True):
+        assert all((batch_a[name] == batch_b[name]).all() for name in batch_a)
+    summary = second.train()
+    assert summary["env_steps"] >= 400
+    assert summary["updates"] == summary["env_steps"] // 2
+    assert summary["episodes"] >= first.run.recorder.counters["episodes"] + 10
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    InlineTrainer(tiny_config(), tmp_path).train()
+    other = tiny_config(agent={**TINY_AGENT, "mlp_dim": 24})
+    with pytest.raises(CheckpointError, match="config.mlp_dim is 16 there, 24 here"):
+        InlineTrainer(other, tmp_path, resume=True)
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
+    config = tiny_config(checkpoint=CheckpointConfig(interval=140, keep=3))
+    InlineTrainer(config, tmp_path).train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert [int(name[-12:]) // 140 for name in names] == [1, 2, 2]  # at 140, 280 and the end at 300
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+    InlineTrainer(tiny_config(), tmp_path).train()
+    good = newest_checkpoint(tmp_path)
+    partial = good.with_name("step-000000999999.partial")
+    partial.mkdir()
+    (partial / "manifest.json").write_text("{}")
+    (good.with_name("step-000000999998")).mkdir()
+    assert newest_checkpoint(tmp_path) == good
+
+
+def test_a_damaged_rows_file_is_named(tmp_path):
+    InlineTrainer(tiny_config(), tmp_path).train()
+    rows = next((tmp_path / "checkpoints" / "rows").iterdir())
+    rows.write_bytes(rows.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=rows.name):
+        InlineTrainer(tiny_config(), tmp_path, resume=True)
+
+
+def test_rows_are_written_once_and_dropped_with_their_checkpoints(tmp_path):
+    config = tiny_config(
+        replay=ReplayConfig(capacity=150),
+        train=TrainConfig(total_steps=600, learning_starts=100, train_ratio=1),
+        checkpoint=CheckpointConfig(interval=100, keep=1),
+    )
+    trainer = InlineTrainer(config, tmp_path)
+    trainer.train()
+    files = sorted(path.stem.split("-") for path in (tmp_path / "checkpoints" / "rows").iterdir())
+    spans = [(int(a), int(b)) for a, b in files]
+    rows = trainer.replay.accepted().rows
+    assert spans[-1][1] == rows
+    assert spans[0][1] > rows - 150
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    InlineTrainer(config, tmp_path, resume=True)
+
+
+def test_a_trained_agent_loads_and_acts_in_five_lines(tmp_path):
+    trainer = InlineTrainer(tiny_config(), tmp_path)
+    trainer.train()
+    agent = load_agent(tmp_path)
+    env = make_env("tests.environments:Counting-v0", num_envs=2)
+    obs, act_state, is_first = env.reset(), None, np.ones(2, bool)
+    for _ in range(10):
+        actions, act_state = agent.act(obs, act_state, is_first, explore=False)
+        step = env.step(actions)
+        obs, is_first = step.obs, step.is_first
+    np.testing.assert_array_equal(agent.acting_weights(), trainer.agent.acting_weights())
+
+
+def test_evaluation_counts_whole_episodes_and_changes_no_generator(tmp_path):
+    agent = InlineTrainer(tiny_config(), tmp_path).agent
+    before = agent.acting_generator.get_state()
+    make = lambda count: make_env("tests.environments:Counting-v0", count, 3)  # noqa: E731
+    result = evaluate(agent, make, episodes=21, seed=5)
+    assert result.returns == (280.0,) * 21
+    assert result.lengths == (7,) * 21
+    assert torch.equal(agent.acting_generator.get_state(), before)
