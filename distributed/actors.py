@@ -84,7 +84,8 @@ class EnvActor:
 class ReplayActor:
     """Holds the ReplayBuffer; chunks are copied in, so that no shared memory stays pinned."""
 
-    def __init__(self, config: RunConfig, task: Task, spec: AgentSpec, run_dir: Path) -> None:
+    def open(self, config: RunConfig, task: Task, spec: AgentSpec, run_dir: Path) -> None:
+        """Allocate the buffer: not in the constructor, whose errors lose their type on the way to the driver."""
         self._replay = make_replay(config, task, spec)
         self._store = ReplayStore(run_dir)
         self._batch_size = spec.batch_size
@@ -94,6 +95,9 @@ class ReplayActor:
 
     def insert(self, chunk: Chunk) -> Acceptance:
         return self._replay.insert(chunk)
+
+    def accepted(self) -> Acceptance:
+        return self._replay.accepted()
 
     def sample(self, batches: int) -> Batches:
         return [self._replay.draw(self._batch_size) for _ in range(batches)]
@@ -116,18 +120,17 @@ class ReplayActor:
 class LearnerActor:
     """Holds the Agent on its device and updates it from batches."""
 
-    def __init__(self, config: RunConfig, task: Task, threads: int) -> None:
+    def open(self, config: RunConfig, task: Task, threads: int) -> AgentSpec:
+        """Build the agent, outside of the constructor as in ReplayActor."""
         torch.set_num_threads(threads)
         device = choose_device(config.train.device)
         self._agent = make_task_agent(config, task, device, config.train.seed)
         self._version = 0
         self._publish_every = config.runtime.publish_interval
+        return agent_spec(self._agent)
 
     def __repr__(self) -> str:
         return "learner"
-
-    def spec(self) -> AgentSpec:
-        return agent_spec(self._agent)
 
     def update(self, batches: Batches) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
         """Learn from each batch in turn. Returns three objects of their own: what the coordinator counts, columns

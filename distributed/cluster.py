@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ray.exceptions import AuthenticationError
 from worldloom.training.config import RunConfig
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+FREE_CPU_SECONDS = 60.0  # to wait for a CPU: actors that just ended give theirs back late
 OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: chunks and batches in flight, two versions of the weights
 
 
@@ -28,7 +30,7 @@ class Shares:
 
 
 def connect(config: RunConfig, namespace: str) -> bool:
-    """Join the cluster of RAY_ADDRESS, or start one here. Returns whether it was started, and so must be ended.
+    """Join this process's Ray or the cluster of RAY_ADDRESS, or start one. Returns whether to end it afterwards.
 
     Raises RuntimeError if the cluster does not answer or refuses the token.
     """
@@ -39,6 +41,8 @@ def connect(config: RunConfig, namespace: str) -> bool:
 
 
 def _connect(config: RunConfig, namespace: str) -> bool:
+    if ray.is_initialized():
+        return False
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
     if address:
@@ -58,16 +62,17 @@ def _connect(config: RunConfig, namespace: str) -> bool:
 def share(config: RunConfig) -> Shares:
     """Fit the learner and env actors into what the cluster has free, with fractions of CPUs where it is small.
 
-    Raises RuntimeError if a GPU was asked for that the cluster lacks.
+    Raises RuntimeError if no CPU comes free, or a GPU was asked for that the cluster lacks.
     """
-    free = ray.available_resources()
     processes = 1 + config.runtime.env_actors
-    cpus = min(1.0, math.floor(100 * free.get("CPU", 0.0) / processes) / 100)
-    if cpus <= 0:
-        raise RuntimeError(
-            f"the cluster has {free.get('CPU', 0.0):g} free CPUs, expected some for {processes} processes. "
-            "Wait for other jobs to end, or add nodes."
-        )
+    deadline = time.monotonic() + FREE_CPU_SECONDS
+    while (cpus := min(1.0, math.floor(100 * (free := _free()).get("CPU", 0.0) / processes) / 100)) <= 0:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"the cluster had no free CPU for {FREE_CPU_SECONDS:.0f} s, but {processes} processes need some. "
+                "Wait for other jobs to end, or add nodes."
+            )
+        time.sleep(0.2)
     wants_gpu = config.train.device.startswith("cuda")
     gpus = free.get("GPU", 0.0)
     if wants_gpu and gpus < 1:
@@ -76,6 +81,11 @@ def share(config: RunConfig) -> Shares:
         )
     takes_gpu = wants_gpu or (config.train.device == "auto" and gpus >= 1)
     return Shares(cpus, 1.0 if takes_gpu else 0.0, config.runtime.learner_threads or learner_threads(config))
+
+
+def _free() -> dict[str, float]:
+    free: dict[str, float] = ray.available_resources()
+    return free
 
 
 def learner_threads(config: RunConfig) -> int:

@@ -58,7 +58,8 @@ class Coordinator:
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config, self._run_dir = config, run_dir.resolve()
         self._task = probe_task(config)
-        self._owns_cluster = connect(config, namespace=f"worldloom-{self._run_dir.name}")
+        self._namespace = f"worldloom-{self._run_dir.name}"
+        self._owns_cluster = connect(config, self._namespace)
         self.collectors: list[Collector] = []
         self._own: Rollout | None = None  # with no env actors
         self._weights: Any = None  # reference to the newest Weights; the coordinator owns it
@@ -74,28 +75,35 @@ class Coordinator:
     def start(self, resume: bool) -> None:
         """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
         shares = self._shares = share(self.config)
-        arguments = (self.config, self._task, shares.learner_threads)
-        self.learner = self._start(LearnerActor, "learner", shares.cpus, shares.gpus, *arguments)
-        self._spec: AgentSpec = self._wait(self.learner.spec.remote(), "the learner")
+        self.learner = self._start(LearnerActor, "learner", shares.cpus, shares.gpus)
+        opened = self.learner.open.remote(self.config, self._task, shares.learner_threads)
+        self._spec: AgentSpec = self._wait(opened, "the learner")
         self.run = Run(self.config, self._run_dir, self._task, self._spec, resume)
         self._incarnation = self.run.incarnation  # of the actor started last
-        self.replay = self._start(ReplayActor, "replay/0", 0, 0, self.config, self._task, self._spec, self._run_dir)
-        self._wait(self.replay.pid.remote(), "replay")
+        self.replay = self._start(ReplayActor, "replay/0", 0, 0)
+        self._wait(self.replay.open.remote(self.config, self._task, self._spec, self._run_dir), "replay")
         if self.run.checkpoint:
             self._wait(self.learner.load.remote(self.run.checkpoint), "the learner")
             self._wait(self.replay.load.remote(self.run.checkpoint), "replay")
         self._start_collecting()
 
     def _start(self, kind: type[Any], name: str, cpus: float, gpus: float, *args: Any) -> Any:
-        options = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-        return ray.remote(kind).options(**options).remote(*args)
+        options = {"name": name, "namespace": self._namespace, "num_cpus": cpus, "num_gpus": gpus}
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return ray.remote(kind).options(**options, max_restarts=0, max_task_retries=0).remote(*args)
+            except ValueError:  # the name of an actor that was just killed is not free yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def _wait(self, reference: Any, who: str) -> Any:
         """The result, or a sentence if the actor does not come up or its constructor failed."""
         try:
             return ray.get(reference, timeout=START_SECONDS)
         except RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.cause from error
         except GetTimeoutError:
             raise RuntimeError(
                 f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
@@ -278,7 +286,9 @@ class Coordinator:
             self._replace(collector, f"died ({type(error).__name__})", error)
             return
         except RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            if chunk is not EVALUATION:
+                ray.wait([chunk])  # it carries the same error, which would be reported as unread
+            raise error.cause from error
         collector.task, collector.chunk, collector.requested, collector.restarts = None, None, 0, 0
         if isinstance(result, Evaluation):
             env_steps, self._evaluating = self._evaluating, None
@@ -291,7 +301,7 @@ class Coordinator:
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.cause from error
         except RayActorError as error:
             raise RuntimeError(
                 f"{who} died: {error}. The last checkpoint is intact; go on with: {self.run.resume_command()}"
@@ -390,7 +400,7 @@ class Coordinator:
             except RayActorError as error:
                 self._replace(collector, f"died while evaluating ({type(error).__name__})", error)
             except RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise error.cause from error
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
+from worldloom.envs import EnvironmentFailed
 from worldloom.training.config import RunConfig
 from worldloom.training.task import check_config
 
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, EXPECTED):
             raise
+        if isinstance(error, EnvironmentFailed) and error.__cause__:
+            traceback.print_exception(error.__cause__)  # where in the user's own code
         print(f"launch.train: {error}", file=sys.stderr)
         return 1
     return _conclude(summary, run_dir)

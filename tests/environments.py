@@ -1,6 +1,7 @@
 """Environments whose right answers are known. Ids: "tests.environments:Counting-v0" and so on."""
 
 import os
+import signal
 import time
 
 import gymnasium as gym
@@ -84,19 +85,63 @@ class Picture(gym.Env):
         return obs, float(action), False, self.count >= 5, {}
 
 
-class Suicidal(Counting):
-    """Kills its own process once, at step `at`, unless the file `marker` exists; then it lives on."""
+def once(name):
+    """Whether this is the first call with that name in the directory of $WORLDLOOM_TEST_MARKS, across processes."""
+    path = os.path.join(os.environ["WORLDLOOM_TEST_MARKS"], name)
+    if os.path.exists(path):
+        return False
+    open(path, "w").close()
+    return True
 
-    def __init__(self, at=40, marker="", **kwargs):
-        super().__init__(**kwargs)
-        self.at, self.marker, self.calls = at, marker, 0
+
+class Suicidal(Counting):
+    """Kills its own process at its 40th step, once."""
+
+    calls = 0
 
     def step(self, action):
         self.calls += 1
-        if self.calls == self.at and not os.path.exists(self.marker):
-            open(self.marker, "w").close()
-            os.kill(os.getpid(), 9)
+        if self.calls == 40 and once("suicidal"):
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)
+
+
+class Killer(Counting):
+    """Kills every process in which it takes 20 steps."""
+
+    calls = 0
+
+    def step(self, action):
+        self.calls += 1
+        if self.calls == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class Hanging(Counting):
+    """Hangs at its 40th step, once."""
+
+    calls = 0
+
+    def step(self, action):
+        self.calls += 1
+        if self.calls == 40 and once("hanging"):
+            time.sleep(10_000)
+        return super().step(action)
+
+
+class AlwaysFaulty(Faulty):
+    """Raises at every second step."""
+
+    def __init__(self):
+        super().__init__(period=2)
+
+
+class SlowCounting(Counting):
+    """A step takes 2 ms."""
+
+    def __init__(self):
+        super().__init__(delay=0.002)
 
 
 for name, kind in list(globals().items()):

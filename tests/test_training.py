@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_resume_goes_on_with_replay_counters_and_optimisers(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     InlineTrainer(tiny_config(), tmp_path).train()
     other = tiny_config(agent={**TINY_AGENT, "mlp_dim": 24})
-    with pytest.raises(CheckpointError, match="config.mlp_dim is 16 there, 24 here"):
+    with pytest.raises(CheckpointError, match=r"config.mlp_dim is 16 there, 24 here"):
         InlineTrainer(other, tmp_path, resume=True)
 
 
@@ -234,7 +235,7 @@ def test_rows_are_written_once_and_dropped_with_their_checkpoints(tmp_path):
     rows = trainer.replay.accepted().rows
     assert spans[-1][1] == rows
     assert spans[0][1] > rows - 150
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
     InlineTrainer(config, tmp_path, resume=True)
 
 

@@ -20,6 +20,7 @@ class Run:
 
     def __init__(self, config: RunConfig, run_dir: Path, task: Task, spec: AgentSpec, resume: bool) -> None:
         self.config, self.dir, self.spec = config, run_dir, spec
+        run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = newest_checkpoint(run_dir) if resume else None
         manifest = read_manifest(self.checkpoint) if self.checkpoint else {}
         self.limiter = make_limiter(config, spec)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from worldloom.catalog import build_config, create_agent
-from worldloom.envs import VectorEnv, make_env, make_environment
+from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, make_environment
 from worldloom.training.chunk import base_columns
 from worldloom.training.clock import RateLimiter
 from worldloom.training.config import RunConfig
@@ -44,10 +44,10 @@ class AgentSpec:
 
 
 def probe_task(config: RunConfig) -> Task:
-    """Make one environment to see its spaces. Raises ValueError or TypeError for one that cannot be used."""
+    """Make one environment to see its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
     env = make_environment(config.env.id, config.env.action_repeat)
     try:
-        env.step_once()
+        _try_out(env)
         if env.discrete:
             raise TypeError(
                 f"{config.env.id} has discrete actions, but {config.algorithm} acts in continuous (Box) action spaces. "
@@ -56,6 +56,15 @@ def probe_task(config: RunConfig) -> Task:
         return Task(env.observation_space, env.action_space, env.action_dim, env.discrete, env.episode_length)
     finally:
         env.close()
+
+
+def _try_out(env: Environment) -> None:
+    try:
+        env.step_once()
+    except Exception as error:
+        raise EnvironmentFailed(
+            f"{env.name} failed in its first step: {type(error).__name__}: {error} Mend the environment first."
+        ) from error
 
 
 def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Agent:

@@ -1,0 +1,195 @@
+"""The commands as a person types them: good input, bad input, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.arguments import run_config, run_parser
+from launch.train import main
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """
+algorithm: tdmpc2:1m
+agent: {encoder_dim: 16, mlp_dim: 16, latent_dim: 16, batch_size: 8, num_samples: 16, num_elites: 4,
+        num_pi_trajs: 2, iterations: 2, lr: 3e-4}
+env: {id: "tests.environments:Counting-v0", num_envs: 2}
+replay: {capacity: 10_000}
+train: {total_steps: 300, learning_starts: 100, train_ratio: 12}
+runtime: {kind: inline}
+eval: {interval: 0, episodes: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def refusal(capsys, *argv):
+    """What the command says when it refuses its arguments."""
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code not in (0, None)
+    said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def parse(*argv):
+    parser = run_parser("launch.train", "")
+    return run_config(parser, parser.parse_args(list(argv)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_presets_parse_and_fit_their_algorithm(path):
+    from worldloom.training.task import check_config
+
+    check_config(parse("--config", str(path)))
+
+
+def test_yaml_and_overrides_are_typed(config):
+    built = parse("--config", config, "--train.seed", "7", "--agent.horizon", "5", "--train.train_ratio", "3e2")
+    assert built.agent["lr"] == 3e-4  # plain PyYAML reads 3e-4 as text
+    assert built.agent["horizon"] == 5
+    assert built.agent["mlp_dim"] == 16
+    assert (built.train.seed, built.train.train_ratio, built.replay.capacity) == (7, 300.0, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.totl_steps", "5"], ["totl_steps", "train.total_steps"]),
+        (["--total_steps", "5"], ["total_steps", "train.total_steps"]),
+        (["--train.total_steps", "many"], ["train.total_steps", "many", "int"]),
+        (["--train.total_steps", "1.5"], ["train.total_steps", "1.5", "int"]),
+        (["--replay.capacity", "-5"], ["replay.capacity", "-5", "at least 1"]),
+        (["--runtime.kind", "rai"], ["runtime.kind", "rai", "inline"]),
+        (["--train.learning_starts", "400"], ["train.learning_starts", "400", "train.total_steps=300"]),
+        (["--algorithm", "tdmpc2:7m"], ["tdmpc2:7m", "tdmpc2:5m"]),
+        (["--agent.horzon", "4"], ["agent.horzon", "horizon"]),
+        (["--agent.horizon", "four"], ["agent.horizon", "four", "int"]),
+        (["--agent.latent_dim", "20"], ["agent.latent_dim", "20", "simnorm_dim"]),
+        (["--train.device", "cuda:7"], ["train.device", "cuda:7"]),
+        (["--train.device", "gpu"], ["train.device", "gpu", "auto"]),
+        (["--config", "absent.yaml"], ["absent.yaml"]),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_sentence(config, capsys, arguments, words):
+    said = refusal(capsys, "--config", config, *arguments)
+    for word in words:
+        assert word in said, said
+
+
+def test_bad_yaml_keys_are_refused_with_the_nearest_name(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(TINY.replace("total_steps", "totalsteps"))
+    said = refusal(capsys, "--config", str(path))
+    assert "totalsteps" in said
+    assert "train.total_steps" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env.id", "Pendulun-v1"], ["Pendulun-v1", "Pendulum-v1"]),
+        (["--env.id", "CartPole-v1"], ["CartPole-v1", "continuous"]),
+        (["--env.id", "tests.environments:Broken-v0"], ["NaN or infinity at entries [1]"]),
+        (["--replay.capacity", "1000000000000"], ["replay.capacity", "GiB", "Lower replay.capacity"]),
+        (["--replay.capacity", "3"], ["replay.capacity is 3", "window of 4"]),
+    ],
+)
+def test_bad_environments_and_sizes_end_the_command_with_a_sentence(config, tmp_path, capsys, arguments, words):
+    assert main(["--config", config, "--run-dir", str(tmp_path / "run"), *arguments]) == 1
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said, said
+
+
+def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
+    from launch import evaluate
+
+    run_dir = tmp_path / "run"
+    assert main(["--config", config, "--run-dir", str(run_dir)]) == 0
+    assert "return 280.0 ± 0.0 over 2 episodes" in capsys.readouterr().out
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["total_steps"] == 300
+    summary = json.loads((run_dir / "summary.json").read_text())
+    expected = {
+        "status", "algorithm", "env_id", "env_steps", "updates", "episodes", "eval_return_mean", "eval_return_std",
+        "eval_episodes", "wall_seconds", "env_steps_per_second", "updates_per_second", "learner_busy_fraction",
+        "train_ratio_target", "train_ratio_actual", "weight_staleness_p95", "actor_restarts", "env_steps_discarded",
+        "seed", "device",
+    }  # fmt: skip
+    assert expected <= summary.keys()
+
+    assert evaluate.main(["--run-dir", str(run_dir), "--episodes", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == {
+        "eval_return_mean": 280.0, "eval_return_std": 0.0, "eval_episodes": 5
+    }  # fmt: skip
+
+    assert "already holds a run" in refusal(capsys, "--config", config, "--run-dir", str(run_dir))
+    assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0
+    assert json.loads((run_dir / "summary.json").read_text())["env_steps"] >= 400
+    assert main(["--resume", "--run-dir", str(run_dir), "--agent.mlp_dim", "24"]) == 1
+    assert "mlp_dim is 16 there, 24 here" in capsys.readouterr().err
+
+
+def test_resume_and_evaluate_without_a_run_are_refused(tmp_path, capsys):
+    from launch import evaluate
+
+    assert "holds no config.yaml" in refusal(capsys, "--resume", "--run-dir", str(tmp_path))
+    assert evaluate.main(["--run-dir", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def interrupt(arguments, run_dir, after_steps):
+    """Start the command, press Ctrl-C once it got so far, and give its exit code and output."""
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "launch.train",
+        *arguments,
+        "--run-dir",
+        str(run_dir),
+        "--log.interval",
+        "50",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and json.loads(lines[-1])["env_steps"] >= after_steps:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("kind", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def test_ctrl_c_saves_and_prints_the_resume_command(config, tmp_path, kind, capsys):
+    run_dir = tmp_path / "run"
+    arguments = ["--config", config, "--runtime", kind, "--runtime.env_actors", "1", "--train.total_steps", "100_000"]
+    code, output = interrupt(arguments, run_dir, after_steps=200)
+    assert code == 130, output
+    assert "Traceback" not in output
+    command = f"python -m launch.train --resume --run-dir {run_dir}"
+    assert command in output
+    stopped = json.loads((run_dir / "summary.json").read_text())
+    assert stopped["status"] == "interrupted"
+    assert stopped["env_steps"] >= 200
+    assert main(["--resume", "--run-dir", str(run_dir), "--runtime", "inline", "--train.total_steps",
+                 str(stopped["env_steps"] + 50)]) == 0  # fmt: skip
+    assert f"resumed from step-{stopped['env_steps']:012d}" in capsys.readouterr().out

@@ -1,0 +1,164 @@
+"""The Ray runtime on one small cluster, with a tiny agent on environments whose right answers are known."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.test_training import tiny_config
+from worldloom.envs import EnvironmentFailed
+from worldloom.training.checkpoint import CheckpointError
+from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
+
+ray = pytest.importorskip("ray")
+
+from distributed.coordinator import Coordinator, train  # noqa: E402 - after the check for Ray
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    os.environ["WORLDLOOM_TEST_MARKS"] = str(tmp_path_factory.mktemp("marks"))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def ray_config(env="Counting", actors=1, **sections):
+    parts = {
+        "env": EnvConfig(id=f"tests.environments:{env}-v0", num_envs=2),
+        "train": TrainConfig(total_steps=1000, learning_starts=100, train_ratio=12),
+        "runtime": RuntimeConfig(kind="ray", env_actors=actors, chunk_steps=8, publish_interval=5, learner_threads=1),
+    }
+    return tiny_config(**{**parts, **sections})
+
+
+def run(config, run_dir, resume=False):
+    """A whole run, and what replay had accepted at its end."""
+    coordinator = Coordinator(config, run_dir)
+    try:
+        coordinator.start(resume)
+        summary = coordinator.train()
+        return summary, ray.get(coordinator.replay.accepted.remote())
+    finally:
+        coordinator.close()
+
+
+@pytest.mark.parametrize("actors", [0, 1, 2, 4])
+def test_any_number_of_env_actors_trains_to_the_end(actors, tmp_path):
+    summary, accepted = run(ray_config(actors=actors), tmp_path)
+    assert summary["status"] == "completed"
+    assert 1000 <= summary["env_steps"] == accepted.steps < 1000 + 2 * 4
+    assert accepted.duplicates == 0
+    assert summary["train_ratio_actual"] == pytest.approx(12, rel=0.01)
+    assert summary["updates"] == summary["env_steps"] // 2
+    assert summary["episodes"] == accepted.episodes
+    assert summary["eval_return_mean"] == 280
+    assert summary["actor_restarts"] == summary["env_steps_discarded"] == 0
+
+
+def test_rows_in_replay_are_what_the_environments_gave(tmp_path):
+    config = ray_config(actors=2)
+    run(config, tmp_path)
+    from worldloom.training.inline import InlineTrainer
+
+    replay = InlineTrainer(config, tmp_path, resume=True).replay
+    batch = replay.draw(300)
+    count = batch["obs"][..., 0]
+    led = ~batch["is_first"]
+    np.testing.assert_array_equal(np.diff(count, axis=1), 1)
+    np.testing.assert_array_equal(batch["rewards"], 10 * count)
+    np.testing.assert_allclose(batch["obs"][..., 1][led], 2 * batch["actions"][..., 0][led], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(batch["terminated"], count == 7)
+
+
+def test_a_killed_env_actor_is_replaced_and_nothing_accepted_is_lost(tmp_path):
+    summary, accepted = run(ray_config("Suicidal", actors=2), tmp_path)
+    assert summary["status"] == "completed"
+    assert summary["actor_restarts"] == 1
+    assert summary["env_steps"] == accepted.steps >= 1000
+    assert 0 < summary["env_steps_discarded"] <= 16
+    assert summary["train_ratio_actual"] == pytest.approx(12, rel=0.01)
+
+
+def test_an_env_actor_killed_from_outside_is_replaced(tmp_path):
+    coordinator = Coordinator(ray_config("SlowCounting", actors=2), tmp_path)
+
+    def kill():
+        deadline = time.monotonic() + 120
+        while coordinator.run.limiter.env_steps < 300 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(victim, signal.SIGKILL)
+
+    try:
+        coordinator.start(resume=False)
+        victim = ray.get(coordinator.collectors[1].handle.pid.remote())
+        killer = threading.Thread(target=kill)
+        killer.start()
+        summary = coordinator.train()
+        killer.join()
+        accepted = ray.get(coordinator.replay.accepted.remote())
+    finally:
+        coordinator.close()
+    assert summary["actor_restarts"] == 1
+    assert summary["env_steps"] == accepted.steps >= 1000
+
+
+def test_a_hanging_environment_is_replaced_after_the_time_out(tmp_path):
+    config = ray_config("Hanging", actors=2)
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, collect_timeout=10.0))
+    summary, accepted = run(config, tmp_path)
+    assert summary["actor_restarts"] == 1
+    assert summary["env_steps"] == accepted.steps >= 1000
+
+
+def test_an_environment_that_always_fails_ends_the_run_with_its_traceback(tmp_path):
+    with pytest.raises(EnvironmentFailed, match="the simulator exploded") as failure:
+        train(ray_config("AlwaysFaulty"), tmp_path)
+    assert "environments.py" in str(failure.value.__cause__)
+
+
+def test_an_environment_that_always_kills_its_process_ends_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match="was lost 6 times in a row"):
+        train(ray_config("Killer", runtime=RuntimeConfig(env_actors=1, chunk_steps=64, learner_threads=1)), tmp_path)
+
+
+def test_actors_have_names_while_they_run_and_are_gone_afterwards(tmp_path):
+    config = ray_config(actors=2)
+    coordinator = Coordinator(config, tmp_path / "named")
+    try:
+        coordinator.start(resume=False)
+        names = {entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)}
+        assert {"learner", "replay/0", "env/000", "env/001"} <= names
+    finally:
+        coordinator.close()
+    deadline = time.monotonic() + 60
+    while ray.util.list_named_actors(all_namespaces=True) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.util.list_named_actors(all_namespaces=True) == []
+
+
+def test_resume_on_ray_goes_on_with_replay_and_counters(tmp_path):
+    config = ray_config(
+        actors=1, eval=EvalConfig(interval=400, episodes=2), checkpoint=CheckpointConfig(interval=300, keep=2)
+    )
+    first, accepted = run(config, tmp_path)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=1200))
+    second, after = run(longer, tmp_path, resume=True)
+    assert second["env_steps"] == after.steps >= 1200
+    assert after.rows > accepted.rows
+    assert after.chunks > accepted.chunks
+    assert second["updates"] == second["env_steps"] // 2
+    assert second["episodes"] > first["episodes"]
+    with pytest.raises(CheckpointError, match="another model"):
+        train(dataclasses.replace(longer, algorithm="tdmpc2:5m"), tmp_path, resume=True)
+
+
+def test_a_replay_that_does_not_fit_is_refused_with_a_sentence(tmp_path):
+    with pytest.raises(MemoryError, match=r"Lower replay.capacity"):
+        train(ray_config(replay=ReplayConfig(capacity=10**12)), tmp_path)
