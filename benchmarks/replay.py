@@ -71,10 +71,8 @@ def main() -> None:
         return block[begin : begin + size].copy()
 
     calls = {"memcpy": copy, "sample at 1 %": lambda: small.draw(16), "sample at 100 %": lambda: full.draw(16)}
-    print(
-        f"batch 16 x 65 rows of 64x64x3 uint8, {size / 1e6:.1f} MB; capacity {options.capacity:,} rows; seed {options.seed}"
-    )
-    print(f"{platform.processor() or platform.machine()}, numpy {np.__version__}, medians of {options.repeats}")
+    print(f"batch: 16 x 65 rows of 64x64x3 uint8, {size / 1e6:.1f} MB; capacity: {options.capacity:,} rows")
+    print(f"{platform.machine()}, numpy {np.__version__}, medians of {options.repeats}, seed {options.seed}")
     print("\ncaches flushed before each call, as the update between two draws does:")
     report(measure(calls, options.repeats, flush=np.ones(FLUSH_BYTES // 8)), size)
     print("\ncalls back to back, where the last-level cache may hold the whole of the 1 % ring:")

@@ -154,7 +154,7 @@ class Coordinator:
         with GracefulStop() as stop:
             try:
                 while not (run.finished and not run.limiter.updates_due()) and not stop.requested:
-                    self._dispatch_updates()
+                    self.dispatch_updates()
                     self._dispatch_collects()
                     self._receive()
                     self._at_intervals()
@@ -162,7 +162,7 @@ class Coordinator:
             finally:
                 run.recorder.close()
 
-    def _dispatch_updates(self) -> None:
+    def dispatch_updates(self) -> None:
         """Keep the learner supplied with bundles of batches, never more than are due."""
         while len(self._updates) < UPDATES_IN_FLIGHT:
             due = self.run.limiter.updates_due() - sum(count for *_, count in self._updates)
@@ -222,9 +222,9 @@ class Coordinator:
     def _receive(self) -> None:
         """Take in whatever is ready, waiting for the first."""
         if self._own is not None and self._collect_here():
-            self._take_ready(timeout=0)
+            self.take_ready(timeout=0)
         else:
-            self._take_ready(timeout=1.0)
+            self.take_ready(timeout=1.0)
 
     def _collect_here(self) -> bool:
         """With no env actors, the coordinator collects between two looks at the learner."""
@@ -240,7 +240,7 @@ class Coordinator:
         self._inserts[self.replay.insert.remote(chunk)] = chunk.info
         return True
 
-    def _take_ready(self, timeout: float) -> None:
+    def take_ready(self, timeout: float) -> None:
         pending = [c.task for c in self.collectors if c.task is not None]
         pending += [*self._inserts, *(results for results, *_ in self._updates)]
         if not pending:
@@ -363,7 +363,7 @@ class Coordinator:
         """Take in every update and insert under way, so that counters, learner and replay agree."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while self._updates or self._inserts or (collects and self._collecting()):
-            self._take_ready(timeout=1.0)
+            self.take_ready(timeout=1.0)
             if collects and time.monotonic() > deadline and not (self._updates or self._inserts):
                 self.run.recorder.counters["env_steps_discarded"] += sum(c.requested for c in self.collectors)
                 return

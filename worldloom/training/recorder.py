@@ -39,7 +39,7 @@ class Recorder:
         self._learner_updates = 0
         self._evaluation: Evaluation | None = None
         self._learning_since: float | None = None
-        self._busy = 0.0  # seconds of learning, since the start
+        self.busy_seconds = 0.0  # seconds of learning, since the start
         self._held = 0.0  # seconds in which collecting had to wait for the learner
         self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
         self._said_true_ends = False
@@ -76,7 +76,7 @@ class Recorder:
         for name, value in metrics.items():
             self._learner_metrics[name] += value * updates
         self._learner_updates += updates
-        self._busy += seconds
+        self.busy_seconds += seconds
         self._display.show(self._standing())
 
     def held(self, seconds: float) -> None:
@@ -118,7 +118,7 @@ class Recorder:
         self._display.line(self._standing())
         self._learner_metrics.clear()
         self._learner_updates = 0
-        self._mark = (now, limiter.env_steps, limiter.updates, self._busy, self._held)
+        self._mark = (now, limiter.env_steps, limiter.updates, self.busy_seconds, self._held)
 
     def _standing(self) -> Standing:
         then, steps, _, _, _ = self._mark
@@ -138,14 +138,14 @@ class Recorder:
             return "environments (warm-up)"
         then, _, _, busy, held = self._mark
         span = max(time.monotonic() - then, 1e-9)
-        if (self._busy - busy) / span >= 0.8 or (self._held - held) / span >= 0.5:
+        if (self.busy_seconds - busy) / span >= 0.8 or (self._held - held) / span >= 0.5:
             return "learner"
         return "environments"
 
     def _busy_fraction(self) -> float:
         if self._learning_since is None:
             return 0.0
-        return min(self._busy / max(time.monotonic() - self._learning_since, 1e-9), 1.0)
+        return min(self.busy_seconds / max(time.monotonic() - self._learning_since, 1e-9), 1.0)
 
     def saved_counters(self) -> dict[str, Any]:
         """What a resumed run goes on counting from."""
