@@ -23,6 +23,7 @@ from worldloom.training.run import EVAL_SEED
 from worldloom.training.task import (
     AgentSpec,
     Task,
+    actor_seed,
     agent_spec,
     choose_device,
     make_replay,
@@ -58,7 +59,7 @@ class EnvActor:
         seed = config.train.seed
         self._config = config
         self._agent = agent_from_description(description, seed=seed)
-        env = make_task_env(config, config.env.num_envs, seed + 1000 * index + incarnation)
+        env = make_task_env(config, config.env.num_envs, actor_seed(config, index, incarnation))
         self._rollout = Rollout(env, self._agent, seed, actor=index, incarnation=incarnation)
         self._name = f"env/{index:03d}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distributed.actors import EnvActor, LearnerActor, ReplayActor
@@ -22,7 +23,7 @@ from worldloom.training.evaluation import Evaluation, evaluate
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import EVAL_SEED, Run
-from worldloom.training.task import AgentSpec, make_task_env, probe_task, replay_columns
+from worldloom.training.task import AgentSpec, actor_seed, make_task_env, probe_task, replay_columns
 
 BUNDLE_BYTES = 4 * 2**20  # batches of a task together hold about this much
 BUNDLE_UPDATES = 8  # and are at most so many
@@ -121,9 +122,10 @@ class Coordinator:
         for index in range(self.config.runtime.env_actors):
             self.collectors.append(self._start_collector(index, self.run.incarnation))
         if not self.collectors:
+            torch.set_num_threads(1)
             seed = self.config.train.seed
             agent = agent_from_description(self._spec.description, seed=seed)
-            env = make_task_env(self.config, self.config.env.num_envs, seed + self.run.incarnation)
+            env = make_task_env(self.config, self.config.env.num_envs, actor_seed(self.config, 0, self.run.incarnation))
             self._own = Rollout(env, agent, seed, incarnation=self.run.incarnation)
         where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
         self.run.recorder.say(

@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         summary = _train(config, run_dir, parsed.resume)
     except KeyboardInterrupt:
-        print(f"\nstopped at once; go on from the last checkpoint with:\n  {_resume_command(run_dir)}")
+        saved = any(run_dir.glob("checkpoints/step-*/manifest.json"))
+        go_on = (
+            f"go on from the last checkpoint with:\n  {_resume_command(run_dir)}" if saved else "nothing was saved yet"
+        )
+        print(f"\nstopped at once; {go_on}")
         return 130
     except Exception as error:
         if not isinstance(error, EXPECTED):

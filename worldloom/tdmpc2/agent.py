@@ -13,6 +13,11 @@ from worldloom.tdmpc2.planner import Planner
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, WindowSpec
 
+NOT_EPISODIC = (
+    "warning: episodes end truly here (terminated), but the model has no termination head, so its plans look past the "
+    "end. Set agent.episodic: true."
+)
+
 
 class RunningScale:
     """S, the running distance of the 5th and 95th percentiles, at least 1: values are divided by it."""
@@ -38,6 +43,7 @@ class TDMPC2Agent:
         self.batch_size, self.pretrain = c.batch_size, c.pretrain
         self.windows = WindowSpec(length=c.horizon + 1, context=1, crosses_episodes=False)
         self.train_ratio = float(c.batch_size * c.horizon)  # one update per environment step
+        self.true_ends_hint = None if c.episodic else NOT_EPISODIC
         self.updates = 0
         self.scale = RunningScale(c.tau)
         self.device = model.bins.device

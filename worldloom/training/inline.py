@@ -18,7 +18,15 @@ from worldloom.training.evaluation import Evaluation, evaluate
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import EVAL_SEED, Run
-from worldloom.training.task import agent_spec, choose_device, make_replay, make_task_agent, make_task_env, probe_task
+from worldloom.training.task import (
+    actor_seed,
+    agent_spec,
+    choose_device,
+    make_replay,
+    make_task_agent,
+    make_task_env,
+    probe_task,
+)
 
 
 class InlineTrainer:
@@ -36,7 +44,7 @@ class InlineTrainer:
         if self.run.checkpoint:
             load_agent_state(self.run.checkpoint, self.agent)
             self.store.load(self.run.checkpoint, self.replay)
-        env = make_task_env(config, config.env.num_envs, seed + self.run.incarnation)
+        env = make_task_env(config, config.env.num_envs, actor_seed(config, 0, self.run.incarnation))
         self.rollout = Rollout(env, self.agent, seed, incarnation=self.run.incarnation)
 
     def train(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ COUNTERS = ("episodes", "true_ends", "env_failures", "actor_restarts", "env_step
 class Recorder:
     """Told of every chunk, update, evaluation and loss; `limiter` holds the totals of steps and updates."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, limiter: RateLimiter, before: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        limiter: RateLimiter,
+        before: Mapping[str, Any],
+        true_ends_hint: str | None = None,
+    ) -> None:
         self._run_dir, self._config, self._limiter = run_dir, config, limiter
         self._logger = MetricsLogger(run_dir)
         self._display = Display(config.train.total_steps, limiter.env_steps)
@@ -34,7 +41,7 @@ class Recorder:
         self._wall_before = float(before.get("wall_seconds", 0.0))
         self._begun = time.monotonic()
         self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self._staleness: list[int] = []
+        self._staleness: Counter[int] = Counter()  # chunks by how many publishes behind they were
         self._learner_metrics: dict[str, float] = defaultdict(float)
         self._learner_updates = 0
         self._evaluation: Evaluation | None = None
@@ -42,7 +49,7 @@ class Recorder:
         self.busy_seconds = 0.0  # seconds of learning, since the start
         self._held = 0.0  # seconds in which collecting had to wait for the learner
         self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
-        self._said_true_ends = False
+        self._true_ends_hint = true_ends_hint
 
     @property
     def wall_seconds(self) -> float:
@@ -57,17 +64,14 @@ class Recorder:
         self.counters["episodes"] += len(info.returns)
         self.counters["true_ends"] += info.true_ends
         self._returns.extend(info.returns)
-        self._staleness.append(newest_version - info.version)
+        self._staleness[newest_version - info.version] += 1
         if info.failures:
             self.counters["env_failures"] += info.failures
             self.say(f"actor {info.key.actor}: {info.failures} environment(s) raised and were rebuilt in place")
+        if info.true_ends and self._true_ends_hint:
+            self.say(self._true_ends_hint)
+            self._true_ends_hint = None
         self._display.show(self._standing())
-
-    def warn_of_true_ends(self, text: str) -> None:
-        """Say once that episodes end truly although the model has no notion of it."""
-        if self.counters["true_ends"] and not self._said_true_ends:
-            self._said_true_ends = True
-            self.say(text)
 
     def updated(self, metrics: Metrics, updates: int, seconds: float) -> None:
         """`updates` updates took `seconds`; metrics are their means."""
@@ -110,8 +114,7 @@ class Recorder:
         }
         if self._returns:
             metrics["episode/return"] = float(np.mean(self._returns))
-        if self._staleness:
-            metrics["weights/staleness"] = float(np.mean(self._staleness[-100:]))
+        metrics["weights/staleness_p95"] = self._staleness_p95()
         for name, total in self._learner_metrics.items():
             metrics[f"learner/{name}"] = total / self._learner_updates
         self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics)
@@ -147,6 +150,15 @@ class Recorder:
             return 0.0
         return min(self.busy_seconds / max(time.monotonic() - self._learning_since, 1e-9), 1.0)
 
+    def _staleness_p95(self) -> float:
+        """Publishes between the newest weights and those that acted, at most, for 95 % of the chunks."""
+        seen, enough = 0, 0.95 * self._staleness.total()
+        for versions, chunks in sorted(self._staleness.items()):
+            seen += chunks
+            if seen >= enough:
+                return float(versions)
+        return 0.0
+
     def saved_counters(self) -> dict[str, Any]:
         """What a resumed run goes on counting from."""
         return {**self.counters, "wall_seconds": self.wall_seconds}
@@ -170,7 +182,7 @@ class Recorder:
             "learner_busy_fraction": round(self._busy_fraction(), 4),
             "train_ratio_target": limiter.train_ratio,
             "train_ratio_actual": round(limiter.actual, 4),
-            "weight_staleness_p95": float(np.percentile(self._staleness, 95)) if self._staleness else 0.0,
+            "weight_staleness_p95": self._staleness_p95(),
             **self.counters,
             "seed": self._config.train.seed,
             "device": device,

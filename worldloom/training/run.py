@@ -29,7 +29,8 @@ class Run:
         self.incarnation = (
             int(manifest.get("incarnation", -1)) + 1
         )  # actors started now are told apart from earlier ones
-        self.recorder = Recorder(run_dir, config, self.limiter, manifest.get("counters", {}))
+        counters = manifest.get("counters", {})
+        self.recorder = Recorder(run_dir, config, self.limiter, counters, spec.true_ends_hint)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.log_clock = Every(config.log.interval, self.limiter.env_steps)

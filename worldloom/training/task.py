@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from worldloom.catalog import build_config, create_agent
@@ -39,6 +40,7 @@ class AgentSpec:
     train_ratio: float
     pretrain: bool
     random_warmup: bool
+    true_ends_hint: str | None
     parameters: int
     device: str
 
@@ -83,6 +85,11 @@ def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str 
     return make_env(config.env.id, num_envs, seed, config.env.action_repeat, render_mode)
 
 
+def actor_seed(config: RunConfig, actor: int, incarnation: int) -> int:
+    """A seed for the environments of one start of one actor; no two of them share it."""
+    return int(np.random.SeedSequence([config.train.seed, actor, incarnation]).generate_state(1)[0])
+
+
 def agent_spec(agent: Agent) -> AgentSpec:
     parameters = sum(p.numel() for p in agent.world_model.parameters() if p.requires_grad)
     return AgentSpec(
@@ -93,6 +100,7 @@ def agent_spec(agent: Agent) -> AgentSpec:
         agent.train_ratio,
         agent.pretrain,
         agent.random_warmup,
+        agent.true_ends_hint,
         parameters,
         str(next(agent.world_model.parameters()).device),
     )
