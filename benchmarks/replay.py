@@ -35,7 +35,7 @@ def chunk(rng: np.random.Generator, pool: np.ndarray, env: int, sequence: int) -
         "terminated": np.zeros(CHUNK_ROWS, bool),
         "truncated": numbers % 500 == 499,
     }
-    info = ChunkInfo(ChunkKey(env, 0, sequence), CHUNK_ROWS, 0, (), (), 0, 0, 0.0)
+    info = ChunkInfo(ChunkKey(env, 0, sequence), CHUNK_ROWS, 0, (), (), 0, 0, "", 0.0)
     return Chunk(columns, (CHUNK_ROWS,), info)
 
 

@@ -39,7 +39,7 @@ def rows(steps, first, tag=0.0, end=None):
 def chunk_of(parts, key=(0, 0, 0)):
     columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     lengths = tuple(len(p["rewards"]) for p in parts)
-    info = ChunkInfo(ChunkKey(*key), int((~columns["is_first"]).sum()), 0, (), (), 0, 0, 0.0)
+    info = ChunkInfo(ChunkKey(*key), int((~columns["is_first"]).sum()), 0, (), (), 0, 0, "", 0.0)
     return Chunk(columns, lengths, info)
 
 

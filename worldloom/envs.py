@@ -21,7 +21,7 @@ from worldloom.types import Array, is_image
 logger = logging.getLogger(__name__)
 
 FAILURES_ALLOWED = 5  # of one environment within FAILURE_WINDOW of its steps, before the run is given up
-FAILURE_WINDOW = 1000
+FAILURE_WINDOW = 100
 
 
 class EnvironmentFailed(RuntimeError):
@@ -155,7 +155,7 @@ class VectorEnv:
         self._envs = [make() for _ in range(num_envs)]
         self._steps = 0
         self._failures: list[deque[int]] = [deque(maxlen=FAILURES_ALLOWED) for _ in self._envs]
-        self.num_envs, self.failures = num_envs, 0
+        self.num_envs, self.failures, self.last_failure = num_envs, 0, ""
         one = self._envs[0]
         self.observation_space, self.action_space = one.observation_space, one.action_space
         self.discrete, self.action_dim, self.episode_length = one.discrete, one.action_dim, one.episode_length
@@ -209,10 +209,11 @@ class VectorEnv:
         recent = self._failures[index]
         recent.append(self._steps)
         self.failures += 1
+        self.last_failure = f"{type(error).__name__}: {error}".rstrip(".")
         if len(recent) == FAILURES_ALLOWED and self._steps - recent[0] < FAILURE_WINDOW:
             raise EnvironmentFailed(
                 f"environment {index} ({self.name}) failed {FAILURES_ALLOWED} times within {FAILURE_WINDOW} steps; "
-                f"the last time: {type(error).__name__}: {error}. Mend the environment, then --resume."
+                f"the last time: {self.last_failure}. Mend the environment, then --resume."
             ) from error
         logger.warning("environment %d (%s) raised and was rebuilt: %r", index, self.name, error)
         try:

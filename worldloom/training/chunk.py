@@ -32,6 +32,7 @@ class ChunkInfo:
     episode_lengths: tuple[int, ...]  # their agent steps
     true_ends: int  # how many of them ended terminated
     failures: int  # environments rebuilt here after an error
+    last_failure: str  # the newest such error, empty if there was none yet
     seconds: float  # spent collecting
 
 

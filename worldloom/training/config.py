@@ -82,7 +82,7 @@ class RuntimeConfig:
         chunk_steps: vector steps per collect; a collect ends earlier after chunk_seconds
         chunk_seconds: seconds
         publish_interval: updates between two versions of the weights
-        learner_threads: CPU threads of the learner; 0 takes what the env actors leave
+        learner_threads: CPU threads of the learner; 0 takes what the env actors leave (inline: torch's own choice)
         collect_timeout: seconds without an answer after which an env actor is replaced
     """
 

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from worldloom.training.checkpoint import (
     ReplayStore,
     begin_checkpoint,
@@ -33,6 +35,8 @@ class InlineTrainer:
     """Collects, replays and learns in this process, one vector step at a time."""
 
     def __init__(self, config: RunConfig, run_dir: Path, resume: bool = False) -> None:
+        if config.runtime.learner_threads:
+            torch.set_num_threads(config.runtime.learner_threads)
         task = probe_task(config)
         seed = config.train.seed
         self.config = config

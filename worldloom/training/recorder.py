@@ -67,7 +67,8 @@ class Recorder:
         self._staleness[newest_version - info.version] += 1
         if info.failures:
             self.counters["env_failures"] += info.failures
-            self.say(f"actor {info.key.actor}: {info.failures} environment(s) raised and were rebuilt in place")
+            raised = f"{info.failures} environment(s) raised and were rebuilt in place"
+            self.say(f"actor {info.key.actor}: {raised}; the last: {info.last_failure}")
         if info.true_ends and self._true_ends_hint:
             self.say(self._true_ends_hint)
             self._true_ends_hint = None

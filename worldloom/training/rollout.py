@@ -68,6 +68,7 @@ class Rollout:
             episode_lengths=tuple(length for _, length, _ in episodes),
             true_ends=sum(true_end for _, _, true_end in episodes),
             failures=self.env.failures - failures,
+            last_failure=self.env.last_failure,
             seconds=time.monotonic() - began,
         )
         self._sequence += 1

@@ -65,7 +65,8 @@ def _try_out(env: Environment) -> None:
         env.step_once()
     except Exception as error:
         raise EnvironmentFailed(
-            f"{env.name} failed in its first step: {type(error).__name__}: {error} Mend the environment first."
+            f"{env.name} failed in its first step: {type(error).__name__}: {str(error).rstrip('.')}. "
+            "Mend the environment first."
         ) from error
 
 
