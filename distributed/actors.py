@@ -16,7 +16,7 @@ from worldloom.catalog import agent_from_description
 from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_agent
 from worldloom.training.chunk import Chunk, ChunkInfo
 from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation, evaluate
+from worldloom.training.evaluation import Evaluation, Evaluator, start_evaluation
 from worldloom.training.replay import Acceptance
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import EVAL_SEED
@@ -61,6 +61,7 @@ class EnvActor:
         self._agent = agent_from_description(description, seed=seed)
         env = make_task_env(config, config.env.num_envs, actor_seed(config, index, incarnation))
         self._rollout = Rollout(env, self._agent, seed, actor=index, incarnation=incarnation)
+        self._evaluator: Evaluator | None = None
         self._name = f"env/{index:03d}"
 
     def __repr__(self) -> str:
@@ -73,10 +74,15 @@ class EnvActor:
         chunk = self._rollout.collect(steps, random, self._config.runtime.chunk_seconds)
         return chunk, chunk.info
 
-    def evaluate(self, weights: Weights) -> Evaluation:
-        self._rollout.load_weights(weights)
-        make = lambda count: make_task_env(self._config, count, EVAL_SEED + self._config.train.seed)  # noqa: E731
-        return evaluate(self._agent, make, self._config.eval.episodes, EVAL_SEED)
+    def evaluate(self, weights: Weights | None) -> Evaluation | None:
+        """Start an evaluation if weights are given, else go on with it; None while episodes are left to play."""
+        if weights is not None:
+            self._rollout.load_weights(weights)
+            make = lambda count: make_task_env(self._config, count, EVAL_SEED + self._config.train.seed)  # noqa: E731
+            self._evaluator = start_evaluation(self._agent, make, self._config.eval.episodes, EVAL_SEED)
+        if self._evaluator is None:
+            raise RuntimeError("evaluate: there is no evaluation to go on with, expected weights to start one.")
+        return self._evaluator.play(self._config.runtime.chunk_seconds)
 
     def pid(self) -> int:
         return os.getpid()

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
 import torch
@@ -160,7 +160,7 @@ class Coordinator:
                     self._dispatch_collects()
                     self._receive()
                     self._at_intervals()
-                return self._finish(stop.requested and not run.finished)
+                return self._finish(stop)
             finally:
                 run.recorder.close()
 
@@ -182,8 +182,7 @@ class Coordinator:
 
     def _dispatch_collects(self) -> None:
         """Give idle env actors something to do, unless collecting is too far ahead of learning."""
-        if self._evaluation_due is not None:
-            self._dispatch_evaluation()
+        self._dispatch_evaluation()
         idle = [c for c in self.collectors if c.task is None]
         held = False
         for collector in idle:
@@ -291,8 +290,11 @@ class Coordinator:
             if chunk is not EVALUATION:
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
             raise error.cause from error
+        if chunk is EVALUATION and result is None:  # episodes are left to play
+            collector.task, collector.since = collector.handle.evaluate.remote(None), time.monotonic()
+            return
         collector.task, collector.chunk, collector.requested, collector.restarts = None, None, 0, 0
-        if isinstance(result, Evaluation):
+        if chunk is EVALUATION:
             env_steps, self._evaluating = self._evaluating, None
             self.run.recorder.evaluated(env_steps or 0, result)
         else:
@@ -343,11 +345,11 @@ class Coordinator:
             self.save()
 
     def _dispatch_evaluation(self) -> None:
-        if self._evaluating is not None:
+        if self._evaluation_due is None or self._evaluating is not None:
             return
         if self._own is not None:
             steps, self._evaluation_due = self._evaluation_due, None
-            self.run.recorder.evaluated(steps or 0, self._evaluate_here())
+            self.run.recorder.evaluated(steps, self._evaluate_here())
             return
         collector = next((c for c in self.collectors if c.task is None), None)
         if collector is not None:
@@ -381,28 +383,23 @@ class Coordinator:
         rows = self._of_actor(replay, "replay/0")
         commit_checkpoint(partial, self.run.manifest(rows, self._incarnation), self.config.checkpoint.keep)
 
-    def _finish(self, interrupted: bool) -> dict[str, Any]:
+    def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         self._settle(collects=True)
         self.save()
-        evaluation = None
-        if not interrupted:
-            self._weights = self._publish()
-            evaluation = self._final_evaluation()
-            self.run.recorder.evaluated(self.run.limiter.env_steps, evaluation)
-        status = "interrupted" if interrupted else "completed"
-        return self.run.recorder.summarise(status, self._spec.device, evaluation)
+        finished = self.run.finished and self._final_evaluation(stop)
+        evaluation = self.run.recorder.last_evaluation if finished else None
+        return self.run.recorder.summarise("completed" if finished else "interrupted", self._spec.device, evaluation)
 
-    def _final_evaluation(self) -> Evaluation:
-        if self._own is not None:
-            return self._evaluate_here()
-        while True:
-            collector = self.collectors[0]
-            try:
-                return cast(Evaluation, ray.get(collector.handle.evaluate.remote(self._weights)))
-            except RayActorError as error:
-                self._replace(collector, f"died while evaluating ({type(error).__name__})", error)
-            except RayTaskError as error:
-                raise error.cause from error
+    def _final_evaluation(self, stop: GracefulStop) -> bool:
+        """With the newest weights; False if it was interrupted."""
+        self._weights = self._publish()
+        self._evaluation_due = self.run.limiter.env_steps
+        while self._evaluation_due is not None or self._evaluating is not None:
+            if stop.requested:
+                return False
+            self._dispatch_evaluation()
+            self.take_ready(timeout=1.0)
+        return True
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:

@@ -130,6 +130,27 @@ class Hanging(Counting):
         return super().step(action)
 
 
+class Target(gym.Env):
+    """Copy the observation: reward 1 - |action - observation| each step; 20 steps. Random acting gives about 6.7."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def _obs(self):
+        self.target = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.target
+
+    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+        super().reset(seed=seed)
+        self.count = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.count += 1
+        reward = 1 - float(np.abs(action - self.target)[0])
+        return self._obs(), reward, False, self.count >= 20, {}
+
+
 class AlwaysFaulty(Faulty):
     """Raises at every second step."""
 

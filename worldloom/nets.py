@@ -123,8 +123,8 @@ class Ensemble(nn.Module):
         h = F.linear(flat, w0.flatten(0, 1), b0.flatten()).view(len(flat), *b0.shape)  # [R, N, M]
         if dropout is not None:
             h = h * dropout.reshape(h.shape)
-        h = _norm_mish(h, *norm0).transpose(0, 1)
-        h = _norm_mish(torch.baddbmm(b1.unsqueeze(1), h, w1.mT).transpose(0, 1), *norm1).transpose(0, 1)
+        h = _norm_mish(h, *norm0).transpose(0, 1)  # [N, R, M], as the products of the next layers keep it
+        h = _norm_mish(torch.baddbmm(b1.unsqueeze(1), h, w1.mT), *(p.unsqueeze(1) for p in norm1))
         out = torch.baddbmm(b2.unsqueeze(1), h, w2.mT)
         return out.view(len(out), *lead, out.shape[-1])
 
@@ -138,5 +138,5 @@ class Ensemble(nn.Module):
 
 
 def _norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm over the last axis of [R, N, M] with affine [N, M], then Mish."""
+    """LayerNorm over the last axis with an affine of any shape that broadcasts, then Mish."""
     return mish(torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from worldloom.envs import VectorEnv
 from worldloom.types import ActState, Agent, Array
@@ -30,6 +32,53 @@ class Evaluation:
         return float(np.std(self.returns))
 
 
+class Evaluator:
+    """Plays `episodes` whole episodes on `env`, as far as it is let at a time; closes `env` at the end.
+
+    The agent's acting generator is seeded for the evaluation and put back, so that evaluating changes no run.
+    Each environment plays a fixed share of the episodes: short episodes count no more than long ones.
+    """
+
+    def __init__(self, agent: Agent, env: VectorEnv, episodes: int, seed: int) -> None:
+        self._agent, self._env = agent, env
+        count = env.num_envs
+        self._left = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
+        self._returns, self._lengths = np.zeros(count), np.zeros(count, np.int64)
+        self._done: list[tuple[float, int]] = []
+        self._act_state: ActState | None = None
+        self._obs, self._is_first = env.reset(), np.ones(count, bool)
+        self._generator = torch.Generator(agent.acting_generator.device).manual_seed(seed).get_state()
+
+    def play(self, seconds: float = float("inf"), on_frame: Callable[[Array], None] | None = None) -> Evaluation | None:
+        """Go on for `seconds`; None while episodes are left to play. on_frame gets each frame of the first one."""
+        generator, begun = self._agent.acting_generator, time.monotonic()
+        before = generator.get_state()
+        generator.set_state(self._generator)
+        try:
+            while self._left.any():
+                self._step(on_frame)
+                if time.monotonic() - begun > seconds and self._left.any():
+                    return None
+        finally:
+            self._generator = generator.get_state()
+            generator.set_state(before)
+        self._env.close()
+        return Evaluation(tuple(r for r, _ in self._done), tuple(n for _, n in self._done))
+
+    def _step(self, on_frame: Callable[[Array], None] | None) -> None:
+        actions, self._act_state = self._agent.act(self._obs, self._act_state, self._is_first, explore=False)
+        step = self._env.step(actions)
+        if on_frame:
+            on_frame(self._env.render())
+        self._returns += step.rewards
+        self._lengths += 1
+        for e in np.flatnonzero((step.terminated | step.truncated) & (self._left > 0)):
+            self._done.append((float(self._returns[e]), int(self._lengths[e])))
+            self._left[e] -= 1
+        self._obs, self._is_first = step.obs, step.is_first
+        self._returns[self._is_first], self._lengths[self._is_first] = 0.0, 0
+
+
 def evaluate(
     agent: Agent,
     make_env: Callable[[int], VectorEnv],
@@ -37,40 +86,14 @@ def evaluate(
     seed: int,
     on_frame: Callable[[Array], None] | None = None,
 ) -> Evaluation:
-    """Play `episodes` whole episodes; make_env(n) gives n environments.
+    """Play `episodes` whole episodes in one go; make_env(n) gives n environments (see `Evaluator`)."""
+    result = start_evaluation(agent, make_env, episodes, seed).play(on_frame=on_frame)
+    assert result is not None, "play without a limit ends"
+    return result
 
-    The agent's acting generator is seeded for the evaluation and put back, so that evaluating changes no run.
-    Each environment plays a fixed share of the episodes: short episodes count no more than long ones.
-    """
+
+def start_evaluation(agent: Agent, make_env: Callable[[int], VectorEnv], episodes: int, seed: int) -> Evaluator:
+    """An Evaluator on at most ENVS_AT_ONCE environments. Raises ValueError for fewer than one episode."""
     if episodes < 1:
         raise ValueError(f"evaluate: episodes is {episodes}, expected at least 1.")
-    env = make_env(min(episodes, ENVS_AT_ONCE))
-    before = agent.acting_generator.get_state()
-    agent.acting_generator.manual_seed(seed)
-    try:
-        return _play(agent, env, episodes, on_frame)
-    finally:
-        agent.acting_generator.set_state(before)
-        env.close()
-
-
-def _play(agent: Agent, env: VectorEnv, episodes: int, on_frame: Callable[[Array], None] | None) -> Evaluation:
-    count = env.num_envs
-    left = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
-    returns, lengths = np.zeros(count), np.zeros(count, np.int64)
-    done: list[tuple[float, int]] = []
-    act_state: ActState | None = None
-    obs, is_first = env.reset(), np.ones(count, bool)
-    while left.any():
-        actions, act_state = agent.act(obs, act_state, is_first, explore=False)
-        step = env.step(actions)
-        if on_frame:
-            on_frame(env.render())
-        returns += step.rewards
-        lengths += 1
-        for e in np.flatnonzero((step.terminated | step.truncated) & (left > 0)):
-            done.append((float(returns[e]), int(lengths[e])))
-            left[e] -= 1
-        obs, is_first = step.obs, step.is_first
-        returns[is_first], lengths[is_first] = 0.0, 0
-    return Evaluation(tuple(r for r, _ in done), tuple(n for _, n in done))
+    return Evaluator(agent, make_env(min(episodes, ENVS_AT_ONCE)), episodes, seed)

@@ -44,7 +44,7 @@ class Recorder:
         self._staleness: Counter[int] = Counter()  # chunks by how many publishes behind they were
         self._learner_metrics: dict[str, float] = defaultdict(float)
         self._learner_updates = 0
-        self._evaluation: Evaluation | None = None
+        self.last_evaluation: Evaluation | None = None
         self._learning_since: float | None = None
         self.busy_seconds = 0.0  # seconds of learning, since the start
         self._held = 0.0  # seconds in which collecting had to wait for the learner
@@ -88,7 +88,7 @@ class Recorder:
         self._held += seconds
 
     def evaluated(self, env_steps: int, evaluation: Evaluation) -> None:
-        self._evaluation = evaluation
+        self.last_evaluation = evaluation
         metrics = {
             "eval/return_mean": evaluation.mean,
             "eval/return_std": evaluation.std,
@@ -132,7 +132,7 @@ class Recorder:
             self._limiter.updates,
             (self._limiter.env_steps - steps) / span if span > 0 else 0.0,
             float(np.mean(self._returns)) if self._returns else None,
-            self._evaluation.mean if self._evaluation else None,
+            self.last_evaluation.mean if self.last_evaluation else None,
             self.limited_by(),
         )
 

@@ -1,0 +1,44 @@
+"""That agents learn: a tiny task here, the published presets in the slow tests."""
+
+import dataclasses
+import json
+
+import pytest
+
+from launch.arguments import run_config, run_parser
+from tests.test_training import tiny_config
+from worldloom.training.config import EnvConfig, EvalConfig, RuntimeConfig, TrainConfig
+from worldloom.training.inline import InlineTrainer
+
+LEARNER = {
+    "encoder_dim": 32, "mlp_dim": 32, "latent_dim": 32, "batch_size": 64, "num_samples": 64, "num_elites": 8,
+    "num_pi_trajs": 8, "iterations": 3, "lr": 1e-3,
+}  # fmt: skip
+
+
+def test_tdmpc2_learns_to_copy_its_observation(tmp_path):
+    config = tiny_config(
+        agent=LEARNER,
+        env=EnvConfig(id="tests.environments:Target-v0", num_envs=4),
+        train=TrainConfig(total_steps=800, learning_starts=200, train_ratio=192),
+        runtime=RuntimeConfig(kind="inline", learner_threads=1),
+        eval=EvalConfig(interval=0, episodes=10),
+    )
+    summary = InlineTrainer(config, tmp_path).train()
+    assert summary["eval_return_mean"] > 15  # of 20; acting at random gives 6.7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def test_the_pendulum_preset_swings_up(tmp_path, kind):
+    parser = run_parser("test", "")
+    config = run_config(parser, parser.parse_args(["--config", "configs/tdmpc2_pendulum.yaml"]))
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, kind=kind))
+    if kind == "inline":
+        InlineTrainer(config, tmp_path).train()
+    else:
+        from distributed.coordinator import train
+
+        train(config, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["eval_return_mean"] >= -250
