@@ -72,7 +72,8 @@ def _default_run_dir(config: RunConfig) -> Path:
 
 
 def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> None:
-    if not resume and (run_dir / "config.yaml").exists():
+    metrics = run_dir / "metrics.jsonl"
+    if not resume and ((run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size)):
         raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume:

@@ -204,6 +204,10 @@ def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "
     folder = Path(directory)
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
+    elif not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} holds neither checkpoints nor a config.json, expected the directory of a run or of a model."
+        )
     agent = agent_from_description(read_description(folder), device, seed)
     load_parameters(folder, agent.world_model)
     return agent

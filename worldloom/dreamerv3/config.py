@@ -1,0 +1,96 @@
+"""DreamerV3's numbers: the published sizes and every hyper-parameter, as the Nature paper's reference code has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _size(deter: int) -> dict[str, int]:
+    """The rule behind the table: hidden = units = deter / 8, classes = depth = hidden / 16."""
+    hidden = deter // 8
+    return {"deter": deter, "hidden": hidden, "units": hidden, "classes": hidden // 16, "depth": hidden // 16}
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "size1m": _size(512),
+    "size12m": _size(2048),
+    "size25m": _size(3072),
+    "size50m": _size(4096),
+    "size100m": _size(6144),
+    "size200m": _size(8192),
+    "size400m": _size(12288),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamerV3Config:
+    """Defaults are those of the Nature 2025 paper (Hafner et al., https://doi.org/10.1038/s41586-025-08744-2)."""
+
+    # Networks
+    deter: int = 2048  # D, deterministic state
+    hidden: int = 256  # width inside the RSSM
+    units: int = 256  # width of every MLP
+    classes: int = 16  # K, of each categorical
+    depth: int = 16  # image channels are depth times (2, 3, 4, 4)
+    stoch: int = 32  # S, categoricals
+    blocks: int = 8  # groups of the block-diagonal GRU
+    encoder_layers: int = 3  # of vectors
+    decoder_layers: int = 3  # of vectors
+    reward_layers: int = 1
+    continue_layers: int = 1
+    policy_layers: int = 3
+    value_layers: int = 3
+    bins: int = 255  # of the two-hot heads
+    unimix: float = 0.01  # uniform share of every latent categorical
+    policy_unimix: float = 0.01  # and of discrete policies (the reference's present code ignores its own setting)
+
+    # World model
+    batch_size: int = 16  # B, windows per update
+    batch_length: int = 64  # T, trained rows per window
+    replay_context: Literal["stored", "zeros"] = "stored"  # where the first state of a window comes from
+    free_nats: float = 1.0
+    dynamics_scale: float = 1.0
+    representation_scale: float = 0.1
+
+    # Behaviour
+    imagination_length: int = 15  # H
+    discount_horizon: float = 333.0  # steps: gamma = 1 - 1 / horizon
+    lam: float = 0.95
+    entropy_scale: float = 3e-4
+    replay_value_scale: float = 0.3
+    slow_critic_rate: float = 0.02
+    return_rate: float = 0.01  # of the running percentiles
+    return_low: float = 0.05
+    return_high: float = 0.95
+
+    # Optimiser (LaProp with adaptive gradient clipping)
+    lr: float = 4e-5
+    warmup: int = 1000  # updates
+    clip: float = 0.3  # of a tensor's gradient norm against its own norm
+    beta1: float = 0.9  # momentum
+    beta2: float = 0.999  # of squared gradients
+    eps: float = 1e-20
+    train_ratio: float = 512.0  # replayed steps per environment step
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                raise ValueError(f"agent.{name} is {getattr(self, name)!r}, expected {expected}.")
+
+        for name in ("deter", "hidden", "units", "classes", "depth", "stoch", "blocks", "batch_size"):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        require(self.deter % self.blocks == 0, "deter", f"a multiple of blocks={self.blocks}")
+        require(self.batch_length >= 2, "batch_length", "at least 2")
+        require(self.imagination_length >= 1, "imagination_length", "at least 1")
+        require(self.classes <= 256, "classes", "at most 256: replay keeps class indices in a byte")
+        require(self.bins % 2 == 1, "bins", "an odd number")
+        require(0 <= self.unimix < 1, "unimix", "a share in [0, 1)")
+        require(0 <= self.policy_unimix < 1, "policy_unimix", "a share in [0, 1)")
+        require(self.discount_horizon > 1, "discount_horizon", "above 1")
+        require(self.lr > 0, "lr", "a positive number")
+        require(self.train_ratio > 0, "train_ratio", "a positive number")
+
+    @property
+    def discount(self) -> float:
+        return 1 - 1 / self.discount_horizon

@@ -1,0 +1,178 @@
+"""What turns observations into tokens, and features back into observations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, RMSNorm, mlp
+from worldloom.types import is_image
+
+MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
+
+ObsShapes = Mapping[str, tuple[int, ...]]
+
+
+def split_kinds(shapes: ObsShapes) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """(vectors, images), each sorted by name. Raises ValueError for images that cannot be halved to 3..16."""
+    images = {name: tuple(shapes[name]) for name in sorted(shapes) if is_image(tuple(shapes[name]))}
+    vectors = {name: tuple(shapes[name]) for name in sorted(shapes) if name not in images}
+    sides = {shape[1:] for shape in images.values()}
+    if len(sides) > 1:
+        raise ValueError(f"images of different sides {sorted(sides)}, expected one. Resize them ({', '.join(images)}).")
+    for name, (_, height, width) in images.items():
+        if any(side % 16 or not 3 <= side // 16 <= 16 for side in (height, width)):
+            raise ValueError(
+                f"obs {name!r} is {height}x{width}, expected sides that are halved four times to 3..16: multiples of "
+                "16 from 48 to 256. Resize the image."
+            )
+    return vectors, images
+
+
+class ImageEncoder(nn.Module):
+    """Stages of 5x5 convolution, 2x2 max-pool, RMSNorm over channels, SiLU: [N, C, h, w] to [N, tokens]."""
+
+    def __init__(self, channels: int, depth: int, multipliers: tuple[int, ...] = MULTIPLIERS) -> None:
+        super().__init__()
+        widths = [channels, *(depth * m for m in multipliers)]
+        self.convs = nn.ModuleList([Conv(i, o) for i, o in pairwise(widths)])
+        self.norms = nn.ModuleList([RMSNorm(width) for width in widths[1:]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(_over_channels(norm, F.max_pool2d(conv(x), 2)))
+        return x.permute(0, 2, 3, 1).flatten(1)  # height, width, channels, as the reference lies
+
+
+def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = norm(x.permute(0, 2, 3, 1))
+    return out.permute(0, 3, 1, 2)
+
+
+class Encoder(nn.Module):
+    """Mapping of observations to tokens [..., E]: vectors first (symlog, MLP), then images (scaled to +-0.5)."""
+
+    def __init__(self, shapes: ObsShapes, units: int, depth: int, layers: int) -> None:
+        super().__init__()
+        self.vectors, self.images = split_kinds(shapes)
+        size = sum(int(torch.Size(shape).numel()) for shape in self.vectors.values())
+        self.vector = mlp(size, units, layers) if self.vectors else None
+        channels = sum(shape[0] for shape in self.images.values())
+        self.image = ImageEncoder(channels, depth) if self.images else None
+        self.tokens = units if self.vectors else 0
+        if self.images:
+            height, width = next(iter(self.images.values()))[1:]
+            self.tokens += (height // 16) * (width // 16) * depth * MULTIPLIERS[-1]
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Each entry is [..., *shape]."""
+        parts = []
+        if self.vector is not None:
+            parts.append(self.vector(flat_vectors(obs, self.vectors)))
+        if self.image is not None:
+            pixels = torch.cat([unit_pixels(obs[name]) for name in self.images], -3) - 0.5
+            lead = pixels.shape[:-3]
+            parts.append(self.image(pixels.reshape(-1, *pixels.shape[-3:])).view(*lead, -1))
+        return torch.cat(parts, -1)
+
+
+def unit_pixels(image: Tensor) -> Tensor:
+    """uint8 to [0, 1]; floats are taken as they are."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
+def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes) -> Tensor:
+    """symlog of every vector, flattened and concatenated in order of name: [..., V]."""
+    parts = [fn.symlog(obs[name].float()) for name in shapes]
+    flat = [
+        part.flatten(part.ndim - len(shape)) if shape else part.unsqueeze(-1)
+        for part, shape in zip(parts, shapes.values(), strict=True)
+    ]
+    return torch.cat(flat, -1)
+
+
+class ImageDecoder(nn.Module):
+    """Features to images [N, C, h, w] in (0, 1): a block-linear of deter plus an MLP of stoch, then upsampling."""
+
+    def __init__(
+        self,
+        deter: int,
+        stoch: int,
+        image: tuple[int, int, int],
+        depth: int,
+        units: int,
+        blocks: int,
+        multipliers: tuple[int, ...] = MULTIPLIERS,
+    ) -> None:
+        super().__init__()
+        channels, height, width = image
+        halvings = 2 ** len(multipliers)
+        self.grid, self.blocks = (height // halvings, width // halvings), blocks
+        widths = [depth * m for m in reversed(multipliers)]
+        size = self.grid[0] * self.grid[1] * widths[0]
+        self.deter_in = BlockLinear(deter, size, blocks)
+        self.stoch_in = NormedLinear(stoch, 2 * units)
+        self.stoch_grid = Linear(2 * units, size)
+        self.grid_norm = RMSNorm(widths[0])
+        self.convs = nn.ModuleList([Conv(i, o) for i, o in pairwise(widths)])
+        self.norms = nn.ModuleList([RMSNorm(width) for width in widths[1:]])
+        self.output = Conv(widths[-1], channels)
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        """deter: [N, D], stoch: [N, S K]."""
+        height, width = self.grid
+        own = self.deter_in(deter).view(-1, self.blocks, height, width, self.grid_norm.scale.numel() // self.blocks)
+        own = own.permute(0, 2, 3, 1, 4).flatten(3)  # [N, h, w, channels], each group a run of channels
+        x = own + self.stoch_grid(self.stoch_in(stoch)).view(own.shape)
+        x = F.silu(self.grid_norm(x)).permute(0, 3, 1, 2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(_over_channels(norm, conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))))
+        return torch.sigmoid(self.output(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+class Decoder(nn.Module):
+    """Features to every observation: vectors in symlog space, images in (0, 1)."""
+
+    def __init__(
+        self, shapes: ObsShapes, deter: int, stoch: int, units: int, depth: int, layers: int, blocks: int
+    ) -> None:
+        super().__init__()
+        self.vectors, self.images = split_kinds(shapes)
+        self.deter = deter
+        self.vector = mlp(deter + stoch, units, layers) if self.vectors else None
+        sizes = {name: int(torch.Size(shape).numel()) for name, shape in self.vectors.items()}
+        self.outputs = nn.ModuleDict({name: Linear(units, size) for name, size in sizes.items()})
+        channels = sum(shape[0] for shape in self.images.values())
+        self.image: ImageDecoder | None = None
+        if self.images:
+            height, width = next(iter(self.images.values()))[1:]
+            self.image = ImageDecoder(deter, stoch, (channels, height, width), depth, units, blocks)
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        """deter [..., D] and flat stoch [..., S K] to [..., *shape] of every observation."""
+        lead = deter.shape[:-1]
+        decoded = {}
+        if self.vector is not None:
+            x = self.vector(torch.cat([stoch, deter], -1))  # stoch first, here only
+            for name, shape in self.vectors.items():
+                decoded[name] = self.outputs[name](x).view(*lead, *shape)
+        if self.image is not None:
+            pixels = self.image(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
+            parts = pixels.split([shape[0] for shape in self.images.values()], 1)
+            for (name, shape), part in zip(self.images.items(), parts, strict=True):
+                decoded[name] = part.reshape(*lead, *shape)
+        return decoded
+
+    def losses(self, decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Squared error of each observation, summed over its entries: [...]."""
+        errors = {}
+        for name, shape in {**self.vectors, **self.images}.items():
+            target = unit_pixels(obs[name]) if name in self.images else fn.symlog(obs[name].float())
+            error = (decoded[name].to(target.dtype) - target).square()
+            errors[name] = error.flatten(error.ndim - len(shape)).sum(-1) if shape else error
+        return errors

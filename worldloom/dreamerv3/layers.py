@@ -1,0 +1,89 @@
+"""DreamerV3's layers: linear, block-linear and convolution with its initialisation, RMSNorm, MLP."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-4
+
+
+def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
+    """Truncated normal, cut at two sigma, with a true standard deviation of scale / sqrt(fan_in)."""
+    sigma = 1.1368 / math.sqrt(fan_in)  # the cut takes 12 % of the spread away
+    nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma)
+    with torch.no_grad():
+        weight.mul_(scale)
+
+
+class Linear(nn.Linear):
+    """scale: multiplies the initial kernel."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
+        super().__init__(inputs, outputs)
+        init_kernel(self.weight, inputs, scale)
+        nn.init.zeros_(self.bias)
+
+
+class Conv(nn.Conv2d):
+    """5x5, same padding."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 5, padding=2)
+        init_kernel(self.weight, 25 * inputs)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+
+class BlockLinear(nn.Module):
+    """Each of `blocks` groups of the output sees its own group of the input, and all of `shared` further inputs.
+
+    weight: [inputs / blocks + shared, blocks, outputs / blocks], so that the shared part is one matrix as it lies.
+    Initialised with the full width of all groups as fan-in, the shared part counted once a group.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0) -> None:
+        super().__init__()
+        self.own = inputs // blocks
+        self.weight = nn.Parameter(torch.empty(self.own + shared, blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        init_kernel(self.weight, inputs + blocks * shared)
+
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """x: [R, inputs], shared: [R, shared]. Returns [R, outputs]."""
+        blocks = self.weight.shape[1]
+        grouped = x.view(len(x), blocks, self.own).transpose(0, 1)
+        out = torch.bmm(grouped, self.weight[: self.own].transpose(0, 1)).transpose(0, 1).reshape(len(x), -1)
+        if shared is None:
+            return out + self.bias
+        return out + torch.addmm(self.bias, shared, self.weight[self.own :].flatten(1))
+
+
+class RMSNorm(nn.Module):
+    """x (mean(x^2) + 1e-4)^(-1/2) scale over the last axis, in at least float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(wide, self.scale.shape, self.scale.to(wide.dtype), NORM_EPS).to(x.dtype)
+
+
+class NormedLinear(nn.Module):
+    """Linear, RMSNorm, SiLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear, self.norm = Linear(inputs, outputs), RMSNorm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(self.linear(x)))
+
+
+def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    return nn.Sequential(*[NormedLinear(inputs if i == 0 else units, units) for i in range(layers)])

@@ -1,0 +1,250 @@
+"""DreamerV3's world model: encoder, RSSM, decoder, reward and continue heads, and the losses that train them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.dreamerv3.config import DreamerV3Config
+from worldloom.dreamerv3.encoder import Decoder, Encoder
+from worldloom.dreamerv3.layers import Linear, mlp
+from worldloom.dreamerv3.rssm import RSSM, Posterior, RSSMState
+from worldloom.pretrained import save_model
+from worldloom.types import Batch, LatentState, Obs, Trajectory
+
+VECTOR = "obs"  # the key of an observation that is not a mapping
+
+
+class Head(nn.Module):
+    """An MLP on features with one linear output; scale multiplies its initial kernel."""
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int, scale: float) -> None:
+        super().__init__()
+        self.mlp = mlp(inputs, units, layers)
+        self.output = Linear(units, outputs, scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.output(self.mlp(features)))
+
+
+@dataclass(frozen=True)
+class WorldLosses:
+    """Means over the batch, and the filtered states for everything that follows."""
+
+    parts: dict[str, Tensor]  # scalars, unscaled
+    total: Tensor
+    posterior: Posterior  # [T, B, ...]
+
+
+class DreamerV3WorldModel(nn.Module):
+    """obs_shape: one shape, or a mapping of them; (C, H, W) are images, everything else vectors.
+
+    Raises ValueError for images whose sides cannot be halved four times to 3..16.
+    """
+
+    bins: Tensor
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
+        action_dim: int,
+        config: DreamerV3Config | None = None,
+        episode_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if action_dim < 1:
+            raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
+        self.config = c = config or DreamerV3Config()
+        if isinstance(obs_shape, Mapping):
+            shapes = {name: tuple(shape) for name, shape in obs_shape.items()}
+            self.obs_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes
+        else:
+            self.obs_shape = tuple(obs_shape)
+            shapes = {VECTOR: self.obs_shape}
+        self.action_dim, self.episode_length = action_dim, episode_length
+        flat = c.stoch * c.classes
+        features = c.deter + flat
+        self.encoder = Encoder(shapes, c.units, c.depth, c.encoder_layers)
+        self.rssm = RSSM(action_dim, self.encoder.tokens, c.deter, c.hidden, c.stoch, c.classes, c.blocks, c.unimix)
+        self.decoder = Decoder(shapes, c.deter, flat, c.units, c.depth, c.decoder_layers, c.blocks)
+        self.reward = Head(features, c.units, c.reward_layers, c.bins, 0.0)
+        self.continues = Head(features, c.units, c.continue_layers, 1, 1.0)
+        self.register_buffer("bins", fn.symexp_bins(c.bins, dtype=torch.float64).float(), persistent=False)
+
+    # Heads on features [..., D + S K]
+
+    def predict_reward(self, features: Tensor) -> Tensor:
+        """[...], of the step that arrived here."""
+        return fn.antisymmetric_mean(self.reward(features).float(), self.bins)
+
+    def predict_continue(self, features: Tensor) -> Tensor:
+        """[...], discounted chance that the episode goes on from here; the discount lives inside the head."""
+        return torch.sigmoid(self.continues(features).float()).squeeze(-1)
+
+    # WorldModel
+
+    def encode(self, obs: Obs) -> LatentState:
+        """The posterior after seeing only obs, as at the start of an episode."""
+        tokens = self.encoder(self.as_mapping(obs, "encode", 1))
+        state = self.rssm.initial(len(tokens))
+        return self._observe(state, torch.zeros(len(tokens), self.action_dim, device=tokens.device), tokens)
+
+    def predict(self, state: LatentState, action: Tensor) -> LatentState:
+        self._check_action("predict", action, (state.batch_size,))
+        return as_latent(self.rssm.imagine_step(self.as_rssm(state), action, self._noise(state.batch_size)))
+
+    def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
+        self._check_action("observe", action, (state.batch_size,))
+        return self._observe(self.as_rssm(state), action, self.encoder(self.as_mapping(obs, "observe", 1)))
+
+    def _observe(self, state: RSSMState, action: Tensor, tokens: Tensor) -> LatentState:
+        embedded = self.rssm.embed_tokens(tokens)
+        first = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        noise = self._noise(len(tokens))
+        posterior, _ = self.rssm.observe_step(state, self.rssm.embed_action(action), embedded, first, noise)
+        return as_latent(posterior)
+
+    def decode(self, state: LatentState) -> dict[str, Any]:
+        """`obs` (vectors in their own units, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""
+        assert state.stochastic is not None
+        decoded = self.decoder(state.deterministic, state.stochastic)
+        shown = {n: v if n in self.decoder.images else fn.symexp(v) for n, v in decoded.items()}
+        return {
+            "obs": shown if isinstance(self.obs_shape, dict) else shown[VECTOR],
+            "reward": self.predict_reward(state.features).unsqueeze(-1),
+            "continue": self.continue_probability(state.features).unsqueeze(-1),
+        }
+
+    def continue_probability(self, features: Tensor) -> Tensor:
+        """[...] in [0, 1]: the head's output without the discount that it was trained to include."""
+        return (self.predict_continue(features) / self.config.discount).clamp(max=1.0)
+
+    def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
+        self._check_action("imagine", actions, (actions.shape[0], state.batch_size))
+        states, rewards, continues = [state], [], []
+        for action in actions:
+            states.append(self.predict(states[-1], action))
+            rewards.append(self.predict_reward(states[-1].features))
+            continues.append(self.continue_probability(states[-1].features))
+        return Trajectory(tuple(states), torch.stack(rewards).unsqueeze(-1), torch.stack(continues).unsqueeze(-1))
+
+    def initial_state(self, batch_size: int) -> LatentState:
+        return as_latent(self.rssm.initial(batch_size))
+
+    def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` and its parts: `kl_loss` (dynamics and representation, scaled), `reconstruction_loss`, `reward_loss`,
+        `continue_loss`, and the finer `dynamics_loss`, `representation_loss`, `reconstruction/<key>`."""
+        shape = batch["actions"].shape[:2]
+        found = self.losses(batch, self.rssm.initial(shape[0]), self.draw_noise(shape[1], shape[0]))
+        c, parts = self.config, found.parts
+        kl = c.dynamics_scale * parts["dynamics_loss"] + c.representation_scale * parts["representation_loss"]
+        return {"loss": found.total, "kl_loss": kl, **parts}
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        save_model(directory, self.describe(), self)
+
+    def describe(self) -> dict[str, Any]:
+        shape = self.obs_shape
+        return {
+            "family": "dreamerv3",
+            "obs_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
+            "action_dim": self.action_dim,
+            "episode_length": self.episode_length,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    # Learning
+
+    def draw_noise(self, steps: int, rows: int, generator: Generator | None = None) -> Tensor:
+        """[T, R, S, K] standard exponential, for categorical draws."""
+        shape = (steps, rows, self.config.stoch, self.config.classes)
+        return torch.empty(shape, device=self.bins.device).exponential_(generator=generator)
+
+    def losses(self, batch: Batch, state: RSSMState, noise: Tensor) -> WorldLosses:
+        """The world model loss (eq. 5) of T rows from the state before the first; noise: [T, B, S, K]."""
+        c = self.config
+        obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
+        lead = (batch["actions"].shape[0], batch["actions"].shape[1])
+        actions, rewards, is_first, terminated = self._rows(batch, lead)
+        tokens = self.encoder({name: value.transpose(0, 1) for name, value in obs.items()})
+        posterior = self.rssm.observe(state, actions, tokens, is_first, noise)
+        log_q, log_p = posterior.log_probs, self.rssm.prior(posterior.states.deter)
+        features = posterior.states.features
+        decoded = self.decoder(posterior.states.deter, posterior.states.stoch.flatten(-2))
+        errors = self.decoder.losses(decoded, {name: value.transpose(0, 1) for name, value in obs.items()})
+        soft_continue = (1 - terminated) * c.discount
+        reward_target = fn.two_hot(rewards, self.bins)
+        parts = {
+            "reconstruction_loss": sum(errors.values(), torch.zeros_like(rewards)).mean(),
+            "reward_loss": fn.soft_cross_entropy(self.reward(features).float(), reward_target).mean(),
+            "continue_loss": F.binary_cross_entropy_with_logits(
+                self.continues(features).float().squeeze(-1), soft_continue
+            ),
+            "dynamics_loss": fn.free_nats(fn.categorical_kl(log_q.detach(), log_p), c.free_nats).mean(),
+            "representation_loss": fn.free_nats(fn.categorical_kl(log_q, log_p.detach()), c.free_nats).mean(),
+        }
+        total = (
+            parts["reconstruction_loss"]
+            + parts["reward_loss"]
+            + parts["continue_loss"]
+            + c.dynamics_scale * parts["dynamics_loss"]
+            + c.representation_scale * parts["representation_loss"]
+        )
+        if isinstance(self.obs_shape, dict):
+            parts |= {f"reconstruction/{name}": error.mean() for name, error in errors.items()}
+        return WorldLosses(parts, total, posterior)
+
+    def _rows(self, batch: Batch, lead: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """actions [T, B, A], rewards, is_first and terminated [T, B], time-first."""
+        self._check_action("batch['actions']", batch["actions"], lead)
+        rewards = batch["rewards"]
+        if tuple(rewards.shape) != lead:
+            raise ValueError(f"batch['rewards'] is {tuple(rewards.shape)}, expected {lead}.")
+        is_first = batch.get("is_first", torch.zeros_like(rewards, dtype=torch.bool)).bool()
+        if "terminated" in batch:
+            terminated = batch["terminated"].float()
+        else:
+            terminated = 1 - batch["continues"] if "continues" in batch else torch.zeros_like(rewards)
+        first, ended = is_first.transpose(0, 1), terminated.transpose(0, 1)
+        return batch["actions"].float().transpose(0, 1), rewards.float().transpose(0, 1), first, ended
+
+    # Conversions
+
+    def as_mapping(self, obs: Obs, where: str, lead: int) -> dict[str, Tensor]:
+        """Every observation by key. Raises ValueError that names a missing key or a wrong shape."""
+        given = dict(obs) if isinstance(obs, Mapping) else {VECTOR: obs}
+        shapes = self.encoder.vectors | self.encoder.images
+        for name, shape in shapes.items():
+            if name not in given:
+                raise ValueError(
+                    f"{where}: obs lacks the key {name!r}; it has {sorted(given)}, expected {sorted(shapes)}."
+                )
+            if tuple(given[name].shape[lead:]) != shape:
+                letters = ", ".join(("B", "T")[:lead])
+                raise ValueError(f"{where}: obs {name!r} is {tuple(given[name].shape)}, expected [{letters}, {shape}].")
+        return {name: given[name] for name in shapes}
+
+    def as_rssm(self, state: LatentState) -> RSSMState:
+        if state.stochastic is None:
+            raise ValueError("the state has no stochastic part: it is another model's.")
+        return RSSMState(state.deterministic, state.stochastic.unflatten(-1, (self.config.stoch, self.config.classes)))
+
+    def _noise(self, rows: int) -> Tensor:
+        return self.draw_noise(1, rows)[0]
+
+    def _check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
+        expected = (*lead, self.action_dim)
+        if tuple(action.shape) != expected:
+            raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+
+
+def as_latent(state: RSSMState) -> LatentState:
+    return LatentState(state.deter, state.stoch.flatten(-2))
