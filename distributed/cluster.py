@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,10 @@ def _connect(config: RunConfig, namespace: str) -> bool:
     if address:
         ray.init(address=address, **options)
         return False
+    _set_private_token()
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     ray.init(
+        address="local",  # never another cluster that happens to run here
         num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -57,6 +60,16 @@ def _connect(config: RunConfig, namespace: str) -> bool:
         **options,
     )
     return True
+
+
+def _set_private_token() -> None:
+    """A token for this run's own cluster alone.
+
+    Left to itself, ray.init writes one into the home directory, and that file turns authentication on for every cluster
+    that this user starts later, whose `ray job submit` is then refused without RAY_AUTH_MODE=token.
+    """
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def share(config: RunConfig) -> Shares:
