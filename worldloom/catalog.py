@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
 
+from worldloom import dreamerv3, tdmpc2
+from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.pretrained import load_parameters, read_description
-from worldloom.tdmpc2 import SIZES, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
+from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 from worldloom.types import Agent, WorldModel
 
 if TYPE_CHECKING:
@@ -28,13 +30,18 @@ class Family:
     sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
     default_size: str
     model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length) -> WorldModel
-    agent: Callable[..., Any]  # (model, seed) -> Agent
+    agent: Callable[..., Any]  # (model, seed, discrete) -> Agent
 
 
 FAMILIES: dict[str, Family] = {
-    "tdmpc2": Family(TDMPC2Config, SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent),
+    "dreamerv3": Family(DreamerV3Config, dreamerv3.SIZES, "size12m", DreamerV3WorldModel, DreamerV3Agent),
+    "tdmpc2": Family(TDMPC2Config, tdmpc2.SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent),
 }
 ALIASES: dict[str, str] = {
+    "dreamer": "dreamerv3:size12m",
+    "dreamer-small": "dreamerv3:size12m",
+    "dreamer-medium": "dreamerv3:size50m",
+    "dreamer-large": "dreamerv3:size200m",
     "tdmpc": "tdmpc2:5m",
     "tdmpc-small": "tdmpc2:5m",
     "tdmpc-medium": "tdmpc2:48m",
@@ -82,6 +89,12 @@ def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(hints)}."
             raise ValueError(f"agent.{name} is not a field of {config.__name__}. {hint}")
+        if get_origin(hints[name]) is Literal:
+            if value not in get_args(hints[name]):
+                expected = " or ".join(map(repr, get_args(hints[name])))
+                raise ValueError(f"agent.{name} is {value!r}, expected {expected}.")
+            checked[name] = value
+            continue
         allowed = get_args(hints[name]) or (hints[name],)
         if float in allowed and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -94,7 +107,7 @@ def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str
 
 def create_world_model(
     model: str | os.PathLike[str],
-    obs_shape: tuple[int, ...] | None = None,
+    obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None,
     action_dim: int | None = None,
     device: torch.device | str = "cpu",
     episode_length: int | None = None,
@@ -102,10 +115,10 @@ def create_world_model(
 ) -> WorldModel:
     """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc") or a directory (`save_pretrained`).
 
-    obs_shape: of one observation, channel-first for images. action_dim: A, the number of action dimensions.
-    episode_length: agent steps, where known (TD-MPC2 derives its discount from it). overrides: fields of the
-    model's config. Raises ValueError or TypeError that names what was wrong, FileNotFoundError for a directory
-    that holds no model.
+    obs_shape: of one observation, channel-first for images; DreamerV3 takes a mapping of them too. action_dim: A,
+    the number of action dimensions or of discrete actions. episode_length: agent steps, where known (TD-MPC2 derives
+    its discount from it). overrides: fields of the model's config. Raises ValueError or TypeError that names what was
+    wrong, FileNotFoundError for a directory that holds no model.
     """
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
@@ -115,25 +128,26 @@ def create_world_model(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
     config = build_config(str(model), overrides)
-    built = FAMILIES[name].model(tuple(obs_shape), action_dim, config, episode_length)
+    shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
+    built = FAMILIES[name].model(shape, action_dim, config, episode_length)
     return cast(WorldModel, built.to(device))
 
 
 def _load_world_model(
     directory: str | os.PathLike[str],
-    obs_shape: tuple[int, ...] | None,
+    obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
     action_dim: int | None,
     device: torch.device | str,
     overrides: Mapping[str, Any],
 ) -> WorldModel:
     model = _from_description(directory, read_description(directory), overrides)
     for name, wanted, found in [
-        ("obs_shape", obs_shape and tuple(obs_shape), model.obs_shape),
+        ("obs_shape", tuple(obs_shape) if isinstance(obs_shape, list) else obs_shape, model.obs_shape),
         ("action_dim", action_dim, model.action_dim),
     ]:
         if wanted is not None and wanted != found:
             raise ValueError(f"{directory} holds a model with {name}={found}, but {name}={wanted} was asked for.")
-    load_parameters(directory, model)
+    load_parameters(Path(directory) / "model.safetensors", model)
     return cast(WorldModel, model.to(device))
 
 
@@ -144,9 +158,9 @@ def _from_description(source: object, description: Mapping[str, Any], overrides:
             f"{source} holds a model of family {description.get('family')!r}, expected one of {', '.join(FAMILIES)}."
         )
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
-    return family.model(
-        tuple(description["obs_shape"]), description["action_dim"], config, description["episode_length"]
-    )
+    shape = description["obs_shape"]
+    obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
+    return family.model(obs_shape, description["action_dim"], config, description["episode_length"])
 
 
 def create_agent(
@@ -159,7 +173,7 @@ def create_agent(
     seed: int = 0,
     **overrides: Any,
 ) -> Agent:
-    """An agent for the spaces of `make_env`: Box observations, Box actions in [-1, 1].
+    """An agent for the spaces of `make_env`: Box observations, Box actions in [-1, 1] or Discrete ones.
 
     Raises ValueError or TypeError for spaces or fields that the model cannot take.
     """
@@ -168,23 +182,22 @@ def create_agent(
     name, _ = resolve(model)
     if not isinstance(observation_space, spaces.Box):
         raise TypeError(f"{model} reads Box observations, but the space is {observation_space}.")
-    if not isinstance(action_space, spaces.Box):
-        raise TypeError(
-            f"{model} acts in continuous (Box) action spaces, but the space is {action_space}. "
-            "Choose an environment with continuous actions."
-        )
+    discrete = isinstance(action_space, spaces.Discrete)
+    if not isinstance(action_space, spaces.Box | spaces.Discrete):
+        raise TypeError(f"{model} acts in Box or Discrete action spaces, but the space is {action_space}.")
+    action_dim = int(action_space.n) if isinstance(action_space, spaces.Discrete) else action_space.shape[0]
     with torch.random.fork_rng(devices=[]):  # one seed gives one agent, and leaves torch's own generator alone
         torch.manual_seed(seed)
         world_model = create_world_model(
-            model, observation_space.shape, action_space.shape[0], device, episode_length, **overrides
+            model, observation_space.shape, action_dim, device, episode_length, **overrides
         )
-    return cast(Agent, FAMILIES[name].agent(world_model, seed))
+        return cast(Agent, FAMILIES[name].agent(world_model, seed, discrete))
 
 
 def agent_from_description(description: Mapping[str, Any], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
     """An untrained agent as `Agent.describe` described it; `load_state_dict` or weights complete it."""
     model = _from_description("the description", description, {}).to(device)
-    return cast(Agent, FAMILIES[description["family"]].agent(model, seed))
+    return cast(Agent, FAMILIES[description["family"]].agent(model, seed, description.get("discrete", False)))
 
 
 def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
@@ -209,7 +222,9 @@ def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "
             f"{directory} holds neither checkpoints nor a config.json, expected the directory of a run or of a model."
         )
     agent = agent_from_description(read_description(folder), device, seed)
-    load_parameters(folder, agent.world_model)
+    load_parameters(folder / "model.safetensors", agent.world_model)
+    if agent.behaviour is not None:
+        load_parameters(folder / "behaviour.safetensors", agent.behaviour)
     return agent
 
 

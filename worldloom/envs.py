@@ -31,8 +31,8 @@ class EnvironmentFailed(RuntimeError):
 class Environment:
     """One Gymnasium environment under the contract; actions are [A], observations [*obs_shape].
 
-    observation_space: Box, images uint8 (C, H, W), vectors float32. action_space: Box in [-1, 1] of shape (A,);
-    `discrete` actions are one-hot over it.
+    observation_space: Box, images uint8 (C, H, W), vectors float32. action_space: Box in [-1, 1] of shape (A,), or
+    Discrete(A), whose actions are given one-hot.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], action_repeat: int = 1) -> None:
@@ -42,7 +42,8 @@ class Environment:
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self.discrete = isinstance(env.action_space, spaces.Discrete)
         self.action_dim = self._action_size(env.action_space)
-        self.action_space = spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
+        continuous = spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
+        self.action_space = spaces.Discrete(self.action_dim) if self.discrete else continuous
         self.observation_space = self._observation_box(env.observation_space)
         limit = env.spec.max_episode_steps if env.spec else None
         self.episode_length = None if limit is None else math.ceil(limit / action_repeat)  # in agent steps

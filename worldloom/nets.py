@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -140,3 +141,14 @@ class Ensemble(nn.Module):
 def _norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """LayerNorm over the last axis with an affine of any shape that broadcasts, then Mish."""
     return mish(torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight))
+
+
+@torch.no_grad()
+def load_flat(parameters: Sequence[Tensor], flat: npt.NDArray[Any]) -> None:
+    """Fill parameters, in order, from one flat array. Raises ValueError if their number differs."""
+    expected = sum(p.numel() for p in parameters)
+    if flat.shape != (expected,):
+        raise ValueError(f"{flat.shape} acting weights, expected ({expected},): another model's weights.")
+    pieces = torch.from_numpy(flat.copy()).split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.copy_(piece.view_as(parameter))

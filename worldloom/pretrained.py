@@ -15,9 +15,12 @@ from torch import nn
 def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    save_parameters(folder / "model.safetensors", model)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def save_parameters(path: Path, model: nn.Module) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
 
 
 def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -32,13 +35,12 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def load_parameters(directory: str | os.PathLike[str], model: nn.Module) -> None:
-    """Fill `model` from model.safetensors. Raises ValueError where names or shapes differ."""
-    path = Path(directory) / "model.safetensors"
+def load_parameters(path: Path, model: nn.Module) -> None:
+    """Fill `model` from a safetensors file. Raises FileNotFoundError, or ValueError where names or shapes differ."""
     try:
         state = load_file(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} holds no model.safetensors.") from None
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}. Save the model again.") from None
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}). Save the model again.") from error
     try:

@@ -145,6 +145,7 @@ class Agent(Protocol):
     """
 
     world_model: Any
+    behaviour: torch.nn.Module | None  # what acting needs beyond the world model
     batch_size: int  # B, windows per update
     windows: WindowSpec
     columns: Mapping[str, ColumnSpec]  # extra replay columns, empty where none are needed

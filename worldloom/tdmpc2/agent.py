@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import functional as fn
+from worldloom.nets import load_flat
 from worldloom.tdmpc2.planner import Planner
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, WindowSpec
@@ -35,9 +36,12 @@ class TDMPC2Agent:
     """Acts on vector observations with continuous actions; see `worldloom.types.Agent` for the protocol."""
 
     columns: Mapping[str, ColumnSpec] = {}
+    behaviour = None  # the world model holds policy and values
     random_warmup = True
 
-    def __init__(self, model: TDMPC2WorldModel, seed: int = 0) -> None:
+    def __init__(self, model: TDMPC2WorldModel, seed: int = 0, discrete: bool = False) -> None:
+        if discrete:
+            raise TypeError("TD-MPC2 acts in continuous (Box) action spaces. Choose an environment that has one.")
         c = model.config
         self.world_model, self.config, self.planner = model, c, Planner(model)
         self.batch_size, self.pretrain = c.batch_size, c.pretrain
@@ -166,15 +170,7 @@ class TDMPC2Agent:
         return torch.cat([p.flatten() for p in self._acting_parameters()]).cpu().numpy()
 
     def load_acting_weights(self, flat: Array) -> None:
-        parameters = self._acting_parameters()
-        expected = sum(p.numel() for p in parameters)
-        if flat.shape != (expected,):
-            raise ValueError(
-                f"load_acting_weights: {flat.shape} numbers, expected ({expected},): another model's weights."
-            )
-        pieces = torch.from_numpy(flat.copy()).split([p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.copy_(piece.view_as(parameter))
+        load_flat(self._acting_parameters(), flat)
 
     def describe(self) -> dict[str, Any]:
         return self.world_model.describe()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from worldloom.pretrained import read_description, save_model
+from worldloom.pretrained import read_description, save_model, save_parameters
 from worldloom.training.codec import pack, unpack
 from worldloom.training.replay import ReplayBuffer
 from worldloom.types import Agent
@@ -90,6 +90,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def save_agent(folder: Path, agent: Agent) -> None:
     save_model(folder / "agent", agent.describe(), agent.world_model)
+    if agent.behaviour is not None:
+        save_parameters(folder / "agent" / "behaviour.safetensors", agent.behaviour)
     _write(folder / "learner.msgpack", agent.state_dict())
 
 

@@ -50,11 +50,6 @@ def probe_task(config: RunConfig) -> Task:
     env = make_environment(config.env.id, config.env.action_repeat)
     try:
         _try_out(env)
-        if env.discrete:
-            raise TypeError(
-                f"{config.env.id} has discrete actions, but {config.algorithm} acts in continuous (Box) action spaces. "
-                "Choose an environment with continuous actions."
-            )
         return Task(env.observation_space, env.action_space, env.action_dim, env.discrete, env.episode_length)
     finally:
         env.close()
@@ -71,15 +66,19 @@ def _try_out(env: Environment) -> None:
 
 
 def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Agent:
-    return create_agent(
-        config.algorithm,
-        task.observation_space,
-        task.action_space,
-        episode_length=task.episode_length,
-        device=device,
-        seed=seed,
-        **config.agent,
-    )
+    """Raises ValueError or TypeError, naming the environment, where the algorithm cannot take its spaces."""
+    try:
+        return create_agent(
+            config.algorithm,
+            task.observation_space,
+            task.action_space,
+            episode_length=task.episode_length,
+            device=device,
+            seed=seed,
+            **config.agent,
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{config.algorithm} on {config.env.id}: {error}") from error
 
 
 def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:

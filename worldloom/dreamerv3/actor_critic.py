@@ -1,0 +1,133 @@
+"""DreamerV3's behaviour: policy and critics, learned by REINFORCE in imagination and from replay (eq. 6 to 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.dreamerv3.config import DreamerV3Config
+from worldloom.dreamerv3.layers import Linear, mlp
+
+HALF_LOG_TAU = 0.9189385332046727  # ln(2 pi) / 2
+POLICY_SCALE = 0.01  # of the initial output kernels
+
+
+class ContinuousPolicy(nn.Module):
+    """A Normal with mean tanh(m) and std in [0.1, 1], neither squashed nor clipped when sampled."""
+
+    def __init__(self, inputs: int, units: int, layers: int, action_dim: int) -> None:
+        super().__init__()
+        self.mlp = mlp(inputs, units, layers)
+        self.mean = Linear(units, action_dim, POLICY_SCALE)
+        self.std = Linear(units, action_dim, POLICY_SCALE)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std), [..., A] each."""
+        x = self.mlp(features)
+        return torch.tanh(self.mean(x).float()), 0.1 + 0.9 * torch.sigmoid(self.std(x).float() + 2.0)
+
+    def sample(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Actions [..., A]; noise: [..., A] standard normal."""
+        mean, std = self(features)
+        return torch.addcmul(mean, std, noise)
+
+    def log_prob_and_entropy(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """[...] each, summed over action dimensions."""
+        mean, std = self(features)
+        log_std = std.log()
+        log_prob = -0.5 * ((action - mean) / std).square() - log_std - HALF_LOG_TAU
+        return log_prob.sum(-1), (0.5 + HALF_LOG_TAU + log_std).sum(-1)
+
+    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return torch.randn(*shape, self.mean.out_features, generator=generator, device=device)
+
+
+class DiscretePolicy(nn.Module):
+    """A categorical over one-hot actions, a share `unimix` of it uniform."""
+
+    def __init__(self, inputs: int, units: int, layers: int, action_dim: int, unimix: float) -> None:
+        super().__init__()
+        self.mlp = mlp(inputs, units, layers)
+        self.logits = Linear(units, action_dim, POLICY_SCALE)
+        self.unimix = unimix
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log probabilities [..., A]."""
+        return fn.unimix_log_probs(self.logits(self.mlp(features)), self.unimix)
+
+    def sample(self, features: Tensor, noise: Tensor) -> Tensor:
+        """One-hot actions [..., A]; noise: [..., A] standard exponential."""
+        log_probs: Tensor = self(features)
+        return F.one_hot((log_probs.exp() / noise).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
+
+    def log_prob_and_entropy(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """[...] each."""
+        log_probs: Tensor = self(features)
+        return (log_probs * action).sum(-1), -(log_probs.exp() * log_probs).sum(-1)
+
+    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return torch.empty(*shape, self.logits.out_features, device=device).exponential_(generator=generator)
+
+
+class ReturnRange(nn.Module):
+    """Running 5th and 95th percentiles of returns, from 0, not debiased; scale is their distance, at least 1."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, config: DreamerV3Config) -> None:
+        super().__init__()
+        self._config = config
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    def update(self, returns: Tensor) -> None:
+        c = self._config
+        low, high = fn.percentile_range(returns, c.return_low, c.return_high)
+        self.low.lerp_(low, c.return_rate)
+        self.high.lerp_(high, c.return_rate)
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.high - self.low).clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """A batch of imagined rollouts from N starts, all detached. Index 0 is the start, H the last step."""
+
+    features: Tensor  # [H + 1, N, F]
+    actions: Tensor  # [H + 1, N, A], chosen at those features
+    rewards: Tensor  # [H + 1, N], of arriving there
+    continues: Tensor  # [H + 1, N], predicted, discount included
+    values: Tensor  # [H + 1, N], of the online critic
+    slow_values: Tensor  # [H + 1, N]
+
+    def returns(self, lam: float) -> Tensor:
+        """Lambda returns [H, N]: reward, continue and value of the next step belong to this one (eq. 7)."""
+        return fn.lambda_return(self.rewards[1:], self.continues[1:], self.values[1:], lam)
+
+    def weights(self) -> Tensor:
+        """[H, N]: the chance that step t still belongs to the episode; starts on terminal states count little."""
+        return self.continues[:-1].cumprod(0)
+
+
+def policy_loss(log_prob: Tensor, entropy: Tensor, advantage: Tensor, weight: Tensor, entropy_scale: float) -> Tensor:
+    """REINFORCE with an entropy bonus, mean over [H, N] (eq. 11)."""
+    return -(weight * (log_prob * advantage.detach() + entropy_scale * entropy)).mean()
+
+
+def replay_returns(
+    rewards: Tensor, terminated: Tensor, last: Tensor, boot: Tensor, discount: float, lam: float
+) -> Tensor:
+    """Lambda returns [T - 1, B] of real rows [T, B], each bootstrapped with an imagined return `boot` [T, B].
+
+    An episode's last row ends the trace; a terminated one is worth nothing further.
+    """
+    live = discount * (1 - terminated[1:])
+    mix = lam * (1 - last[1:])
+    return fn.lambda_return(rewards[1:], live, boot[1:], mix)
