@@ -133,6 +133,18 @@ def test_the_ring_holds_exactly_the_windows_that_it_should(data, capacity, lengt
         assert reachable(replay) == expected
 
 
+def test_the_online_queue_gives_every_fresh_row_to_a_batch_once():
+    replay = buffer(200, WindowSpec(4, 1, crosses_episodes=True, online_queue=True))
+    for sequence in range(8):
+        steps = np.arange(5) + 5 * sequence
+        replay.insert(chunk_of([rows(steps, steps == 0, tag) for tag in (1, 2)], (0, 0, sequence)))
+    batch = replay.draw(20)["obs"].astype(int)
+    windows = [(*window[:, 0].tolist(), int(window[0, 1])) for window in batch]
+    fresh = {(s, s + 1, s + 2, s + 3, tag) for s in range(0, 40, 4) for tag in (1, 2)}
+    assert set(windows) == fresh  # 2 streams of 40 rows are 20 windows end to end
+    assert len(set(map(tuple, replay.draw(100)["obs"][:, 0].astype(int).tolist()))) > 40  # then uniform again
+
+
 def test_draws_are_uniform_over_windows():
     replay = buffer(64)
     replay.insert(chunk_of([rows(range(40), [1] + [0] * 39)]))

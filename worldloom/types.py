@@ -81,6 +81,7 @@ class WindowSpec:
     length: int  # rows in a window, context included
     context: int  # leading rows that give context and are not trained on
     crosses_episodes: bool  # may a window run over an is_first row
+    online_queue: bool = False  # give every fresh stretch of `length` rows to a batch once, before drawing uniformly
 
     @property
     def trained(self) -> int:

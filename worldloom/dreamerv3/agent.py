@@ -67,7 +67,7 @@ class DreamerV3Agent:
         self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
         self._stored = c.replay_context == "stored"
         context = int(self._stored)
-        self.windows = WindowSpec(length=c.batch_length + context, context=context, crosses_episodes=True)
+        self.windows = WindowSpec(c.batch_length + context, context, crosses_episodes=True, online_queue=True)
         self.columns: Mapping[str, ColumnSpec] = {}
         if self._stored:  # deter as the bits of bfloat16, stoch as class indices: a seventh of float32
             self.columns = {"deter": ColumnSpec((c.deter,), "uint16"), "stoch": ColumnSpec((c.stoch,), "uint8")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,6 +70,7 @@ class ReplayBuffer:
         self._origin = np.empty((capacity, 2), np.int32)  # actor, environment
         self._index = WindowIndex(self.windows, capacity)
         self._rng = np.random.default_rng([seed, 0x5EED])
+        self._online: deque[int] = deque(maxlen=max(capacity // self.windows.length, 1))  # starts not drawn yet
         self._streams: dict[tuple[int, int], Stream] = {}
         self._last: dict[tuple[int, int], int] = {}  # row number of each stream's last row
         self._sequence: dict[int, tuple[int, int]] = {}  # actor -> last accepted (incarnation, sequence)
@@ -201,7 +203,10 @@ class ReplayBuffer:
         if previous >= max(oldest, 0):
             self._next[previous % self.capacity] = positions[0]
         stream = self._streams.setdefault(origin, Stream(self.windows))
-        self._index.add(stream.extend(numbers, columns["is_first"], oldest) % self.capacity)
+        starts, fresh = stream.extend(numbers, columns["is_first"], oldest)
+        self._index.add(starts % self.capacity)
+        if self.windows.online_queue:
+            self._online.extend(fresh.tolist())
         self._last[origin] = int(numbers[-1])
         self._rows += count
         self._steps += int((~columns["is_first"]).sum())
@@ -236,7 +241,7 @@ class ReplayBuffer:
                 "Collect more, or shorten the windows."
             )
         positions = np.empty((batch_size, self.windows.length), np.int64)
-        positions[:, 0] = self._index.draw(self._rng, batch_size)
+        positions[:, 0] = self._draw_starts(batch_size)
         for t in range(1, self.windows.length):
             positions[:, t] = self._next[positions[:, t - 1]]
         batch = {name: column.take(positions, axis=0) for name, column in self._columns.items()}
@@ -244,6 +249,15 @@ class ReplayBuffer:
         age = (self._rows - 1 - positions) % self.capacity
         batch["rows"] = self._rows - 1 - age
         return batch
+
+    def _draw_starts(self, batch_size: int) -> Array:
+        """Ring positions [B]: fresh windows first, each once, then uniform."""
+        fresh: list[int] = []
+        while self._online and len(fresh) < batch_size:
+            start = self._online.popleft()
+            if start >= self._rows - self.capacity:
+                fresh.append(start % self.capacity)
+        return np.concatenate([np.array(fresh, np.int64), self._index.draw(self._rng, batch_size - len(fresh))])
 
     def sample(self, batch_size: int, device: torch.device | str = "cpu") -> Batch:
         """One batch as tensors, [B, T, ...]; see `worldloom.types.Batch`."""
@@ -268,6 +282,7 @@ class ReplayBuffer:
             "duplicates": self._duplicates,
             "sequence": [[actor, *last] for actor, last in self._sequence.items()],
             "starts": self._index.starts(),
+            "online": list(self._online),
             "rng": self._rng.bit_generator.state,
             "specs": {name: [list(s.shape), s.dtype] for name, s in self.specs.items()},
         }
@@ -298,6 +313,8 @@ class ReplayBuffer:
         if set(order.tolist()) == set(self._index.starts().tolist()):  # the same ring: draw in the same order
             self._index.remove(order)
             self._index.add(order)
+        self._online.clear()
+        self._online.extend(state["online"])
         self._rng.bit_generator.state = state["rng"]
 
     def _restore(self, segment: Mapping[str, Array]) -> None:

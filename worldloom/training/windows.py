@@ -57,9 +57,11 @@ class Stream:
         self._spec = spec
         self._tail = np.empty(0, np.int64)  # row numbers of the last T - 1 rows
         self._run = 0  # rows since the window could last have begun anew
+        self._rows = 0
 
-    def extend(self, numbers: Array, is_first: Array, oldest: int) -> Array:
-        """Append rows with consecutive `numbers` [n]; the row numbers that now start a complete window.
+    def extend(self, numbers: Array, is_first: Array, oldest: int) -> tuple[Array, Array]:
+        """Append rows with consecutive `numbers` [n]; the row numbers that now start a complete window, and those
+        among them whose windows lie end to end in this stream, so that together they cover it once.
 
         oldest: rows with smaller numbers are gone.
         """
@@ -71,7 +73,10 @@ class Stream:
             runs = np.where(last >= 0, np.arange(len(numbers)) - last + 1, runs)
         self._run = int(runs[-1])
         known = np.concatenate([self._tail, numbers])
-        at = np.flatnonzero(runs >= length) + len(self._tail) - (length - 1)
+        complete = np.flatnonzero(runs >= length)
+        starts = known[complete + len(self._tail) - (length - 1)]
+        fresh = (self._rows + complete + 1) % length == 0
+        self._rows += len(numbers)
         self._tail = known[len(known) - min(length - 1, len(known)) :]
-        starts = known[at]
-        return starts[starts >= oldest]
+        kept = starts >= oldest
+        return starts[kept], starts[kept & fresh]
