@@ -16,10 +16,9 @@ from worldloom.catalog import agent_from_description
 from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_agent
 from worldloom.training.chunk import Chunk, ChunkInfo
 from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation, Evaluator, start_evaluation
+from worldloom.training.evaluation import Evaluation, Evaluator
 from worldloom.training.replay import Acceptance
 from worldloom.training.rollout import Rollout
-from worldloom.training.run import EVAL_SEED
 from worldloom.training.task import (
     AgentSpec,
     Task,
@@ -29,6 +28,7 @@ from worldloom.training.task import (
     make_replay,
     make_task_agent,
     make_task_env,
+    task_evaluation,
 )
 from worldloom.types import Array, Batch, Metrics, Weights
 
@@ -78,8 +78,7 @@ class EnvActor:
         """Start an evaluation if weights are given, else go on with it; None while episodes are left to play."""
         if weights is not None:
             self._rollout.load_weights(weights)
-            make = lambda count: make_task_env(self._config, count, EVAL_SEED + self._config.train.seed)  # noqa: E731
-            self._evaluator = start_evaluation(self._agent, make, self._config.eval.episodes, EVAL_SEED)
+            self._evaluator = task_evaluation(self._config, self._agent)
         if self._evaluator is None:
             raise RuntimeError("evaluate: there is no evaluation to go on with, expected weights to start one.")
         return self._evaluator.play(self._config.runtime.chunk_seconds)

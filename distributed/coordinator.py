@@ -19,11 +19,11 @@ from worldloom.catalog import agent_from_description
 from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint
 from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation, evaluate
+from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.rollout import Rollout
-from worldloom.training.run import EVAL_SEED, Run
-from worldloom.training.task import AgentSpec, actor_seed, make_task_env, probe_task, replay_columns
+from worldloom.training.run import Run
+from worldloom.training.task import AgentSpec, actor_seed, make_task_env, probe_task, replay_columns, task_evaluation
 
 BUNDLE_BYTES = 4 * 2**20  # batches of a task together hold about this much
 BUNDLE_UPDATES = 8  # and are at most so many
@@ -360,8 +360,7 @@ class Coordinator:
     def _evaluate_here(self) -> Evaluation:
         assert self._own is not None
         self._own.load_weights(ray.get(self._weights))
-        make = lambda count: make_task_env(self.config, count, EVAL_SEED + self.config.train.seed)  # noqa: E731
-        return evaluate(self._own.agent, make, self.config.eval.episodes, EVAL_SEED)
+        return task_evaluation(self.config, self._own.agent).finish()
 
     def _settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree."""

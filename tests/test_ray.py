@@ -8,15 +8,14 @@ import time
 
 import numpy as np
 import pytest
+import ray
 
+from distributed.coordinator import Coordinator, train
 from tests.test_training import tiny_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
-
-ray = pytest.importorskip("ray")
-
-from distributed.coordinator import Coordinator, train  # noqa: E402 - after the check for Ray
+from worldloom.training.inline import InlineTrainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -65,8 +64,6 @@ def test_any_number_of_env_actors_trains_to_the_end(actors, tmp_path):
 def test_rows_in_replay_are_what_the_environments_gave(tmp_path):
     config = ray_config(actors=2)
     run(config, tmp_path)
-    from worldloom.training.inline import InlineTrainer
-
     replay = InlineTrainer(config, tmp_path, resume=True).replay
     batch = replay.draw(300)
     count = batch["obs"][..., 0]

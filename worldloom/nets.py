@@ -144,6 +144,12 @@ def _norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def flatten(parameters: Sequence[Tensor]) -> npt.NDArray[Any]:
+    """All parameters, in order, as one flat array on the CPU; `load_flat` takes it apart."""
+    return torch.cat([p.flatten() for p in parameters]).cpu().numpy()
+
+
+@torch.no_grad()
 def load_flat(parameters: Sequence[Tensor], flat: npt.NDArray[Any]) -> None:
     """Fill parameters, in order, from one flat array. Raises ValueError if their number differs."""
     expected = sum(p.numel() for p in parameters)

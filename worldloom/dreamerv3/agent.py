@@ -21,7 +21,7 @@ from worldloom.dreamerv3.actor_critic import (
 )
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel, Head, WorldLosses
-from worldloom.nets import load_flat
+from worldloom.nets import flatten, load_flat
 from worldloom.optim import LaProp
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, WindowSpec
 
@@ -262,7 +262,7 @@ class DreamerV3Agent:
         return [parameter.detach() for module in modules for parameter in module.parameters()]
 
     def acting_weights(self) -> Array:
-        return torch.cat([p.flatten() for p in self._acting_parameters()]).cpu().numpy()
+        return flatten(self._acting_parameters())
 
     def load_acting_weights(self, flat: Array) -> None:
         load_flat(self._acting_parameters(), flat)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.nets import load_flat
+from worldloom.nets import flatten, load_flat
 from worldloom.tdmpc2.planner import Planner
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, WindowSpec
@@ -167,7 +167,7 @@ class TDMPC2Agent:
         return [parameter.detach() for module in modules for parameter in module.parameters()]
 
     def acting_weights(self) -> Array:
-        return torch.cat([p.flatten() for p in self._acting_parameters()]).cpu().numpy()
+        return flatten(self._acting_parameters())
 
     def load_acting_weights(self, flat: Array) -> None:
         load_flat(self._acting_parameters(), flat)

@@ -65,6 +65,12 @@ class Evaluator:
         self._env.close()
         return Evaluation(tuple(r for r, _ in self._done), tuple(n for _, n in self._done))
 
+    def finish(self, on_frame: Callable[[Array], None] | None = None) -> Evaluation:
+        """Play what is left."""
+        result = self.play(on_frame=on_frame)
+        assert result is not None, "play without a limit ends"
+        return result
+
     def _step(self, on_frame: Callable[[Array], None] | None) -> None:
         actions, self._act_state = self._agent.act(self._obs, self._act_state, self._is_first, explore=False)
         step = self._env.step(actions)
@@ -87,9 +93,7 @@ def evaluate(
     on_frame: Callable[[Array], None] | None = None,
 ) -> Evaluation:
     """Play `episodes` whole episodes in one go; make_env(n) gives n environments (see `Evaluator`)."""
-    result = start_evaluation(agent, make_env, episodes, seed).play(on_frame=on_frame)
-    assert result is not None, "play without a limit ends"
-    return result
+    return start_evaluation(agent, make_env, episodes, seed).finish(on_frame)
 
 
 def start_evaluation(agent: Agent, make_env: Callable[[int], VectorEnv], episodes: int, seed: int) -> Evaluator:

@@ -16,10 +16,10 @@ from worldloom.training.checkpoint import (
     save_agent,
 )
 from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation, evaluate
+from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.rollout import Rollout
-from worldloom.training.run import EVAL_SEED, Run
+from worldloom.training.run import Run
 from worldloom.training.task import (
     actor_seed,
     agent_spec,
@@ -28,6 +28,7 @@ from worldloom.training.task import (
     make_task_agent,
     make_task_env,
     probe_task,
+    task_evaluation,
 )
 
 
@@ -85,8 +86,7 @@ class InlineTrainer:
             self.run.recorder.updated(metrics, 1, time.monotonic() - begun)
 
     def _evaluate(self) -> Evaluation:
-        make = lambda count: make_task_env(self.config, count, EVAL_SEED + self.config.train.seed)  # noqa: E731
-        return evaluate(self.agent, make, self.config.eval.episodes, EVAL_SEED)
+        return task_evaluation(self.config, self.agent).finish()
 
     def save(self) -> None:
         """Write a checkpoint of everything."""

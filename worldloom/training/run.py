@@ -12,8 +12,6 @@ from worldloom.training.recorder import Recorder
 from worldloom.training.replay import ring_bytes
 from worldloom.training.task import AgentSpec, Task, make_limiter, replay_columns
 
-EVAL_SEED = 1_000_003  # apart from the seeds that training uses
-
 
 class Run:
     """What the in-process trainer and the Ray coordinator share. With `resume`, counters go on where they stopped."""

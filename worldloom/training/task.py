@@ -14,8 +14,11 @@ from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, 
 from worldloom.training.chunk import base_columns
 from worldloom.training.clock import RateLimiter
 from worldloom.training.config import RunConfig
+from worldloom.training.evaluation import Evaluator, start_evaluation
 from worldloom.training.replay import ReplayBuffer
 from worldloom.types import Agent, ColumnSpec, WindowSpec
+
+EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,15 @@ def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Ag
 
 def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
     return make_env(config.env.id, num_envs, seed, config.env.action_repeat, render_mode)
+
+
+def task_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
+    """An evaluation that is about to begin; the same seed and weights play the same episodes."""
+
+    def make(num_envs: int) -> VectorEnv:
+        return make_task_env(config, num_envs, EVAL_SEED + config.train.seed)
+
+    return start_evaluation(agent, make, config.eval.episodes, EVAL_SEED)
 
 
 def actor_seed(config: RunConfig, actor: int, incarnation: int) -> int:
