@@ -85,6 +85,22 @@ class Picture(gym.Env):
         return obs, float(action), False, self.count >= 5, {}
 
 
+class Screen(gym.Env):
+    """Images [64, 64, 3], as bright as the step; two discrete actions. Reward = action; 9 steps."""
+
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros((64, 64, 3), np.uint8), {}
+
+    def step(self, action):
+        self.count += 1
+        return np.full((64, 64, 3), 20 * self.count, np.uint8), float(action), self.count >= 9, False, {}
+
+
 def once(name):
     """Whether this is the first call with that name in the directory of $WORLDLOOM_TEST_MARKS, across processes."""
     path = os.path.join(os.environ["WORLDLOOM_TEST_MARKS"], name)

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator, train
-from tests.test_training import tiny_config
+from tests.test_training import dreamer_config, tiny_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
@@ -59,6 +59,17 @@ def test_any_number_of_env_actors_trains_to_the_end(actors, tmp_path):
     assert summary["episodes"] == accepted.episodes
     assert summary["eval_return_mean"] == 280
     assert summary["actor_restarts"] == summary["env_steps_discarded"] == 0
+
+
+@pytest.mark.parametrize("env", ["Counting", "Screen"])
+def test_dreamerv3_trains_on_ray_and_writes_its_latents_back(env, tmp_path):
+    runtime = RuntimeConfig(kind="ray", env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1)
+    config = dreamer_config(env, runtime=runtime)
+    summary, accepted = run(config, tmp_path)
+    assert 400 <= summary["env_steps"] == accepted.steps
+    assert summary["updates"] == (summary["env_steps"] - 100) // 8
+    batch = InlineTrainer(config, tmp_path, resume=True).replay.draw(100)
+    assert batch["deter"][~batch["is_first"]].any()
 
 
 def test_rows_in_replay_are_what_the_environments_gave(tmp_path):

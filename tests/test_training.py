@@ -34,6 +34,23 @@ TINY_AGENT = {
 }  # fmt: skip
 
 
+TINY_DREAMER = {
+    "deter": 32, "hidden": 8, "units": 8, "classes": 4, "depth": 2, "stoch": 4, "blocks": 4, "batch_size": 4,
+    "batch_length": 8, "imagination_length": 3,
+}  # fmt: skip
+
+
+def dreamer_config(env="Counting", **sections):
+    """4 windows of 8 trained rows an update, an update every 8 steps."""
+    parts = {
+        "algorithm": "dreamerv3:size1m",
+        "agent": TINY_DREAMER,
+        "env": EnvConfig(id=f"tests.environments:{env}-v0", num_envs=2),
+        "train": TrainConfig(total_steps=400, learning_starts=100, train_ratio=4),
+    }
+    return tiny_config(**{**parts, **sections})
+
+
 def tiny_config(env_id="tests.environments:Counting-v0", **sections):
     parts = {
         "algorithm": "tdmpc2:1m",
@@ -153,6 +170,31 @@ def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
     assert sum("eval/return_mean" in line for line in lines) == 2
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("env", ["Counting", "Screen"])
+@pytest.mark.parametrize("context", ["stored", "zeros"])
+def test_dreamerv3_trains_on_vectors_and_images(env, context, tmp_path):
+    config = dreamer_config(env, agent={**TINY_DREAMER, "replay_context": context})
+    trainer = InlineTrainer(config, tmp_path)
+    summary = trainer.train()
+    assert summary["updates"] == (summary["env_steps"] - 100) // 8
+    assert summary["train_ratio_actual"] == pytest.approx(4, rel=0.03)
+    columns = trainer.replay.specs.keys()
+    assert ({"deter", "stoch"} <= columns) == (context == "stored")
+    agent, env = load_agent(tmp_path), make_env(config.env.id, num_envs=2)
+    actions, _ = agent.act(env.reset(), None, np.ones(2, bool))
+    assert actions.shape == (2, env.action_dim)
+    np.testing.assert_array_equal(agent.acting_weights(), trainer.agent.acting_weights())
+
+
+def test_dreamerv3_resumes_with_its_latents_in_replay(tmp_path):
+    first = InlineTrainer(dreamer_config(), tmp_path)
+    first.train()
+    second = InlineTrainer(dreamer_config(), tmp_path, resume=True)
+    a, b = first.replay.draw(16), second.replay.draw(16)
+    assert a["deter"].any()
+    assert all((a[name] == b[name]).all() for name in a)
 
 
 def test_one_seed_gives_one_run(tmp_path):

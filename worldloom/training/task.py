@@ -159,6 +159,10 @@ def choose_device(name: str) -> str:
 
 
 def check_config(config: RunConfig) -> None:
-    """Everything that can be refused before anything starts. Raises ValueError or TypeError."""
+    """Everything that can be refused before anything starts. Raises ValueError or TypeError.
+
+    On Ray the learner may run on another machine, so there the cluster is asked for GPUs instead (`cluster.share`).
+    """
     build_config(config.algorithm, config.agent)
-    choose_device(config.train.device)
+    if config.runtime.kind == "inline":
+        choose_device(config.train.device)
