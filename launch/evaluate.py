@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from worldloom import load_agent
 from worldloom.envs import EnvironmentFailed, make_env
+from worldloom.suites import AtariConfig
 from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.evaluation import evaluate
 from worldloom.training.task import choose_device
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         agent = load_agent(options.run_dir, choose_device(options.device), options.seed)
         env = yaml.safe_load((Path(options.run_dir) / "config.yaml").read_text())["env"]
-        make = lambda count: make_env(env["id"], count, options.seed, env["action_repeat"])  # noqa: E731
+        atari = AtariConfig(**env["atari"])
+        make = lambda count: make_env(env["id"], count, options.seed, env["action_repeat"], atari=atari)  # noqa: E731
         result = evaluate(agent, make, options.episodes, options.seed)
     except (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed) as error:
         print(f"launch.evaluate: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from worldloom.suites import DM_CONTROL_STEPS, AtariConfig, make_atari, make_dm_control
 from worldloom.types import Array, is_image
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Environment:
     Discrete(A), whose actions are given one-hot.
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any], action_repeat: int = 1) -> None:
+    def __init__(self, env: gymnasium.Env[Any, Any], action_repeat: int = 1, episode_length: int | None = None) -> None:
         if action_repeat < 1:
             raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
         self._env, self._repeat = env, action_repeat
@@ -46,7 +47,8 @@ class Environment:
         self.action_space = spaces.Discrete(self.action_dim) if self.discrete else continuous
         self.observation_space = self._observation_box(env.observation_space)
         limit = env.spec.max_episode_steps if env.spec else None
-        self.episode_length = None if limit is None else math.ceil(limit / action_repeat)  # in agent steps
+        steps = None if limit is None else math.ceil(limit / action_repeat)
+        self.episode_length = episode_length or steps  # in agent steps, None where there is no limit
 
     def _action_size(self, space: spaces.Space[Any]) -> int:
         if isinstance(space, spaces.Discrete):
@@ -64,7 +66,7 @@ class Environment:
             )
         self._raw_shape = space.shape
         if is_image(space.shape) and space.dtype == np.uint8:
-            self._channels_last = space.shape[-1] in (1, 3, 4) or space.shape[-1] < space.shape[0]
+            self._channels_last = space.shape[-1] < space.shape[0]
             channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
             return spaces.Box(0, 255, (int(channels), int(height), int(width)), np.uint8)
         return spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),), np.float32)
@@ -224,29 +226,42 @@ class VectorEnv:
         self._envs[index] = self._make()
 
 
-def make_environment(env_id: str, action_repeat: int = 1, render_mode: str | None = None) -> Environment:
+def make_environment(
+    env_id: str, action_repeat: int = 1, render_mode: str | None = None, atari: AtariConfig | None = None
+) -> Environment:
     """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
     try:
+        if env_id.startswith("ALE/"):  # frames are repeated and pooled together
+            game = make_atari(env_id, atari or AtariConfig(), action_repeat)
+            return Environment(game, episode_length=(atari or AtariConfig()).max_frames // action_repeat)
+        if env_id.startswith("dm_control/"):
+            task = make_dm_control(env_id, render_mode)
+            return Environment(task, action_repeat, episode_length=math.ceil(DM_CONTROL_STEPS / action_repeat))
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        env = gymnasium.make(env_id, disable_env_checker=True, **options)
+        return Environment(gymnasium.make(env_id, disable_env_checker=True, **options), action_repeat)
     except gymnasium.error.Error as error:
         raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {error} {_nearest(env_id)}") from error
     except ModuleNotFoundError as error:
         raise ValueError(
             f"env.id is {env_id!r}, which cannot be imported: {error} Install that module, or correct the id."
         ) from error
-    return Environment(env, action_repeat)
 
 
 def make_env(
-    env_id: str, num_envs: int = 1, seed: int = 0, action_repeat: int = 1, render_mode: str | None = None
+    env_id: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    action_repeat: int = 1,
+    render_mode: str | None = None,
+    atari: AtariConfig | None = None,
 ) -> VectorEnv:
-    """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0").
+    """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0"), of Atari ("ALE/Pong-v5") or of
+    DeepMind Control ("dm_control/walker-walk-v0", states).
 
     Rewards are summed over action_repeat. Raises ValueError for an unknown id, TypeError for spaces other than
     Box observations and Box or Discrete actions.
     """
-    return VectorEnv(lambda: make_environment(env_id, action_repeat, render_mode), num_envs, seed)
+    return VectorEnv(lambda: make_environment(env_id, action_repeat, render_mode, atari), num_envs, seed)
 
 
 def _nearest(env_id: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from worldloom.suites import AtariConfig
+
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
@@ -19,11 +21,13 @@ class EnvConfig:
         id: Gymnasium id, or module:id
         num_envs: environments per env actor
         action_repeat: environment frames per agent step; rewards are summed
+        atari: frames and actions of ALE/ ids; others ignore it
     """
 
     id: str = "Pendulum-v1"
     num_envs: int = 4
     action_repeat: int = 1
+    atari: AtariConfig = field(default_factory=AtariConfig)
 
     def __post_init__(self) -> None:
         _require(self.num_envs >= 1, "env.num_envs", self.num_envs, "at least 1")

@@ -1,0 +1,87 @@
+"""Atari and DeepMind Control as they really run."""
+
+import numpy as np
+import pytest
+
+from worldloom.envs import make_env
+from worldloom.suites import AtariConfig
+
+
+def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
+    env = make_env("dm_control/walker-walk-v0", action_repeat=2)
+    assert env.observation_space.shape == (24,)
+    assert env.action_dim == 6
+    assert env.episode_length == 500
+    env.reset()
+    rng = np.random.default_rng(0)
+    for _ in range(499):
+        step = env.step(rng.uniform(-1, 1, (1, 6)).astype(np.float32))
+        assert 0 <= step.rewards[0] <= 2
+        assert not step.is_first[0]
+    step = env.step(np.zeros((1, 6), np.float32))
+    assert step.truncated[0]
+    assert not step.terminated[0]
+
+
+@pytest.mark.parametrize(
+    ("atari", "shape", "actions"),
+    [
+        (AtariConfig(), (3, 64, 64), 6),
+        (AtariConfig(image_size=96, grayscale=True, sticky=0.25, full_actions=True), (1, 96, 96), 18),
+    ],
+)
+def test_atari_frames_and_actions_follow_the_settings(atari, shape, actions):
+    env = make_env("ALE/Pong-v5", action_repeat=4, atari=atari)
+    assert env.observation_space.shape == shape
+    assert env.discrete
+    assert env.action_dim == actions
+    obs = env.reset()
+    assert obs.dtype == np.uint8
+    assert obs.max() > 100  # a real picture
+    step = env.step(np.eye(actions, dtype=np.float32)[[0]])
+    assert step.obs.shape == (1, *shape)
+    assert env.episode_length == 27_000
+
+
+def test_atari_cuts_episodes_at_the_frame_limit_without_a_true_end():
+    env = make_env("ALE/Pong-v5", action_repeat=4, atari=AtariConfig(max_frames=40, noops=0))
+    env.reset()
+    steps = [env.step(np.eye(6, dtype=np.float32)[[0]]) for _ in range(10)]
+    assert [bool(step.truncated[0]) for step in steps] == [False] * 9 + [True]
+    assert not any(step.terminated[0] for step in steps)
+
+
+def test_atari_pools_the_last_two_frames_and_repeats_rewards():
+    import gymnasium
+
+    from worldloom.suites import Atari
+
+    class Flicker(gymnasium.Env):
+        """Odd frames show the left half, even ones the right; a reward of 1 each."""
+
+        observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+        action_space = gymnasium.spaces.Discrete(2)
+
+        def _frame(self):
+            frame = np.zeros((8, 8, 3), np.uint8)
+            half = slice(0, 4) if self.count % 2 else slice(4, 8)
+            frame[:, half] = 200
+            return frame
+
+        def reset(self, *, seed=None, options=None):  # noqa: ARG002
+            super().reset(seed=seed)
+            self.count = 0
+            return self._frame(), {}
+
+        def step(self, action):  # noqa: ARG002
+            self.count += 1
+            return self._frame(), 1.0, False, False, {}
+
+    env = Atari(Flicker(), AtariConfig(image_size=8, noops=0), repeat=4)
+    first, _ = env.reset(seed=0)
+    assert first[0, 0].tolist() == [0] * 4 + [200] * 4  # nothing from before the reset
+    image, reward, *_ = env.step(0)
+    assert (image == 200).all()
+    assert reward == 4
+    again, _ = env.reset()
+    assert again[0, 0].tolist() == [0] * 4 + [200] * 4

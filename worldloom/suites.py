@@ -1,0 +1,117 @@
+"""Suites behind Gymnasium ids that need more than gymnasium.make: Atari and DeepMind Control."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+
+from worldloom.types import Array
+
+DM_CONTROL_STEPS = 1000  # the time limit of every task of the suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtariConfig:
+    """Atari frames and actions; the defaults are those of Atari100k (DreamerV3).
+
+    Args:
+        image_size: side of the square image
+        grayscale: one channel instead of three
+        sticky: chance that a frame repeats the action before
+        noops: at most so many random no-ops after a reset
+        full_actions: all 18 actions instead of those that the game reads
+        max_frames: an episode is cut after so many frames
+    """
+
+    image_size: int = 64
+    grayscale: bool = False
+    sticky: float = 0.0
+    noops: int = 30
+    full_actions: bool = False
+    max_frames: int = 108_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sticky < 1:
+            raise ValueError(f"env.atari.sticky is {self.sticky}, expected a probability in [0, 1).")
+        if self.image_size < 1 or self.noops < 0:
+            raise ValueError(f"env.atari: image_size={self.image_size}, noops={self.noops}, expected at least 1 and 0.")
+
+
+class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Repeats actions, takes the brighter of the last two frames, resizes; starts with random no-ops.
+
+    The pooled frames never reach over a reset. True ends are the game's own; the frame limit only cuts short.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], config: AtariConfig, repeat: int) -> None:
+        super().__init__(env)
+        self._config, self._repeat = config, repeat
+        self._frames: deque[Array] = deque(maxlen=2)
+        self._count = 0
+        side, channels = config.image_size, 1 if config.grayscale else 3
+        self.observation_space = spaces.Box(0, 255, (channels, side, side), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        frame, info = self.env.reset(seed=seed, options=options)
+        self._frames.clear()
+        self._frames.append(frame)
+        self._count = 0
+        for _ in range(int(self.np_random.integers(self._config.noops + 1))):
+            frame, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                frame, info = self.env.reset()
+            self._frames.clear()
+            self._frames.append(frame)
+        return self._image(), info
+
+    def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        total, terminated, truncated = 0.0, False, False
+        info: dict[str, Any] = {}
+        for _ in range(self._repeat):
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            self._frames.append(frame)
+            self._count += 1
+            total += float(reward)
+            truncated = truncated or self._count >= self._config.max_frames
+            if terminated or truncated:
+                break
+        return self._image(), total, bool(terminated), bool(truncated and not terminated), info
+
+    def _image(self) -> Array:
+        """[C, side, side] uint8, bilinear with antialiasing."""
+        frame = np.maximum.reduce(list(self._frames))
+        planes = torch.from_numpy(frame if frame.ndim == 3 else frame[..., None]).permute(2, 0, 1).unsqueeze(0).float()
+        side = self._config.image_size
+        resized = F.interpolate(planes, (side, side), mode="bilinear", antialias=True)
+        return resized[0].round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def make_atari(env_id: str, config: AtariConfig, action_repeat: int) -> gymnasium.Env[Any, Any]:
+    """An "ALE/…-v5" game, by these settings alone: the id's own frame skip and stickiness are switched off."""
+    import ale_py
+
+    gymnasium.register_envs(ale_py)
+    game = gymnasium.make(
+        env_id,
+        disable_env_checker=True,
+        obs_type="grayscale" if config.grayscale else "rgb",
+        frameskip=1,
+        repeat_action_probability=config.sticky,
+        full_action_space=config.full_actions,
+    )
+    return Atari(game, config, action_repeat)
+
+
+def make_dm_control(env_id: str, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
+    """A "dm_control/…-v0" task from states, its observations concatenated in order of name."""
+    import shimmy  # noqa: F401 - registers the ids
+
+    options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
+    return gymnasium.wrappers.FlattenObservation(gymnasium.make(env_id, disable_env_checker=True, **options))
