@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldloom import functional as fn
+
 
 class SimNorm(nn.Module):
     """Softmax over consecutive groups of the last axis (TD-MPC2, eq. 5): [..., D] to [..., D]."""
@@ -20,10 +22,7 @@ class SimNorm(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.unflatten(-1, (-1, self.group))
-        if x.is_cpu:  # a softmax over 8 neighbours does not vectorise; over 8 planes it is 9 times as fast
-            return F.softmax(groups.movedim(-1, 0).contiguous(), dim=0).movedim(0, -1).flatten(-2)
-        return F.softmax(groups, dim=-1).flatten(-2)
+        return fn.short_softmax(x.unflatten(-1, (-1, self.group))).flatten(-2)
 
 
 class _CpuMish(torch.autograd.Function):

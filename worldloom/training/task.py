@@ -103,7 +103,8 @@ def actor_seed(config: RunConfig, actor: int, incarnation: int) -> int:
 
 
 def agent_spec(agent: Agent) -> AgentSpec:
-    parameters = sum(p.numel() for p in agent.world_model.parameters() if p.requires_grad)
+    modules = [agent.world_model, *([] if agent.behaviour is None else [agent.behaviour])]
+    parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     return AgentSpec(
         agent.describe(),
         agent.batch_size,
