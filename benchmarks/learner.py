@@ -91,9 +91,8 @@ def main() -> None:
     for _ in range(3):
         agent.update(batch)
     times = [seconds(agent, batch, options.device) for _ in range(options.updates)]
-    print(
-        f"{options.model}, {options.obs}, batch {agent.batch_size} x {agent.windows.trained} trained rows, {options.device}"
-    )
+    size = f"batch {agent.batch_size} x {agent.windows.trained} trained rows"
+    print(f"{options.model}, {options.obs}, {size}, {options.device}")
     print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, float32")
     print(f"{'':10}{'s/update':>10}{'best':>8}{'updates/s':>11}")
     middle = statistics.median(times)
