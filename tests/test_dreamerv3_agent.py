@@ -19,7 +19,7 @@ from worldloom.dreamerv3.actor_critic import (
     policy_loss,
     replay_returns,
 )
-from worldloom.dreamerv3.agent import compact, expand
+from worldloom.dreamerv3.agent import Behaviour, compact, expand
 from worldloom.dreamerv3.rssm import RSSMState
 
 C = 0.996996997
@@ -70,6 +70,30 @@ def shake(agent, amount=0.1):
         for parameter in [*agent.world_model.parameters(), *agent.behaviour.parameters()]:
             parameter.add_(amount * torch.randn_like(parameter))
     return agent
+
+
+BEHAVIOUR_COUNTS = {  # policy with 18 discrete actions, policy with 6 continuous ones, value
+    "size1m": (50_706, 50_316, 66_111),
+    "size12m": (792_594, 791_052, 853_503),
+    "size25m": (1_778_706, 1_776_396, 1_869_951),
+    "size50m": (3_158_034, 3_154_956, 3_279_615),
+    "size100m": (7_096_338, 7_091_724, 7_278_591),
+    "size200m": (12_607_506, 12_601_356, 12_850_431),
+    "size400m": (28_348_434, 28_339_212, 28_712_703),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_policy_and_value_counts_equal_the_reference(size):
+    def counts(action_dim, discrete):
+        with torch.device("meta"):
+            behaviour = Behaviour(DreamerV3WorldModel((4,), action_dim, DreamerV3Config(**SIZES[size])), discrete)
+        parts = (behaviour.policy, behaviour.value)
+        return [sum(p.numel() for p in part.parameters()) for part in parts]
+
+    discrete, continuous, value = BEHAVIOUR_COUNTS[size]
+    assert counts(18, True) == [discrete, value]
+    assert counts(6, False) == [continuous, value]
 
 
 # Policies

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.training.checkpoint import newest_checkpoint, read_manifest
+from worldloom.training.chunk import row_bytes
 from worldloom.training.clock import Every
 from worldloom.training.config import RunConfig
 from worldloom.training.recorder import Recorder
@@ -43,6 +44,11 @@ class Run:
         )
         size = ring_bytes(config.replay.capacity, replay_columns(task, spec))
         say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
+        if spec.columns:
+            own = row_bytes(spec.columns)
+            say(
+                f"of which {', '.join(spec.columns)}: {own:,} bytes a row, {config.replay.capacity * own / 2**20:,.1f} MiB"
+            )
         say(self.limiter.describe())
         if self.checkpoint:
             done = f"{self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
