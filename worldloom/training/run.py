@@ -45,10 +45,8 @@ class Run:
         size = ring_bytes(config.replay.capacity, replay_columns(task, spec))
         say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
         if spec.columns:
-            own = row_bytes(spec.columns)
-            say(
-                f"of which {', '.join(spec.columns)}: {own:,} bytes a row, {config.replay.capacity * own / 2**20:,.1f} MiB"
-            )
+            own, names = row_bytes(spec.columns), ", ".join(spec.columns)
+            say(f"of which {names}: {own:,} bytes a row, {config.replay.capacity * own / 2**20:,.1f} MiB")
         say(self.limiter.describe())
         if self.checkpoint:
             done = f"{self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
