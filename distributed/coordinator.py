@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from distributed.actors import EnvActor, LearnerActor, ReplayActor
 from distributed.cluster import connect, share
 from worldloom.catalog import agent_from_description
+from worldloom.envs import EnvironmentFailed
 from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint
 from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
@@ -161,6 +162,10 @@ class Coordinator:
                     self._receive()
                     self._at_intervals()
                 return self._finish(stop)
+            except EnvironmentFailed:
+                self._settle()
+                self.save()  # what was accepted is kept for --resume
+                raise
             finally:
                 run.recorder.close()
 
@@ -287,6 +292,7 @@ class Coordinator:
             self._replace(collector, f"died ({type(error).__name__})", error)
             return
         except RayTaskError as error:
+            collector.task = None
             if chunk is not EVALUATION:
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
             raise error.cause from error

@@ -13,7 +13,7 @@ import ray
 from distributed.coordinator import Coordinator, train
 from tests.test_training import dreamer_config, tiny_config
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.checkpoint import CheckpointError
+from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.training.inline import InlineTrainer
 
@@ -129,6 +129,7 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_traceback(tmp_pa
     with pytest.raises(EnvironmentFailed, match="the simulator exploded") as failure:
         train(ray_config("AlwaysFaulty"), tmp_path)
     assert "environments.py" in str(failure.value.__cause__)
+    assert newest_checkpoint(tmp_path).is_dir()  # what was accepted is kept for --resume
 
 
 def test_an_environment_that_always_kills_its_process_ends_the_run(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom import load_agent
-from worldloom.envs import make_env
+from worldloom.envs import EnvironmentFailed, make_env
 from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.training.clock import Every, RateLimiter
 from worldloom.training.codec import pack, unpack
@@ -237,6 +237,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = tiny_config(agent={**TINY_AGENT, "mlp_dim": 24})
     with pytest.raises(CheckpointError, match=r"config.mlp_dim is 16 there, 24 here"):
         InlineTrainer(other, tmp_path, resume=True)
+
+
+def test_a_run_that_its_environment_ends_keeps_what_was_accepted(tmp_path):
+    trainer = InlineTrainer(tiny_config("tests.environments:AlwaysFaulty-v0"), tmp_path)
+    with pytest.raises(EnvironmentFailed, match="the simulator exploded"):
+        trainer.train()
+    resumed = InlineTrainer(tiny_config("tests.environments:AlwaysFaulty-v0"), tmp_path, resume=True)
+    assert resumed.replay.accepted() == trainer.replay.accepted()
+    assert resumed.replay.accepted().rows > 0
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):

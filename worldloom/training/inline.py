@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from worldloom.envs import EnvironmentFailed
 from worldloom.training.checkpoint import (
     ReplayStore,
     begin_checkpoint,
@@ -69,6 +70,9 @@ class InlineTrainer:
                     if run.checkpoint_clock.due(limiter.env_steps):
                         self.save()
                 return self._finish(stop.requested and not run.finished)
+            except EnvironmentFailed:
+                self.save()  # what was accepted is kept for --resume
+                raise
             finally:
                 run.recorder.close()
                 self.rollout.env.close()
