@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_ag
 from worldloom.training.chunk import Chunk, ChunkInfo
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation, Evaluator
-from worldloom.training.replay import Acceptance
+from worldloom.training.replay import Acceptance, as_batch
 from worldloom.training.rollout import Rollout
 from worldloom.training.task import (
     AgentSpec,
@@ -48,7 +48,7 @@ class UpdateResult:
 
 def _copy(batch: dict[str, Array]) -> Batch:
     """Out of the object store, whose memory is read-only and must not stay pinned."""
-    return cast(Batch, {name: torch.from_numpy(np.array(value)) for name, value in batch.items()})
+    return as_batch({name: torch.from_numpy(np.array(value)) for name, value in batch.items()})
 
 
 class EnvActor:

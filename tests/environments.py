@@ -101,6 +101,41 @@ class Screen(gym.Env):
         return np.full((64, 64, 3), 20 * self.count, np.uint8), float(action), self.count >= 9, False, {}
 
 
+class Mixed(gym.Env):
+    """An image, a vector, a class index that is the step, and bools; two choices, of 2 and of 3. 6 steps.
+
+    Reward = 10 x first choice + second choice.
+    """
+
+    observation_space = gym.spaces.Dict(
+        {
+            "camera": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8),
+            "state": gym.spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
+            "phase": gym.spaces.Discrete(7, start=1),
+            "touch": gym.spaces.MultiBinary(2),
+        }
+    )
+    action_space = gym.spaces.MultiDiscrete([2, 3])
+
+    def _obs(self):
+        return {
+            "camera": np.full((64, 64, 3), 20 * self.count, np.uint8),
+            "state": np.full((2, 2), 1.5 * self.count),
+            "phase": self.count + 1,
+            "touch": np.array([self.count % 2, 1], np.int8),
+        }
+
+    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+        super().reset(seed=seed)
+        self.count = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.count += 1
+        return self._obs(), float(10 * action[0] + action[1]), self.count >= 6, False, {}
+
+
 def once(name):
     """Whether this is the first call with that name in the directory of $WORLDLOOM_TEST_MARKS, across processes."""
     path = os.path.join(os.environ["WORLDLOOM_TEST_MARKS"], name)

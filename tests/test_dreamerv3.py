@@ -118,7 +118,7 @@ def test_image_encoder_equals_the_reference():
 
 
 def test_vector_encoder_equals_the_reference():
-    encoder = fill(Encoder({"b": (), "a": (3,)}, units=4, depth=1, layers=2))
+    encoder = fill(Encoder({"b": (), "a": (3,)}, {}, units=4, depth=1, layers=2))
     tokens = encoder({"b": torch.tensor([0.5]), "a": torch.tensor([[1.0, -10, 100]])})
     close(tokens, [0.9271251, 1.1492256, 0.1754362, -0.2609266], 1e-5)
 
@@ -132,7 +132,7 @@ def test_image_decoder_equals_the_reference():
 
 
 def test_vector_decoder_equals_the_reference():
-    decoder = fill(Decoder({"b": (), "a": (3,)}, deter=8, stoch=6, units=4, depth=1, layers=1, blocks=2))
+    decoder = fill(Decoder({"b": (), "a": (3,)}, {}, deter=8, stoch=6, units=4, depth=1, layers=1, blocks=2))
     decoded = decoder(H, Z.flatten(1))
     close(decoded["a"], [0.3951017, 0.4204765, 0.0592672], 1e-5)
     close(decoded["b"], [0.7707022], 1e-5)

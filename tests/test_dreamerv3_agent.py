@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tests.test_dreamerv3 import close, fill
@@ -20,6 +21,7 @@ from worldloom.dreamerv3.actor_critic import (
     replay_returns,
 )
 from worldloom.dreamerv3.agent import Behaviour, compact, expand
+from worldloom.dreamerv3.encoder import Decoder, flat_vectors
 from worldloom.dreamerv3.rssm import RSSMState
 
 C = 0.996996997
@@ -29,25 +31,30 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny_agent(obs_shape=(3,), action_dim=2, discrete=False, **overrides):
+def tiny_agent(obs_shape=(3,), action_dim=2, classes=(), obs_classes=None, **overrides):
     torch.manual_seed(0)
-    model = DreamerV3WorldModel(obs_shape, action_dim, DreamerV3Config(**{**TINY, **overrides}))
-    return DreamerV3Agent(model, seed=0, discrete=discrete)
+    config = DreamerV3Config(**{**TINY, **overrides})
+    model = DreamerV3WorldModel(obs_shape, action_dim, config, obs_classes=obs_classes)
+    return DreamerV3Agent(model, seed=0, action_classes=classes)
 
 
 def batch_of(agent, seed=1, rows=None):
     torch.manual_seed(seed)
     model, batch, length = agent.world_model, agent.batch_size, rows or agent.windows.length
+
+    def observation(key, shape):
+        if len(shape) == 3:
+            return torch.randint(0, 256, (batch, length, *shape), dtype=torch.uint8)
+        if key in model.obs_classes:
+            return torch.randint(model.obs_classes[key], (batch, length, *shape), dtype=torch.int32)
+        return torch.randn(batch, length, *shape)
+
     shape = model.obs_shape
-    images = len(shape) == 3
-    obs = (
-        torch.randint(0, 256, (batch, length, *shape), dtype=torch.uint8)
-        if images
-        else torch.randn(batch, length, *shape)
-    )
+    obs = {k: observation(k, s) for k, s in shape.items()} if isinstance(shape, dict) else observation("obs", shape)
     actions = torch.rand(batch, length, model.action_dim) * 2 - 1
-    if agent.discrete:
-        actions = torch.nn.functional.one_hot(actions.argmax(-1), model.action_dim).float()
+    if agent.action_classes:
+        parts = actions.split(agent.action_classes, -1)
+        actions = torch.cat([F.one_hot(part.argmax(-1), part.shape[-1]).float() for part in parts], -1)
     none = torch.zeros(batch, length, dtype=torch.bool)
     made = {
         "obs": obs,
@@ -85,15 +92,15 @@ BEHAVIOUR_COUNTS = {  # policy with 18 discrete actions, policy with 6 continuou
 
 @pytest.mark.parametrize("size", SIZES)
 def test_policy_and_value_counts_equal_the_reference(size):
-    def counts(action_dim, discrete):
+    def counts(action_dim, classes):
         with torch.device("meta"):
-            behaviour = Behaviour(DreamerV3WorldModel((4,), action_dim, DreamerV3Config(**SIZES[size])), discrete)
+            behaviour = Behaviour(DreamerV3WorldModel((4,), action_dim, DreamerV3Config(**SIZES[size])), classes)
         parts = (behaviour.policy, behaviour.value)
         return [sum(p.numel() for p in part.parameters()) for part in parts]
 
     discrete, continuous, value = BEHAVIOUR_COUNTS[size]
-    assert counts(18, True) == [discrete, value]
-    assert counts(6, False) == [continuous, value]
+    assert counts(18, (18,)) == [discrete, value]
+    assert counts(6, ()) == [continuous, value]
 
 
 # Policies
@@ -125,15 +132,31 @@ def test_bounded_normal_of_zero_outputs_equals_golden_values():
 
 def test_discrete_policy_mixes_in_a_uniform_share_and_draws_from_it():
     torch.manual_seed(0)
-    policy = DiscretePolicy(6, 4, 1, 4, unimix=0.01)
+    policy = DiscretePolicy(6, 4, 1, (4,), unimix=0.01)
     with torch.no_grad():
         policy.logits.bias.copy_(torch.tensor([1000.0, 0, 0, 0]))
     features = torch.zeros(50_000, 6)
-    close(policy(features[0]).exp(), [0.9925, 0.0025, 0.0025, 0.0025], 1e-5)
+    close(policy(features[0])[0].exp(), [0.9925, 0.0025, 0.0025, 0.0025], 1e-5)
     drawn = policy.sample(features, policy.draw_noise((50_000,), None, torch.device("cpu")))
-    assert_close(drawn.mean(0), policy(features[0]).exp(), rtol=0, atol=2e-3)
+    assert_close(drawn.mean(0), policy(features[0])[0].exp(), rtol=0, atol=2e-3)
     log_prob, _ = policy.log_prob_and_entropy(features[:1], torch.tensor([[0.0, 1, 0, 0]]))
     close(log_prob, [math.log(0.0025)], 1e-5)
+
+
+def test_multi_discrete_policy_sums_over_its_parts():
+    torch.manual_seed(0)
+    policy = DiscretePolicy(6, 4, 1, (2, 3), unimix=0.01)
+    with torch.no_grad():
+        policy.logits.weight.normal_()
+    features = torch.randn(1, 6).expand(50_000, 6)
+    left, right = (log_probs[0] for log_probs in policy(features))
+    drawn = policy.sample(features, policy.draw_noise((50_000,), None, torch.device("cpu")))
+    assert_close(drawn[:, :2].mean(0), left.exp(), rtol=0, atol=8e-3)
+    assert_close(drawn[:, 2:].mean(0), right.exp(), rtol=0, atol=8e-3)
+    assert_close((drawn[:, 0] * drawn[:, 4]).mean(), left[0].exp() * right[2].exp(), rtol=0, atol=8e-3)  # independent
+    log_prob, entropy = policy.log_prob_and_entropy(features[:1], torch.tensor([[0.0, 1, 0, 0, 1]]))
+    assert_close(log_prob[0], left[1] + right[2])
+    assert_close(entropy[0], -(left.exp() * left).sum() - (right.exp() * right).sum())
 
 
 # Returns
@@ -265,16 +288,19 @@ def test_dynamics_loss_trains_the_prior_and_representation_loss_the_posterior():
     assert rssm.obs_logits.weight.grad.any()
 
 
-@pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("obs_shape", [(3,), (3, 64, 64)])
-def test_update_learns_and_gives_fresh_latents_to_replay(discrete, obs_shape):
-    agent = tiny_agent(obs_shape, 3, discrete)
+MIXED = {"camera": (3, 64, 64), "state": (3,), "goal": (2,)}
+
+
+@pytest.mark.parametrize("classes", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("obs_shape", [(3,), (3, 64, 64), MIXED])
+def test_update_learns_and_gives_fresh_latents_to_replay(classes, obs_shape):
+    agent = tiny_agent(obs_shape, sum(classes) or 3, classes, {"goal": 5} if obs_shape is MIXED else None)
     batch = batch_of(agent)
     losses = []
     for _ in range(25):
         metrics, columns = agent.update(batch)
         losses.append(metrics["reconstruction_loss"] + metrics["reward_loss"])
-    floor = 3 * 64 * 64 / 12 if len(obs_shape) == 3 else 0.0  # uniform pixels vary by 1/12 each, whatever is learned
+    floor = 0.0 if obs_shape == (3,) else 3 * 64 * 64 / 12  # uniform pixels vary by 1/12 each, whatever is learned
     assert losses[-1] - floor < 0.9 * (losses[0] - floor)
     assert columns["deter"].shape == (4, 9, 32)
     assert columns["stoch"].shape == (4, 9, 4)
@@ -408,6 +434,31 @@ def test_mixed_observations_decode_to_their_own_shapes():
         "continue_loss",
         "reconstruction/image",
     } <= losses.keys()
+
+
+def test_class_indices_are_one_hot_and_missing_entries_are_zero():
+    shapes, classes = {"goal": (2,), "state": (2,)}, {"goal": 3}
+    obs = {"goal": torch.tensor([[2, -1]]), "state": torch.tensor([[1.0, -math.inf]])}
+    flat = flat_vectors(obs, shapes, classes)
+    close(flat[0], [0, 0, 1, 0, 0, 0, math.log(2), 0])
+    decoder = Decoder(shapes, classes, deter=8, stoch=6, units=4, depth=1, layers=1, blocks=2)
+    decoded = {"goal": torch.tensor([[[1.0, 2, 3], [9, 9, 0]]]), "state": torch.tensor([[0.5, 7.0]])}
+    losses = decoder.losses(decoded, obs)
+    close(losses["goal"], [math.log(math.exp(1) + math.exp(2) + math.exp(3)) - 3])  # the missing entry costs nothing
+    close(losses["state"], [(0.5 - math.log(2)) ** 2])
+    assert decoder.shown("goal", decoded["goal"]).tolist() == [[2, 0]]
+
+
+def test_class_indices_and_numbers_are_not_mistaken_for_one_another():
+    model = create_world_model("dreamerv3:size1m", {"goal": (2,), "x": (1,)}, 2, obs_classes={"goal": 3})
+    numbers, indices = torch.zeros(1, 1), torch.zeros(1, 2, dtype=torch.int64)
+    model.encode({"goal": indices, "x": numbers})
+    with pytest.raises(ValueError, match=r"obs 'goal' is torch.float32, expected class indices"):
+        model.encode({"goal": indices.float(), "x": numbers})
+    with pytest.raises(ValueError, match=r"obs 'x' is torch.int64 \(1, 1\) without a class count"):
+        model.encode({"goal": indices, "x": numbers.long()})
+    with pytest.raises(ValueError, match="obs_classes\\['y'\\] is 3, expected"):
+        create_world_model("dreamerv3:size1m", {"x": (1,)}, 2, obs_classes={"y": 3})
 
 
 def test_save_pretrained_round_trip(tmp_path):

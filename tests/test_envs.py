@@ -4,6 +4,8 @@ import pytest
 
 from tests import environments  # noqa: F401 - registers the test environments
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env
+from worldloom.spaces import ObservationCodec, observation_classes, observation_columns
+from worldloom.types import ColumnSpec
 
 
 def counting(action_repeat=1, **kwargs):
@@ -32,7 +34,7 @@ def test_images_become_channel_first_and_discrete_actions_one_hot():
     env = make_env("tests.environments:Picture-v0")
     assert env.observation_space.shape == (3, 8, 6)
     assert env.observation_space.dtype == np.uint8
-    assert env.discrete
+    assert env.action_classes == (4,)
     assert env.action_dim == 4
     obs = env.reset()
     step = env.step(np.eye(4, dtype=np.float32)[[2]])
@@ -40,6 +42,38 @@ def test_images_become_channel_first_and_discrete_actions_one_hot():
     assert step.obs[0, 0].max() == step.obs[0, 0].min() == 1
     assert (step.obs[0, 2] == 5).all()  # the environment's own action: 3 + 2
     assert step.rewards[0] == 5
+
+
+def test_mappings_keep_their_kinds_and_choices_become_one_hots():
+    env = make_env("tests.environments:Mixed-v0", num_envs=2)
+    assert observation_columns(env.observation_space) == {
+        "obs/camera": ColumnSpec((3, 64, 64), "uint8"),
+        "obs/phase": ColumnSpec((), "int32"),
+        "obs/state": ColumnSpec((4,), "float32"),
+        "obs/touch": ColumnSpec((2,), "int32"),
+    }
+    assert observation_classes(env.observation_space) == {"phase": 7, "touch": 2}
+    assert env.action_classes == (2, 3)
+    assert env.action_dim == 5
+    obs = env.reset()
+    assert obs["phase"].tolist() == [0, 0]
+    step = env.step(np.array([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0]], np.float32))
+    assert step.rewards.tolist() == [12, 1]
+    assert step.obs["camera"].shape == (2, 3, 64, 64)
+    assert step.obs["state"].tolist() == [[1.5] * 4] * 2
+    assert step.obs["phase"].tolist() == [1, 1]
+    assert step.obs["touch"].tolist() == [[1, 1]] * 2
+
+
+def test_a_mapping_that_lacks_a_key_names_what_was_expected():
+    space = gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2), "b": gymnasium.spaces.Discrete(2)})
+    read = ObservationCodec("Task-v0", space)
+    with pytest.raises(ValueError, match=r"Task-v0 gave an observation with \['a'\], expected \['a', 'b'\]"):
+        read({"a": 0})
+    with pytest.raises(ValueError, match=r"observation 'b' came as 2, expected one of 2 classes"):
+        read({"a": 0, "b": 2})
+    with pytest.raises(TypeError, match=r"observation 'c' is Dict.*FlattenObservation"):
+        ObservationCodec("Task-v0", gymnasium.spaces.Dict({"c": space}))
 
 
 def test_true_ends_and_time_limits_stay_apart():
@@ -107,5 +141,5 @@ def test_wrong_actions_and_names_are_refused():
         make_env("Pendulun-v1")
     with pytest.raises(ValueError, match=r"cannot be imported.*no_such_module"):
         make_env("no_such_module:Thing-v0")
-    with pytest.raises(TypeError, match="expected Box"):
-        make_env("FrozenLake-v1")
+    with pytest.raises(TypeError, match=r"the observation is Tuple.*expected numbers"):
+        make_env("Blackjack-v1")

@@ -61,7 +61,7 @@ def test_any_number_of_env_actors_trains_to_the_end(actors, tmp_path):
     assert summary["actor_restarts"] == summary["env_steps_discarded"] == 0
 
 
-@pytest.mark.parametrize("env", ["Counting", "Screen"])
+@pytest.mark.parametrize("env", ["Counting", "Screen", "Mixed"])
 def test_dreamerv3_trains_on_ray_and_writes_its_latents_back(env, tmp_path):
     runtime = RuntimeConfig(kind="ray", env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1)
     config = dreamer_config(env, runtime=runtime)

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from tests import environments  # noqa: F401
 from worldloom.envs import make_env
+from worldloom.spaces import observation_columns
 from worldloom.training.chunk import Chunk, ChunkInfo, ChunkKey
 from worldloom.training.replay import ReplayBuffer
 from worldloom.training.rollout import Rollout
-from worldloom.types import ColumnSpec, WindowSpec
+from worldloom.types import ColumnSpec, WindowSpec, action_rows, join_obs
 
 
 def spec(length, crosses=False, context=1):
@@ -312,6 +313,52 @@ def test_rollout_to_replay_keeps_the_time_alignment_end_to_end(true_end):
     np.testing.assert_array_equal(batch["terminated" if true_end else "truncated"], last)
     assert not batch["truncated" if true_end else "terminated"].any()
     assert (batch["actions"][:, 0] == 0).all()
+
+
+class Choices(Echo):
+    """Random choices, no extra columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns = {}
+
+    def act(self, obs, act_state, is_first, explore=True):  # noqa: ARG002
+        assert set(obs) == {"camera", "phase", "state", "touch"}
+        return action_rows(np.random.default_rng(int(obs["phase"].sum())), len(is_first), 5, (2, 3)), {}
+
+    def replay_columns(self, act_state):  # noqa: ARG002
+        return {}
+
+
+def test_mappings_of_observations_keep_the_time_alignment_end_to_end():
+    env = make_env("tests.environments:Mixed-v0", num_envs=3)
+    columns = observation_columns(env.observation_space)
+    shapes, dtypes = (join_obs({n: getattr(c, part) for n, c in columns.items()}) for part in ("shape", "dtype"))
+    replay = ReplayBuffer(1000, shapes, 5, obs_dtype=dtypes, windows=spec(7))
+    rollout = Rollout(env, Choices(), seed=0)
+    for _ in range(5):
+        replay.insert(rollout.collect(7))
+    batch = replay.sample(200)  # windows of 7 rows are whole episodes of 6 actions
+    count = np.broadcast_to(np.arange(7), (200, 7))
+    obs, actions = batch["obs"], batch["actions"].numpy()
+    np.testing.assert_array_equal(obs["phase"], count)
+    np.testing.assert_array_equal(obs["camera"][:, :, 2, 5, 63], 20 * count)
+    np.testing.assert_array_equal(obs["state"][..., 3], 1.5 * count)
+    np.testing.assert_array_equal(obs["touch"][..., 0], count % 2)
+    np.testing.assert_array_equal(batch["rewards"], 10 * actions[..., 1] + actions[..., 3] + 2 * actions[..., 4])
+
+
+def test_recorded_episodes_of_mappings_are_checked_by_key():
+    replay = ReplayBuffer(100, {"a": (2,), "b": ()}, 1, windows=spec(3))
+    rest = {"actions": np.zeros((2, 1)), "rewards": np.array([1.0, 2.0]), "dones": np.array([False, True])}
+    replay.add_episode(obs={"a": np.ones((3, 2)), "b": np.arange(3.0)}, **rest)
+    assert replay.sample(1)["obs"]["b"].tolist() == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="3 and 2 observations, 2 actions"):
+        replay.add_episode(obs={"a": np.ones((3, 2)), "b": np.arange(2.0)}, **rest)
+    with pytest.raises(ValueError, match=r"obs/b holds NaN"):
+        replay.add_episode(obs={"a": np.ones((3, 2)), "b": np.full(3, np.nan)}, **rest)
+    with pytest.raises(ValueError, match=r"columns .*expected .*'obs/b'"):
+        replay.add_episode(obs={"a": np.ones((3, 2))}, **rest)
 
 
 def test_an_environment_that_raises_cuts_its_episode_short():

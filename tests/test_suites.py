@@ -33,7 +33,7 @@ def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
 def test_atari_frames_and_actions_follow_the_settings(atari, shape, actions):
     env = make_env("ALE/Pong-v5", action_repeat=4, atari=atari)
     assert env.observation_space.shape == shape
-    assert env.discrete
+    assert env.action_classes == (actions,)
     assert env.action_dim == actions
     obs = env.reset()
     assert obs.dtype == np.uint8

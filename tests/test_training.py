@@ -172,7 +172,7 @@ def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("env", ["Counting", "Screen"])
+@pytest.mark.parametrize("env", ["Counting", "Screen", "Mixed"])
 @pytest.mark.parametrize("context", ["stored", "zeros"])
 def test_dreamerv3_trains_on_vectors_and_images(env, context, tmp_path):
     config = dreamer_config(env, agent={**TINY_DREAMER, "replay_context": context})

@@ -29,8 +29,8 @@ class Family:
     config: type[Any]  # a frozen dataclass; its fields are what `agent: {…}` may override
     sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
     default_size: str
-    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length) -> WorldModel
-    agent: Callable[..., Any]  # (model, seed, discrete) -> Agent
+    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, obs_classes) -> WorldModel
+    agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
 
 
 FAMILIES: dict[str, Family] = {
@@ -111,14 +111,16 @@ def create_world_model(
     action_dim: int | None = None,
     device: torch.device | str = "cpu",
     episode_length: int | None = None,
+    obs_classes: Mapping[str, int] | None = None,
     **overrides: Any,
 ) -> WorldModel:
     """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc") or a directory (`save_pretrained`).
 
     obs_shape: of one observation, channel-first for images; DreamerV3 takes a mapping of them too. action_dim: A,
-    the number of action dimensions or of discrete actions. episode_length: agent steps, where known (TD-MPC2 derives
-    its discount from it). overrides: fields of the model's config. Raises ValueError or TypeError that names what was
-    wrong, FileNotFoundError for a directory that holds no model.
+    the number of action dimensions or of one-hot entries. episode_length: agent steps, where known (TD-MPC2 derives
+    its discount from it). obs_classes: by key of the mapping ("obs" for a single shape), how many classes there are
+    where observations are class indices; DreamerV3 reads them one-hot. overrides: fields of the model's config.
+    Raises ValueError or TypeError that names what was wrong, FileNotFoundError for a directory that holds no model.
     """
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
@@ -129,7 +131,7 @@ def create_world_model(
         )
     config = build_config(str(model), overrides)
     shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
-    built = FAMILIES[name].model(shape, action_dim, config, episode_length)
+    built = FAMILIES[name].model(shape, action_dim, config, episode_length, obs_classes)
     return cast(WorldModel, built.to(device))
 
 
@@ -160,7 +162,8 @@ def _from_description(source: object, description: Mapping[str, Any], overrides:
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
-    return family.model(obs_shape, description["action_dim"], config, description["episode_length"])
+    classes = description.get("obs_classes")
+    return family.model(obs_shape, description["action_dim"], config, description["episode_length"], classes)
 
 
 def create_agent(
@@ -173,31 +176,33 @@ def create_agent(
     seed: int = 0,
     **overrides: Any,
 ) -> Agent:
-    """An agent for the spaces of `make_env`: Box observations, Box actions in [-1, 1] or Discrete ones.
+    """An agent for the spaces of `make_env` (see `worldloom.spaces`).
 
     Raises ValueError or TypeError for spaces or fields that the model cannot take.
     """
-    from gymnasium import spaces
+    from worldloom.spaces import ActionCodec, ObservationCodec, observation_classes, observation_shape
 
     name, _ = resolve(model)
-    if not isinstance(observation_space, spaces.Box):
-        raise TypeError(f"{model} reads Box observations, but the space is {observation_space}.")
-    discrete = isinstance(action_space, spaces.Discrete)
-    if not isinstance(action_space, spaces.Box | spaces.Discrete):
-        raise TypeError(f"{model} acts in Box or Discrete action spaces, but the space is {action_space}.")
-    action_dim = int(action_space.n) if isinstance(action_space, spaces.Discrete) else action_space.shape[0]
+    actions, observations = ActionCodec(model, action_space), ObservationCodec(model, observation_space).space
     with torch.random.fork_rng(devices=[]):  # one seed gives one agent, and leaves torch's own generator alone
         torch.manual_seed(seed)
         world_model = create_world_model(
-            model, observation_space.shape, action_dim, device, episode_length, **overrides
+            model,
+            observation_shape(observations),
+            actions.size,
+            device,
+            episode_length,
+            observation_classes(observations) or None,
+            **overrides,
         )
-        return cast(Agent, FAMILIES[name].agent(world_model, seed, discrete))
+        return cast(Agent, FAMILIES[name].agent(world_model, seed, actions.classes))
 
 
 def agent_from_description(description: Mapping[str, Any], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
     """An untrained agent as `Agent.describe` described it; `load_state_dict` or weights complete it."""
     model = _from_description("the description", description, {}).to(device)
-    return cast(Agent, FAMILIES[description["family"]].agent(model, seed, description.get("discrete", False)))
+    classes = tuple(description.get("action_classes", ()))
+    return cast(Agent, FAMILIES[description["family"]].agent(model, seed, classes))
 
 
 def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "cpu", seed: int = 0) -> Agent:

@@ -1,23 +1,20 @@
-"""Environments behind one contract: any Gymnasium id, its actions in [-1, 1] or one-hot, its images channel-first.
-
-Every conversion between Gymnasium and the rest of WorldLoom stands in this file.
-"""
+"""Environments behind one contract: any Gymnasium id, its actions in [-1, 1] or one-hot, its images channel-first."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 
+from worldloom.spaces import ActionCodec, ObservationCodec
 from worldloom.suites import DM_CONTROL_STEPS, AtariConfig, make_atari, make_dm_control
-from worldloom.types import Array, is_image
+from worldloom.types import Array, ObsArray, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +27,10 @@ class EnvironmentFailed(RuntimeError):
 
 
 class Environment:
-    """One Gymnasium environment under the contract; actions are [A], observations [*obs_shape].
+    """One Gymnasium environment under the contract; actions are [A], observations [*obs_shape] or a mapping of them.
 
-    observation_space: Box, images uint8 (C, H, W), vectors float32. action_space: Box in [-1, 1] of shape (A,), or
-    Discrete(A), whose actions are given one-hot.
+    observation_space: images uint8 (C, H, W), vectors float32, class indices; or a Dict of these. action_space: Box in
+    [-1, 1] of shape (A,), or Discrete and MultiDiscrete, whose actions are given one-hot (see `worldloom.spaces`).
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], action_repeat: int = 1, episode_length: int | None = None) -> None:
@@ -41,43 +38,21 @@ class Environment:
             raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
         self._env, self._repeat = env, action_repeat
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
-        self.discrete = isinstance(env.action_space, spaces.Discrete)
-        self.action_dim = self._action_size(env.action_space)
-        continuous = spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
-        self.action_space = spaces.Discrete(self.action_dim) if self.discrete else continuous
-        self.observation_space = self._observation_box(env.observation_space)
+        self._actions = ActionCodec(self.name, env.action_space)
+        self._observations = ObservationCodec(self.name, env.observation_space)
+        self.action_dim, self.action_classes = self._actions.size, self._actions.classes
+        self.action_space, self.observation_space = self._actions.space, self._observations.space
         limit = env.spec.max_episode_steps if env.spec else None
         steps = None if limit is None else math.ceil(limit / action_repeat)
         self.episode_length = episode_length or steps  # in agent steps, None where there is no limit
 
-    def _action_size(self, space: spaces.Space[Any]) -> int:
-        if isinstance(space, spaces.Discrete):
-            return int(space.n)
-        if isinstance(space, spaces.Box):
-            self._low, self._high = (np.asarray(b, np.float64).reshape(-1) for b in (space.low, space.high))
-            return int(np.prod(space.shape))
-        raise TypeError(f"{self.name} has action space {space}, expected Box or Discrete. Wrap it.")
-
-    def _observation_box(self, space: spaces.Space[Any]) -> spaces.Box:
-        if not isinstance(space, spaces.Box):
-            raise TypeError(
-                f"{self.name} has observation space {space}, expected Box. "
-                "Wrap it (gymnasium.wrappers.FlattenObservation turns mappings into vectors)."
-            )
-        self._raw_shape = space.shape
-        if is_image(space.shape) and space.dtype == np.uint8:
-            self._channels_last = space.shape[-1] < space.shape[0]
-            channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
-            return spaces.Box(0, 255, (int(channels), int(height), int(width)), np.uint8)
-        return spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),), np.float32)
-
-    def reset(self, seed: int | None = None) -> Array:
+    def reset(self, seed: int | None = None) -> ObsArray:
         obs, _ = self._env.reset(seed=seed)
-        return self._observation(obs)
+        return self._observations(obs)
 
-    def step(self, action: Array) -> tuple[Array, float, bool, bool]:
+    def step(self, action: Array) -> tuple[ObsArray, float, bool, bool]:
         """Repeat `action` [A] and sum the rewards: (obs, reward, terminated, truncated)."""
-        native, total, terminated, truncated = self._native_action(action), 0.0, False, False
+        native, total, terminated, truncated = self._actions.native(action), 0.0, False, False
         for _ in range(self._repeat):
             obs, reward, terminated, truncated, _ = self._env.step(native)
             total += float(reward)
@@ -85,7 +60,7 @@ class Environment:
                 break
         if not math.isfinite(total):
             raise ValueError(f"{self.name} gave reward {total}, expected a finite number. Check its reward function.")
-        return self._observation(obs), total, bool(terminated), bool(truncated)
+        return self._observations(obs), total, bool(terminated), bool(truncated)
 
     def step_once(self) -> None:
         """Reset and take one step in the middle of the action space: what is broken shows here, before a run starts."""
@@ -100,38 +75,13 @@ class Environment:
     def close(self) -> None:
         self._env.close()
 
-    def _native_action(self, action: Array) -> Any:
-        if action.shape != (self.action_dim,):
-            raise ValueError(f"{self.name}: an action is {action.shape}, expected ({self.action_dim},).")
-        space = self._env.action_space
-        if isinstance(space, spaces.Discrete):
-            return int(action.argmax()) + int(space.start)
-        action = np.clip(action.astype(np.float64), -1, 1)
-        bounded = np.isfinite(self._low) & np.isfinite(self._high)
-        low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
-        return (low + (action + 1) / 2 * (high - low)).astype(space.dtype).reshape(space.shape)
-
-    def _observation(self, obs: Any) -> Array:
-        array = np.asarray(obs)
-        if array.shape != self._raw_shape:
-            raise ValueError(f"{self.name} gave an observation of shape {array.shape}, expected {self._raw_shape}.")
-        if self.observation_space.dtype == np.uint8:
-            return np.ascontiguousarray(np.moveaxis(array, -1, 0) if self._channels_last else array, np.uint8)
-        vector = array.astype(np.float32).reshape(-1)
-        if not np.isfinite(vector).all():
-            raise ValueError(
-                f"{self.name} gave an observation with NaN or infinity at entries "
-                f"{np.flatnonzero(~np.isfinite(vector))[:8].tolist()}, expected finite numbers. Check the simulation."
-            )
-        return vector
-
 
 @dataclass(frozen=True)
 class Step:
     """What one step of E environments gave, in Gymnasium's order: these came out of the actions just taken."""
 
-    obs: Array  # [E, *obs_shape] to act on next: of the new episode where one ended
-    final_obs: Array  # [E, *obs_shape] that the action led to; equals obs where no episode ended
+    obs: ObsArray  # [E, *obs_shape] (or a mapping) to act on next: of the new episode where one ended
+    final_obs: ObsArray  # [E, *obs_shape] that the action led to; equals obs where no episode ended
     rewards: Array  # [E] float32
     terminated: Array  # [E] bool
     truncated: Array  # [E] bool
@@ -161,12 +111,16 @@ class VectorEnv:
         self.num_envs, self.failures, self.last_failure = num_envs, 0, ""
         one = self._envs[0]
         self.observation_space, self.action_space = one.observation_space, one.action_space
-        self.discrete, self.action_dim, self.episode_length = one.discrete, one.action_dim, one.episode_length
+        self.action_classes, self.action_dim, self.episode_length = (
+            one.action_classes,
+            one.action_dim,
+            one.episode_length,
+        )
         self.name = one.name
 
-    def reset(self) -> Array:
-        """Start every environment: obs [E, *obs_shape]."""
-        return np.stack([self._reset(index) for index in range(self.num_envs)])
+    def reset(self) -> ObsArray:
+        """Start every environment: obs [E, *obs_shape], or a mapping of such."""
+        return _stack([self._reset(index) for index in range(self.num_envs)])
 
     def step(self, actions: Array) -> Step:
         """actions: [E, A]. Raises ValueError for another shape, EnvironmentFailed for a broken environment."""
@@ -175,22 +129,23 @@ class VectorEnv:
                 f"{self.name}: actions are {actions.shape}, expected {(self.num_envs, self.action_dim)}: [E, A]."
             )
         self._steps += 1
-        obs = np.empty((self.num_envs, *self.observation_space.shape), self.observation_space.dtype)
-        final_obs = np.empty_like(obs)
+        obs: list[ObsArray] = []
+        final_obs: list[ObsArray] = []
         rewards = np.zeros(self.num_envs, np.float32)
         terminated, truncated, failed = np.zeros((3, self.num_envs), bool)
         for i, env in enumerate(self._envs):
+            arrived: ObsArray | None = None
             try:
-                final_obs[i], rewards[i], terminated[i], truncated[i] = env.step(actions[i])
-                obs[i] = final_obs[i]
+                arrived, rewards[i], terminated[i], truncated[i] = env.step(actions[i])
             except Exception as error:
                 self._rebuild(i, error)
                 failed[i] = True
-            if terminated[i] or truncated[i] or failed[i]:
-                obs[i] = self._reset(i)
-                if failed[i]:
-                    final_obs[i] = obs[i]
-        return Step(obs, final_obs, rewards, terminated, truncated, failed)
+            if arrived is None or terminated[i] or truncated[i]:
+                obs.append(self._reset(i))
+            else:
+                obs.append(arrived)
+            final_obs.append(obs[-1] if arrived is None else arrived)
+        return Step(_stack(obs), _stack(final_obs), rewards, terminated, truncated, failed)
 
     def render(self) -> Array:
         """The first environment's frame [H, W, 3] uint8."""
@@ -200,7 +155,7 @@ class VectorEnv:
         for env in self._envs:
             env.close()
 
-    def _reset(self, index: int) -> Array:
+    def _reset(self, index: int) -> ObsArray:
         while True:
             try:
                 return self._envs[index].reset(seed=int(self._seeds[index].integers(2**31)))
@@ -224,6 +179,12 @@ class VectorEnv:
         except Exception as closing:  # a broken environment may not close either; it is replaced anyway
             logger.warning("environment %d could not be closed: %r", index, closing)
         self._envs[index] = self._make()
+
+
+def _stack(observations: Sequence[ObsArray]) -> ObsArray:
+    columns = [split_obs(obs) for obs in observations]
+    stacked: ObsArray = join_obs({name: np.stack([c[name] for c in columns]) for name in columns[0]})
+    return stacked
 
 
 def make_environment(

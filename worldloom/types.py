@@ -11,7 +11,7 @@ Letters: B sequences or environments, T steps, H imagined steps, A action size, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -23,6 +23,7 @@ from torch import Tensor
 Array = npt.NDArray[Any]
 Obs = Tensor | Mapping[str, Tensor]
 ObsArray = Array | Mapping[str, Array]
+ObsShape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
 
 class Batch(TypedDict):
@@ -189,8 +190,20 @@ def is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3
 
 
-def action_rows(rng: np.random.Generator, count: int, size: int, discrete: bool) -> Array:
-    """Uniform random actions [count, size]: one-hot if discrete, else in [-1, 1]."""
-    if discrete:
-        return np.eye(size, dtype=np.float32)[rng.integers(size, size=count)]
+def split_obs(obs: Any) -> dict[str, Any]:
+    """An observation by replay column: "obs", or "obs/<key>" for each entry of a mapping."""
+    return {f"obs/{key}": value for key, value in obs.items()} if isinstance(obs, Mapping) else {"obs": obs}
+
+
+def join_obs(columns: Mapping[str, Any]) -> Any:
+    """The inverse of `split_obs`; columns that belong to no observation are left aside."""
+    if "obs" in columns:
+        return columns["obs"]
+    return {name.removeprefix("obs/"): value for name, value in columns.items() if name.startswith("obs/")}
+
+
+def action_rows(rng: np.random.Generator, count: int, size: int, classes: Sequence[int]) -> Array:
+    """Uniform random actions [count, size]: a one-hot for each of `classes`, or in [-1, 1] where there are none."""
+    if classes:
+        return np.concatenate([np.eye(n, dtype=np.float32)[rng.integers(n, size=count)] for n in classes], 1)
     return rng.uniform(-1, 1, (count, size)).astype(np.float32)

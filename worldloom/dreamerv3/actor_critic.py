@@ -47,26 +47,33 @@ class ContinuousPolicy(nn.Module):
 
 
 class DiscretePolicy(nn.Module):
-    """A categorical over one-hot actions, a share `unimix` of it uniform."""
+    """Independent categoricals over one-hot parts of the action, a share `unimix` of each uniform.
 
-    def __init__(self, inputs: int, units: int, layers: int, action_dim: int, unimix: float) -> None:
+    classes: the choices of each part; they sum to A.
+    """
+
+    def __init__(self, inputs: int, units: int, layers: int, classes: tuple[int, ...], unimix: float) -> None:
         super().__init__()
         self.mlp = mlp(inputs, units, layers)
-        self.logits = Linear(units, action_dim, POLICY_SCALE)
-        self.unimix = unimix
+        self.logits = Linear(units, sum(classes), POLICY_SCALE)
+        self.classes, self.unimix = classes, unimix
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Log probabilities [..., A]."""
-        return fn.unimix_log_probs(self.logits(self.mlp(features)), self.unimix)
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Log probabilities of each part: [..., classes]."""
+        parts = self.logits(self.mlp(features)).split(self.classes, -1)
+        return [fn.unimix_log_probs(logits, self.unimix) for logits in parts]
 
     def sample(self, features: Tensor, noise: Tensor) -> Tensor:
         """One-hot actions [..., A]; noise: [..., A] standard exponential."""
-        log_probs: Tensor = self(features)
-        return F.one_hot((log_probs.exp() / noise).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
+        drawn = [
+            F.one_hot((log_probs.exp() / part).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
+            for log_probs, part in zip(self(features), noise.split(self.classes, -1), strict=True)
+        ]
+        return torch.cat(drawn, -1)
 
     def log_prob_and_entropy(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """[...] each."""
-        log_probs: Tensor = self(features)
+        """[...] each, summed over the parts."""
+        log_probs = torch.cat(self(features), -1)
         return (log_probs * action).sum(-1), -(log_probs.exp() * log_probs).sum(-1)
 
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -29,13 +29,13 @@ from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArra
 class Behaviour(nn.Module):
     """Policy, critic, slow critic and the return range."""
 
-    def __init__(self, model: DreamerV3WorldModel, discrete: bool) -> None:
+    def __init__(self, model: DreamerV3WorldModel, action_classes: tuple[int, ...]) -> None:
         super().__init__()
         c = model.config
         features = c.deter + c.stoch * c.classes
         self.policy: ContinuousPolicy | DiscretePolicy
-        if discrete:
-            self.policy = DiscretePolicy(features, c.units, c.policy_layers, model.action_dim, c.policy_unimix)
+        if action_classes:
+            self.policy = DiscretePolicy(features, c.units, c.policy_layers, action_classes, c.policy_unimix)
         else:
             self.policy = ContinuousPolicy(features, c.units, c.policy_layers, model.action_dim)
         self.value = Head(features, c.units, c.value_layers, c.bins, 0.0)
@@ -53,17 +53,20 @@ class UpdateNoise:
 
 
 class DreamerV3Agent:
-    """Acts with a recurrent state per environment; see `worldloom.types.Agent` for the protocol."""
+    """Acts with a recurrent state per environment; see `worldloom.types.Agent` for the protocol.
+
+    action_classes: the choices of each one-hot part of an action; () for continuous actions.
+    """
 
     random_warmup = False
     pretrain = False
     true_ends_hint = None
 
-    def __init__(self, model: DreamerV3WorldModel, seed: int = 0, discrete: bool = False) -> None:
+    def __init__(self, model: DreamerV3WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
         c = model.config
-        self.world_model, self.config, self.discrete = model, c, discrete
+        self.world_model, self.config, self.action_classes = model, c, tuple(action_classes)
         self.device = model.bins.device
-        self.behaviour = Behaviour(model, discrete).to(self.device)
+        self.behaviour = Behaviour(model, self.action_classes).to(self.device)
         self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
         self._stored = c.replay_context == "stored"
         context = int(self._stored)
@@ -268,7 +271,7 @@ class DreamerV3Agent:
         load_flat(self._acting_parameters(), flat)
 
     def describe(self) -> dict[str, Any]:
-        return {**self.world_model.describe(), "discrete": self.discrete}
+        return {**self.world_model.describe(), "action_classes": list(self.action_classes)}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -16,6 +16,8 @@ from worldloom.types import is_image
 MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
 
 ObsShapes = Mapping[str, tuple[int, ...]]
+Classes = Mapping[str, int]  # how many, of the observations that are class indices
+MISSING = float("-inf")  # marks a number that was not observed; of class indices, -1
 
 
 def split_kinds(shapes: ObsShapes) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
@@ -55,13 +57,13 @@ def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Mapping of observations to tokens [..., E]: vectors first (symlog, MLP), then images (scaled to +-0.5)."""
+    """Mapping of observations to tokens [..., E]: vectors first (symlog or one-hot, MLP), then images (+-0.5)."""
 
-    def __init__(self, shapes: ObsShapes, units: int, depth: int, layers: int) -> None:
+    def __init__(self, shapes: ObsShapes, classes: Classes, units: int, depth: int, layers: int) -> None:
         super().__init__()
         self.vectors, self.images = split_kinds(shapes)
-        size = sum(int(torch.Size(shape).numel()) for shape in self.vectors.values())
-        self.vector = mlp(size, units, layers) if self.vectors else None
+        self.classes = classes
+        self.vector = mlp(sum(vector_sizes(self.vectors, classes).values()), units, layers) if self.vectors else None
         channels = sum(shape[0] for shape in self.images.values())
         self.image = ImageEncoder(channels, depth) if self.images else None
         self.tokens = units if self.vectors else 0
@@ -73,7 +75,7 @@ class Encoder(nn.Module):
         """Each entry is [..., *shape]."""
         parts = []
         if self.vector is not None:
-            parts.append(self.vector(flat_vectors(obs, self.vectors)))
+            parts.append(self.vector(flat_vectors(obs, self.vectors, self.classes)))
         if self.image is not None:
             pixels = torch.cat([unit_pixels(obs[name]) for name in self.images], -3) - 0.5
             lead = pixels.shape[:-3]
@@ -86,14 +88,26 @@ def unit_pixels(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
-def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes) -> Tensor:
-    """symlog of every vector, flattened and concatenated in order of name: [..., V]."""
-    parts = [fn.symlog(obs[name].float()) for name in shapes]
-    flat = [
-        part.flatten(part.ndim - len(shape)) if shape else part.unsqueeze(-1)
-        for part, shape in zip(parts, shapes.values(), strict=True)
-    ]
-    return torch.cat(flat, -1)
+def vector_sizes(shapes: ObsShapes, classes: Classes) -> dict[str, int]:
+    """Entries of each flattened vector; class indices count one-hot."""
+    return {name: int(torch.Size(shape).numel()) * classes.get(name, 1) for name, shape in shapes.items()}
+
+
+def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes) -> Tensor:
+    """symlog of every vector, one-hot of class indices, flattened and concatenated in order of name: [..., V].
+
+    What is marked as missing becomes zeros.
+    """
+    parts = []
+    for name, shape in shapes.items():
+        value = obs[name]
+        if name in classes:
+            value = F.one_hot(value.long().clamp(min=0), classes[name]) * (value >= 0).unsqueeze(-1)
+            parts.append(value.float().flatten(value.ndim - len(shape) - 1))
+            continue
+        value = torch.where(value == MISSING, 0.0, fn.symlog(value.float()))
+        parts.append(value.flatten(value.ndim - len(shape)) if shape else value.unsqueeze(-1))
+    return torch.cat(parts, -1)
 
 
 class ImageDecoder(nn.Module):
@@ -136,17 +150,25 @@ class ImageDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to every observation: vectors in symlog space, images in (0, 1)."""
+    """Features to every observation: vectors in symlog space, logits of class indices, images in (0, 1)."""
 
     def __init__(
-        self, shapes: ObsShapes, deter: int, stoch: int, units: int, depth: int, layers: int, blocks: int
+        self,
+        shapes: ObsShapes,
+        classes: Classes,
+        deter: int,
+        stoch: int,
+        units: int,
+        depth: int,
+        layers: int,
+        blocks: int,
     ) -> None:
         super().__init__()
         self.vectors, self.images = split_kinds(shapes)
-        self.deter = deter
+        self.classes, self.deter = classes, deter
         self.vector = mlp(deter + stoch, units, layers) if self.vectors else None
-        sizes = {name: int(torch.Size(shape).numel()) for name, shape in self.vectors.items()}
-        self.outputs = nn.ModuleDict({name: Linear(units, size) for name, size in sizes.items()})
+        sizes = vector_sizes(self.vectors, classes)
+        self.outputs = nn.ModuleList([Linear(units, size) for size in sizes.values()])  # in order of name
         channels = sum(shape[0] for shape in self.images.values())
         self.image: ImageDecoder | None = None
         if self.images:
@@ -154,13 +176,14 @@ class Decoder(nn.Module):
             self.image = ImageDecoder(deter, stoch, (channels, height, width), depth, units, blocks)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        """deter [..., D] and flat stoch [..., S K] to [..., *shape] of every observation."""
+        """deter [..., D] and flat stoch [..., S K] to [..., *shape] of every observation (logits: [..., *shape, K])."""
         lead = deter.shape[:-1]
         decoded = {}
         if self.vector is not None:
             x = self.vector(torch.cat([stoch, deter], -1))  # stoch first, here only
-            for name, shape in self.vectors.items():
-                decoded[name] = self.outputs[name](x).view(*lead, *shape)
+            for (name, shape), output in zip(self.vectors.items(), self.outputs, strict=True):
+                logits = (self.classes[name],) if name in self.classes else ()
+                decoded[name] = output(x).view(*lead, *shape, *logits)
         if self.image is not None:
             pixels = self.image(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
             parts = pixels.split([shape[0] for shape in self.images.values()], 1)
@@ -169,10 +192,27 @@ class Decoder(nn.Module):
         return decoded
 
     def losses(self, decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Squared error of each observation, summed over its entries: [...]."""
+        """Squared error of each observation, cross-entropy of class indices, summed over its entries: [...].
+
+        What is marked as missing costs nothing.
+        """
         errors = {}
         for name, shape in {**self.vectors, **self.images}.items():
-            target = unit_pixels(obs[name]) if name in self.images else fn.symlog(obs[name].float())
-            error = (decoded[name].to(target.dtype) - target).square()
+            found, value = decoded[name].float(), obs[name]
+            if name in self.classes:
+                log_probs = F.log_softmax(found, -1)
+                chosen = log_probs.gather(-1, value.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
+                error = -chosen * (value >= 0)
+            elif name in self.images:
+                error = (found - unit_pixels(value)).square()
+            else:
+                seen = value != MISSING
+                error = (found - fn.symlog(torch.where(seen, value, 0.0).float())).square() * seen
             errors[name] = error.flatten(error.ndim - len(shape)).sum(-1) if shape else error
         return errors
+
+    def shown(self, name: str, decoded: Tensor) -> Tensor:
+        """A decoded observation in its own units: numbers, class indices, or images in [0, 1]."""
+        if name in self.classes:
+            return decoded.argmax(-1)
+        return decoded if name in self.images else fn.symexp(decoded)

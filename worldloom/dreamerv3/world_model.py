@@ -18,7 +18,7 @@ from worldloom.dreamerv3.encoder import Decoder, Encoder
 from worldloom.dreamerv3.layers import Linear, mlp
 from worldloom.dreamerv3.rssm import RSSM, Posterior, RSSMState
 from worldloom.pretrained import save_model
-from worldloom.types import Batch, LatentState, Obs, Trajectory
+from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory, is_image
 
 VECTOR = "obs"  # the key of an observation that is not a mapping
 
@@ -47,17 +47,20 @@ class WorldLosses:
 class DreamerV3WorldModel(nn.Module):
     """obs_shape: one shape, or a mapping of them; (C, H, W) are images, everything else vectors.
 
-    Raises ValueError for images whose sides cannot be halved four times to 3..16.
+    obs_classes: how many classes there are, by key, where observations are class indices. In numbers -inf marks what
+    was not observed, in class indices -1. Raises ValueError for images whose sides cannot be halved four times to
+    3..16, and for class counts without an observation.
     """
 
     bins: Tensor
 
     def __init__(
         self,
-        obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
+        obs_shape: ObsShape,
         action_dim: int,
         config: DreamerV3Config | None = None,
         episode_length: int | None = None,
+        obs_classes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         if action_dim < 1:
@@ -65,16 +68,23 @@ class DreamerV3WorldModel(nn.Module):
         self.config = c = config or DreamerV3Config()
         if isinstance(obs_shape, Mapping):
             shapes = {name: tuple(shape) for name, shape in obs_shape.items()}
-            self.obs_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = shapes
+            self.obs_shape: ObsShape = shapes
         else:
             self.obs_shape = tuple(obs_shape)
             shapes = {VECTOR: self.obs_shape}
         self.action_dim, self.episode_length = action_dim, episode_length
+        self.obs_classes = dict(obs_classes or {})
+        for key, count in self.obs_classes.items():
+            if key not in shapes or is_image(shapes[key]) or count < 2:
+                raise ValueError(
+                    f"obs_classes[{key!r}] is {count}, expected at least 2 classes of an observation that is not an "
+                    f"image, one of {sorted(shapes)}."
+                )
         flat = c.stoch * c.classes
         features = c.deter + flat
-        self.encoder = Encoder(shapes, c.units, c.depth, c.encoder_layers)
+        self.encoder = Encoder(shapes, self.obs_classes, c.units, c.depth, c.encoder_layers)
         self.rssm = RSSM(action_dim, self.encoder.tokens, c.deter, c.hidden, c.stoch, c.classes, c.blocks, c.unimix)
-        self.decoder = Decoder(shapes, c.deter, flat, c.units, c.depth, c.decoder_layers, c.blocks)
+        self.decoder = Decoder(shapes, self.obs_classes, c.deter, flat, c.units, c.depth, c.decoder_layers, c.blocks)
         self.reward = Head(features, c.units, c.reward_layers, c.bins, 0.0)
         self.continues = Head(features, c.units, c.continue_layers, 1, 1.0)
         self.register_buffer("bins", fn.symexp_bins(c.bins, dtype=torch.float64).float(), persistent=False)
@@ -113,10 +123,10 @@ class DreamerV3WorldModel(nn.Module):
         return as_latent(posterior)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
-        """`obs` (vectors in their own units, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""
+        """`obs` (numbers in their units, class indices, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""
         assert state.stochastic is not None
         decoded = self.decoder(state.deterministic, state.stochastic)
-        shown = {n: v if n in self.decoder.images else fn.symexp(v) for n, v in decoded.items()}
+        shown = {name: self.decoder.shown(name, value) for name, value in decoded.items()}
         return {
             "obs": shown if isinstance(self.obs_shape, dict) else shown[VECTOR],
             "reward": self.predict_reward(state.features).unsqueeze(-1),
@@ -156,6 +166,7 @@ class DreamerV3WorldModel(nn.Module):
         return {
             "family": "dreamerv3",
             "obs_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
+            "obs_classes": self.obs_classes,
             "action_dim": self.action_dim,
             "episode_length": self.episode_length,
             "config": dataclasses.asdict(self.config),
@@ -230,7 +241,19 @@ class DreamerV3WorldModel(nn.Module):
             if tuple(given[name].shape[lead:]) != shape:
                 letters = ", ".join(("B", "T")[:lead])
                 raise ValueError(f"{where}: obs {name!r} is {tuple(given[name].shape)}, expected [{letters}, {shape}].")
+            self._check_kind(where, name, given[name])
         return {name: given[name] for name in shapes}
+
+    def _check_kind(self, where: str, name: str, value: Tensor) -> None:
+        """Class indices and numbers are not mistaken for one another."""
+        indices = not value.is_floating_point()
+        if name in self.obs_classes and not indices:
+            raise ValueError(f"{where}: obs {name!r} is {value.dtype}, expected class indices (integers or bools).")
+        if indices and name not in self.obs_classes and name not in self.encoder.images:
+            raise ValueError(
+                f"{where}: obs {name!r} is {value.dtype} {tuple(value.shape)} without a class count. Give "
+                f"obs_classes={{{name!r}: count}} where the model is made, or floats."
+            )
 
     def as_rssm(self, state: LatentState) -> RSSMState:
         if state.stochastic is None:

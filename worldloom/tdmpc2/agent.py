@@ -39,8 +39,8 @@ class TDMPC2Agent:
     behaviour = None  # the world model holds policy and values
     random_warmup = True
 
-    def __init__(self, model: TDMPC2WorldModel, seed: int = 0, discrete: bool = False) -> None:
-        if discrete:
+    def __init__(self, model: TDMPC2WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
+        if action_classes:
             raise TypeError("TD-MPC2 acts in continuous (Box) action spaces. Choose an environment that has one.")
         c = model.config
         self.world_model, self.config, self.planner = model, c, Planner(model)

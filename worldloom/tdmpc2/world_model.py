@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from worldloom import functional as fn
 from worldloom.nets import Ensemble, SimNorm, mlp
 from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
-from worldloom.types import Batch, LatentState, Obs, Trajectory
+from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,20 @@ class TDMPC2WorldModel(nn.Module):
 
     def __init__(
         self,
-        obs_shape: tuple[int, ...],
+        obs_shape: ObsShape,
         action_dim: int,
         config: TDMPC2Config | None = None,
         episode_length: int | None = None,
+        obs_classes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        if len(obs_shape) != 1 or obs_shape[0] < 1:
+        if obs_classes:
             raise ValueError(
-                f"TD-MPC2 reads vector observations here: obs_shape is {tuple(obs_shape)}, expected (V,). "
+                f"TD-MPC2 reads numbers, but {', '.join(obs_classes)} are class indices. Make them one-hot."
+            )
+        if isinstance(obs_shape, Mapping) or len(obs_shape) != 1 or obs_shape[0] < 1:
+            raise ValueError(
+                f"TD-MPC2 reads vector observations here: obs_shape is {obs_shape}, expected (V,). "
                 "Flatten the observation."
             )
         if action_dim < 1:

@@ -45,10 +45,10 @@ class Chunk:
     info: ChunkInfo
 
 
-def base_columns(obs_shape: tuple[int, ...], obs_dtype: str, action_dim: int) -> dict[str, ColumnSpec]:
-    """The columns that every replay has."""
+def base_columns(observations: Mapping[str, ColumnSpec], action_dim: int) -> dict[str, ColumnSpec]:
+    """The columns that every replay has; `observations` as `worldloom.types.split_obs` names them."""
     return {
-        "obs": ColumnSpec(obs_shape, obs_dtype),
+        **observations,
         "actions": ColumnSpec((action_dim,), "float32"),
         "rewards": ColumnSpec((), "float32"),
         **{flag: ColumnSpec((), "bool") for flag in FLAGS},

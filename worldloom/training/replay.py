@@ -16,7 +16,7 @@ import torch
 
 from worldloom.training.chunk import Chunk, base_columns, row_bytes
 from worldloom.training.windows import Stream, WindowIndex
-from worldloom.types import Array, Batch, ColumnSpec, WindowSpec
+from worldloom.types import Array, Batch, ColumnSpec, ObsShape, WindowSpec, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +37,18 @@ class Acceptance:
 class ReplayBuffer:
     """The last `capacity` rows, and windows of consecutive rows drawn uniformly from them.
 
-    capacity: rows. obs_shape, obs_dtype: of one observation. windows: length, context and whether they may cross
-    is_first rows; by default single-episode windows of 50 rows. columns: extra columns that an agent declares.
-    Raises MemoryError if the ring would not fit in memory, ValueError if it is shorter than a window.
+    capacity: rows. obs_shape, obs_dtype: of one observation, or mappings of them. windows: length, context and
+    whether they may cross is_first rows; by default single-episode windows of 50 rows. columns: extra columns that an
+    agent declares. Raises MemoryError if the ring would not fit in memory, ValueError if it is shorter than a window.
     """
 
     def __init__(
         self,
         capacity: int,
-        obs_shape: Sequence[int],
+        obs_shape: Sequence[int] | Mapping[str, tuple[int, ...]],
         action_dim: int,
         *,
-        obs_dtype: str = "float32",
+        obs_dtype: str | Mapping[str, str] = "float32",
         windows: WindowSpec | None = None,
         columns: Mapping[str, ColumnSpec] | None = None,
         seed: int = 0,
@@ -59,11 +59,15 @@ class ReplayBuffer:
                 f"replay.capacity is {capacity}, expected at least one window of {self.windows.length} rows. "
                 "Raise capacity or shorten the windows."
             )
-        self.capacity, self.obs_shape, self.action_dim = capacity, tuple(obs_shape), action_dim
-        base = base_columns(self.obs_shape, obs_dtype, action_dim)
+        self.capacity, self.action_dim = capacity, action_dim
+        self.obs_shape: ObsShape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
+        shapes = split_obs(self.obs_shape)
+        dtypes = split_obs(obs_dtype) if isinstance(obs_dtype, Mapping) else dict.fromkeys(shapes, obs_dtype)
+        base = base_columns({name: ColumnSpec(shape, dtypes[name]) for name, shape in shapes.items()}, action_dim)
         if taken := base.keys() & (columns or {}).keys():
             raise ValueError(f"replay columns {sorted(taken)} are taken. Rename the agent's columns.")
-        self.specs: dict[str, ColumnSpec] = {**base, **(columns or {})}
+        self._extra = dict(columns or {})
+        self.specs: dict[str, ColumnSpec] = {**base, **self._extra}
         check_memory(capacity, self.specs)
         self._columns = {name: np.empty((capacity, *s.shape), s.dtype) for name, s in self.specs.items()}
         self._next = np.full(capacity, -1, np.int64)  # ring position of the row that follows, -1 if none yet
@@ -128,24 +132,29 @@ class ReplayBuffer:
         means a true end. truncated: the episode was cut short by a time limit. Raises ValueError before anything
         is changed.
         """
-        columns = self._episode_columns(np.asarray(obs), np.asarray(actions), np.asarray(rewards), np.asarray(dones))
+        parts = {name: np.asarray(value) for name, value in split_obs(obs).items()}
+        columns = self._episode_columns(parts, np.asarray(actions), np.asarray(rewards), np.asarray(dones))
         if truncated and not columns["terminated"][-1]:
             columns["truncated"][-1] = True
         rows = len(columns["rewards"])
-        for name, spec in self.specs.items():
-            columns.setdefault(name, np.zeros((rows, *spec.shape), spec.dtype))
+        for name, spec in self._extra.items():
+            columns[name] = np.zeros((rows, *spec.shape), spec.dtype)
         self._check(columns, rows)
         self._append((RECORDED, 0), columns)
         if not (columns["terminated"][-1] or columns["truncated"][-1]):
             self._columns["truncated"][(self._rows - 1) % self.capacity] = True
             self._episodes += 1
 
-    def _episode_columns(self, obs: Array, actions: Array, rewards: Array, dones: Array) -> dict[str, Array]:
+    def _episode_columns(
+        self, obs: Mapping[str, Array], actions: Array, rewards: Array, dones: Array
+    ) -> dict[str, Array]:
         length = len(actions)
-        if not (len(rewards) == len(dones) == length and len(obs) in (length, length + 1) and length >= 1):
+        counts = [len(part) for part in obs.values()]
+        rows = counts[0] if len(set(counts)) == 1 else -1
+        if not (len(rewards) == len(dones) == length and rows in (length, length + 1) and length >= 1):
             raise ValueError(
-                f"add_episode: {len(obs)} observations, {length} actions, {len(rewards)} rewards and {len(dones)} "
-                "dones; expected L actions, rewards and dones, and L + 1 observations (or L)."
+                f"add_episode: {' and '.join(map(str, counts))} observations, {length} actions, {len(rewards)} rewards "
+                f"and {len(dones)} dones; expected L actions, rewards and dones, and L + 1 observations (or L)."
             )
         if actions.shape != (length, self.action_dim):
             raise ValueError(f"add_episode: actions are {actions.shape}, expected ({length}, {self.action_dim}).")
@@ -153,12 +162,12 @@ class ReplayBuffer:
             raise ValueError(
                 f"add_episode: dones[{int(np.argmax(dones))}] is set before the end. Split the data into episodes."
             )
-        for name, value in (("obs", obs), ("actions", actions), ("rewards", rewards)):
+        for name, value in {**obs, "actions": actions, "rewards": rewards}.items():
             if not np.isfinite(value).all():
                 raise ValueError(f"add_episode: {name} holds NaN or infinity, expected finite numbers.")
         if np.abs(actions).max() > 1 + 1e-6:
             raise ValueError("add_episode: actions leave [-1, 1]. Rescale them (make_env does it while acting).")
-        if len(obs) == length:
+        if rows == length:
             if not self._recorded:
                 logger.warning(
                     "add_episode: as many observations as actions, so the outcome of each episode's last action was "
@@ -168,12 +177,12 @@ class ReplayBuffer:
             self._recorded += 1
         none = np.zeros(1, bool)
         return {
-            "obs": obs,
+            **obs,
             "actions": np.concatenate([np.zeros((1, self.action_dim)), actions]).astype(np.float32),
             "rewards": np.concatenate([[0.0], rewards]).astype(np.float32),
-            "is_first": np.arange(len(obs)) == 0,
+            "is_first": np.arange(rows) == 0,
             "terminated": np.concatenate([none, dones.astype(bool)]),
-            "truncated": np.zeros(len(obs), bool),
+            "truncated": np.zeros(rows, bool),
         }
 
     def _check(self, columns: Mapping[str, Array], rows: int) -> None:
@@ -231,7 +240,8 @@ class ReplayBuffer:
     # Out
 
     def draw(self, batch_size: int) -> dict[str, Array]:
-        """One batch as numpy: every column [B, T, ...], `continues`, and the row numbers `rows`.
+        """One batch as numpy: every column [B, T, ...] (`as_batch` joins those of a mapping), `continues`, and the
+        row numbers `rows`.
 
         Raises ValueError while no window is complete.
         """
@@ -261,7 +271,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, device: torch.device | str = "cpu") -> Batch:
         """One batch as tensors, [B, T, ...]; see `worldloom.types.Batch`."""
-        return cast(Batch, {n: torch.from_numpy(c).to(device) for n, c in self.draw(batch_size).items()})
+        return as_batch({name: torch.from_numpy(c).to(device) for name, c in self.draw(batch_size).items()})
 
     def write_back(self, rows: Array, columns: Mapping[str, Array]) -> int:
         """Replace entries of extra columns at row numbers [B, T]; evicted rows are skipped. Returns how many."""
@@ -325,6 +335,12 @@ class ReplayBuffer:
         for begin, end in pairwise(bounds):
             run = {name: segment[name][begin:end] for name in self.specs}
             self._append((int(origin[begin][0]), int(origin[begin][1])), run)
+
+
+def as_batch(columns: Mapping[str, torch.Tensor]) -> Batch:
+    """Columns [B, T, ...] as agents read them: the observation joined, where it is a mapping."""
+    rest = {name: value for name, value in columns.items() if not name.startswith("obs/")}
+    return cast(Batch, {**rest, "obs": join_obs(columns)})
 
 
 def ring_bytes(capacity: int, specs: Mapping[str, ColumnSpec]) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from worldloom.envs import Step, VectorEnv
+from worldloom.spaces import observation_columns
 from worldloom.training.chunk import Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
-from worldloom.types import ActState, Agent, Array, Weights, action_rows
+from worldloom.types import ActState, Agent, Array, ObsArray, Weights, action_rows, join_obs, split_obs
 
 
 class Rollout:
@@ -24,9 +25,8 @@ class Rollout:
         self._actor, self._incarnation, self._sequence = actor, incarnation, 0
         self._rng = np.random.default_rng([seed, actor, incarnation])
         agent.acting_generator.manual_seed(int(self._rng.integers(2**31)))
-        space = env.observation_space
         self._columns = {
-            **base_columns(space.shape, str(space.dtype), env.action_dim),
+            **base_columns(observation_columns(env.observation_space), env.action_dim),
             **agent.columns,
         }
         self._all = np.arange(env.num_envs)
@@ -47,7 +47,7 @@ class Rollout:
         random: act uniformly at random. Raises EnvironmentFailed when an environment cannot be kept alive.
         """
         if not self._pending:
-            self._start(self.env.reset(), self._all)
+            self._start(split_obs(self.env.reset()), self._all)
         builder = ChunkBuilder(self._columns, self.env.num_envs, 2 * steps)
         episodes: list[tuple[float, int, bool]] = []
         failures, began = self.env.failures, time.monotonic()
@@ -76,9 +76,10 @@ class Rollout:
 
     def _act(self, random: bool) -> tuple[Array, dict[str, Array]]:
         if random:
-            actions = action_rows(self._rng, self.env.num_envs, self.env.action_dim, self.env.discrete)
+            actions = action_rows(self._rng, self.env.num_envs, self.env.action_dim, self.env.action_classes)
             return actions, {}
-        actions, self._act_state = self.agent.act(self._pending["obs"], self._act_state, self._pending["is_first"])
+        obs: ObsArray = join_obs(self._pending)
+        actions, self._act_state = self.agent.act(obs, self._act_state, self._pending["is_first"])
         return actions, self.agent.replay_columns(self._act_state)
 
     def _advance(
@@ -88,7 +89,7 @@ class Rollout:
         self._returns += np.where(step.failed, 0, step.rewards)
         self._lengths += ~step.failed
         arrived: dict[str, Any] = {
-            "obs": step.final_obs,
+            **split_obs(step.final_obs),
             "actions": actions,
             "rewards": step.rewards,
             "is_first": np.zeros(self.env.num_envs, bool),
@@ -102,10 +103,10 @@ class Rollout:
         self._pending = {name: np.array(value) for name, value in arrived.items()}
         first = np.flatnonzero(step.is_first)
         if len(first):
-            self._start(step.obs[first], first)
+            self._start({name: value[first] for name, value in split_obs(step.obs).items()}, first)
 
-    def _start(self, obs: Array, envs: Array) -> None:
-        """Hold back is_first rows for `envs`: no action led here, so action and reward are zero."""
+    def _start(self, obs: dict[str, Array], envs: Array) -> None:
+        """Hold back is_first rows for `envs`: no action led here, so action and reward are zero; obs by column."""
         if not self._pending:
             count = self.env.num_envs
             self._pending = {
@@ -114,6 +115,6 @@ class Rollout:
                 if name not in self.agent.columns
             }
         for name, value in self._pending.items():
-            value[envs] = 0 if name != "obs" else obs
+            value[envs] = obs.get(name, 0)
         self._pending["is_first"][envs] = True
         self._returns[envs], self._lengths[envs] = 0.0, 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from worldloom.spaces import observation_shape
 from worldloom.training.checkpoint import newest_checkpoint, read_manifest
 from worldloom.training.chunk import row_bytes
 from worldloom.training.clock import Every
@@ -12,6 +14,7 @@ from worldloom.training.config import RunConfig
 from worldloom.training.recorder import Recorder
 from worldloom.training.replay import ring_bytes
 from worldloom.training.task import AgentSpec, Task, make_limiter, replay_columns
+from worldloom.types import ObsShape
 
 
 class Run:
@@ -38,9 +41,10 @@ class Run:
     def _introduce(self, task: Task) -> None:
         spec, config, say = self.spec, self.config, self.recorder.say
         say(f"run directory: {self.dir.resolve()}")
+        shape = _shown(observation_shape(task.observation_space))
         say(
             f"{config.algorithm} ({spec.parameters:,} parameters) on {config.env.id}: observations "
-            f"{task.observation_space.shape}, actions [{task.action_dim}], learner on {spec.device}"
+            f"{shape}, actions [{task.action_dim}], learner on {spec.device}"
         )
         size = ring_bytes(config.replay.capacity, replay_columns(task, spec))
         say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
@@ -73,3 +77,7 @@ class Run:
 
     def resume_command(self) -> str:
         return f"python -m launch.train --resume --run-dir {self.dir}"
+
+
+def _shown(shape: ObsShape) -> str:
+    return ", ".join(f"{key} {part}" for key, part in shape.items()) if isinstance(shape, Mapping) else str(shape)

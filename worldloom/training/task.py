@@ -11,12 +11,13 @@ import torch
 
 from worldloom.catalog import build_config, create_agent
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, make_environment
+from worldloom.spaces import observation_columns
 from worldloom.training.chunk import base_columns
 from worldloom.training.clock import RateLimiter
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluator, start_evaluation
 from worldloom.training.replay import ReplayBuffer
-from worldloom.types import Agent, ColumnSpec, WindowSpec
+from worldloom.types import Agent, ColumnSpec, WindowSpec, join_obs
 
 EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 
@@ -25,10 +26,9 @@ EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 class Task:
     """What an environment offers an agent."""
 
-    observation_space: Any  # gymnasium.spaces.Box
-    action_space: Any  # gymnasium.spaces.Box in [-1, 1]
+    observation_space: Any  # as `worldloom.spaces.ObservationCodec` gives them
+    action_space: Any  # as `worldloom.spaces.ActionCodec` gives them
     action_dim: int
-    discrete: bool
     episode_length: int | None  # agent steps, where the environment has a limit
 
 
@@ -53,7 +53,7 @@ def probe_task(config: RunConfig) -> Task:
     env = make_environment(config.env.id, config.env.action_repeat, atari=config.env.atari)
     try:
         _try_out(env)
-        return Task(env.observation_space, env.action_space, env.action_dim, env.discrete, env.episode_length)
+        return Task(env.observation_space, env.action_space, env.action_dim, env.episode_length)
     finally:
         env.close()
 
@@ -121,17 +121,17 @@ def agent_spec(agent: Agent) -> AgentSpec:
 
 def replay_columns(task: Task, spec: AgentSpec) -> dict[str, ColumnSpec]:
     """Every column of a replay row."""
-    space = task.observation_space
-    return {**base_columns(space.shape, str(space.dtype), task.action_dim), **spec.columns}
+    return {**base_columns(observation_columns(task.observation_space), task.action_dim), **spec.columns}
 
 
 def make_replay(config: RunConfig, task: Task, spec: AgentSpec) -> ReplayBuffer:
     """Raises MemoryError if it does not fit, ValueError if it is shorter than a window."""
+    observations = observation_columns(task.observation_space)
     return ReplayBuffer(
         config.replay.capacity,
-        task.observation_space.shape,
+        join_obs({name: column.shape for name, column in observations.items()}),
         task.action_dim,
-        obs_dtype=str(task.observation_space.dtype),
+        obs_dtype=join_obs({name: column.dtype for name, column in observations.items()}),
         windows=spec.windows,
         columns=spec.columns,
         seed=config.train.seed,

@@ -1,0 +1,167 @@
+"""Gymnasium's spaces and WorldLoom's arrays: every conversion between the two stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from worldloom.types import Array, ColumnSpec, ObsArray, ObsShape, is_image, join_obs, split_obs
+
+MAPPINGS_HINT = "Wrap it (gymnasium.wrappers.FlattenObservation turns nested spaces into vectors)."
+
+
+class ObservationEntry:
+    """One observation: images become channel-first uint8, other numbers float32 vectors, choices class indices.
+
+    space: what comes out. Raises TypeError for spaces that are none of these.
+    """
+
+    def __init__(self, owner: str, space: spaces.Space[Any]) -> None:
+        self._owner = owner
+        self._start: Array = np.zeros((), np.int32)
+        self._channels_last = False
+        self.classes = 0  # of each entry; 0 for numbers and images
+        self._raw_shape: tuple[int, ...] = space.shape or ()
+        self.space: spaces.Space[Any]
+        if isinstance(space, spaces.Box) and is_image(space.shape) and space.dtype == np.uint8:
+            self._channels_last = space.shape[-1] < space.shape[0]
+            channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
+            self.space = spaces.Box(0, 255, (int(channels), int(height), int(width)), np.uint8)
+        elif isinstance(space, spaces.Box):
+            self.space = spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),), np.float32)
+        elif isinstance(space, spaces.Discrete):
+            self.classes, self._start = int(space.n), np.asarray(space.start, np.int32)
+            self.space = spaces.Discrete(self.classes)
+        elif isinstance(space, spaces.MultiDiscrete):
+            self.classes = int(np.max(space.nvec))  # all entries of one observation share the count
+            self._start = np.asarray(space.start, np.int32).reshape(-1)
+            self.space = spaces.MultiDiscrete([self.classes] * int(np.prod(self._raw_shape)))
+        elif isinstance(space, spaces.MultiBinary):
+            self.classes = 2
+            self.space = spaces.MultiDiscrete([2] * int(np.prod(self._raw_shape)))
+        else:
+            raise TypeError(f"{owner} is {space}, expected numbers, images or class indices. {MAPPINGS_HINT}")
+
+    @property
+    def column(self) -> ColumnSpec:
+        """As replay keeps it."""
+        return ColumnSpec(self.space.shape or (), "int32" if self.classes else str(self.space.dtype))
+
+    def __call__(self, obs: Any) -> Array:
+        """Raises ValueError for another shape, numbers that are not finite and classes that do not exist."""
+        array = np.asarray(obs)
+        if array.shape != self._raw_shape:
+            raise ValueError(f"{self._owner} came with shape {array.shape}, expected {self._raw_shape}.")
+        if self.space.dtype == np.uint8:
+            return np.ascontiguousarray(np.moveaxis(array, -1, 0) if self._channels_last else array, np.uint8)
+        if self.classes:
+            indices = array.reshape(self.space.shape or ()).astype(np.int32) - self._start
+            if (indices < 0).any() or (indices >= self.classes).any():
+                raise ValueError(f"{self._owner} came as {array}, expected one of {self.classes} classes.")
+            return np.asarray(indices, np.int32)
+        vector = array.astype(np.float32).reshape(-1)
+        if not np.isfinite(vector).all():
+            raise ValueError(
+                f"{self._owner} came with NaN or infinity at entries "
+                f"{np.flatnonzero(~np.isfinite(vector))[:8].tolist()}, expected finite numbers. Check the simulation."
+            )
+        return vector
+
+
+class ObservationCodec:
+    """An environment's observations: one array, or a mapping of them in order of name.
+
+    Raises TypeError for mappings within mappings and for spaces that `ObservationEntry` cannot take.
+    """
+
+    def __init__(self, name: str, space: spaces.Space[Any]) -> None:
+        self._name = name
+        self._mapping = isinstance(space, spaces.Dict)
+        if isinstance(space, spaces.Dict):
+            given = {key: space.spaces[key] for key in sorted(space.spaces)}
+            self._entries = {key: ObservationEntry(f"{name}: observation {key!r}", s) for key, s in given.items()}
+            self.space: spaces.Space[Any] = spaces.Dict({k: entry.space for k, entry in self._entries.items()})
+        else:
+            self._entries = {"obs": ObservationEntry(f"{name}: the observation", space)}
+            self.space = self._entries["obs"].space
+
+    def __call__(self, obs: Any) -> ObsArray:
+        if not self._mapping:
+            return self._entries["obs"](obs)
+        if not isinstance(obs, Mapping) or obs.keys() != self._entries.keys():
+            found = sorted(obs) if isinstance(obs, Mapping) else type(obs).__name__
+            raise ValueError(f"{self._name} gave an observation with {found}, expected {list(self._entries)}.")
+        return {key: entry(obs[key]) for key, entry in self._entries.items()}
+
+
+class ActionCodec:
+    """Actions: continuous ones scaled from [-1, 1] to finite bounds, choices one-hot, one after the other.
+
+    space: what an agent sees. size: A. classes: how many choices each one-hot has; none for continuous actions.
+    Raises TypeError for other spaces.
+    """
+
+    def __init__(self, name: str, space: spaces.Space[Any]) -> None:
+        self._name, self._native = name, space
+        self.classes = action_classes(space)
+        self.space: spaces.Space[Any]
+        if isinstance(space, spaces.Box):
+            self._low, self._high = (np.asarray(b, np.float64).reshape(-1) for b in (space.low, space.high))
+            self.size = int(np.prod(space.shape))
+            self.space = spaces.Box(-1.0, 1.0, (self.size,), np.float32)
+        elif self.classes:
+            self.size = sum(self.classes)
+            single = isinstance(space, spaces.Discrete)
+            self.space = spaces.Discrete(self.size) if single else spaces.MultiDiscrete(list(self.classes))
+        else:
+            raise TypeError(f"{name} has action space {space}, expected Box, Discrete, MultiDiscrete or MultiBinary.")
+
+    def native(self, action: Array) -> Any:
+        """What the environment takes for `action` [A]. Raises ValueError for another shape."""
+        if action.shape != (self.size,):
+            raise ValueError(f"{self._name}: an action is {action.shape}, expected ({self.size},).")
+        space = self._native
+        if isinstance(space, spaces.Box):
+            action = np.clip(action.astype(np.float64), -1, 1)
+            bounded = np.isfinite(self._low) & np.isfinite(self._high)
+            low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
+            return (low + (action + 1) / 2 * (high - low)).astype(space.dtype).reshape(space.shape)
+        chosen = np.array([part.argmax() for part in np.split(action, np.cumsum(self.classes)[:-1])])
+        if isinstance(space, spaces.Discrete):
+            return int(chosen[0]) + int(space.start)
+        if isinstance(space, spaces.MultiDiscrete):
+            chosen = chosen + np.asarray(space.start).reshape(-1)
+        return chosen.astype(space.dtype).reshape(space.shape)
+
+
+def action_classes(space: spaces.Space[Any]) -> tuple[int, ...]:
+    """How many choices each one-hot part of an action has; () where actions are continuous."""
+    if isinstance(space, spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, spaces.MultiDiscrete):
+        return tuple(int(n) for n in np.asarray(space.nvec).reshape(-1))
+    if isinstance(space, spaces.MultiBinary):
+        return (2,) * int(np.prod(space.shape))
+    return ()
+
+
+def observation_columns(space: spaces.Space[Any]) -> dict[str, ColumnSpec]:
+    """The replay columns of a space that `ObservationCodec` made: "obs", or "obs/<key>" for each entry of a mapping."""
+    parts: Any = dict(space.spaces) if isinstance(space, spaces.Dict) else space
+    return {name: ObservationEntry(name, part).column for name, part in split_obs(parts).items()}
+
+
+def observation_shape(space: spaces.Space[Any]) -> ObsShape:
+    """The shape of one observation, or a mapping of shapes."""
+    shapes: ObsShape = join_obs({name: column.shape for name, column in observation_columns(space).items()})
+    return shapes
+
+
+def observation_classes(space: spaces.Space[Any]) -> dict[str, int]:
+    """How many classes each observation has whose entries are class indices."""
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
+    counts = {key: ObservationEntry(key, part).classes for key, part in parts.items()}
+    return {key: count for key, count in counts.items() if count}
