@@ -415,6 +415,9 @@ def test_mixed_observations_decode_to_their_own_shapes():
         "height": torch.randn(2),
     }
     state = model.encode(obs)
+    assert state.categorical.shape == (2, 32, 4)
+    assert (state.categorical.argmax(-1) == state.stochastic.view(2, 32, 4).argmax(-1)).all()
+    assert torch.equal(state.detach().to("cpu").categorical, state.categorical)
     decoded = model.decode(model.observe(state, torch.zeros(2, 2), obs))
     assert {name: tuple(value.shape[1:]) for name, value in decoded["obs"].items()} == shapes
     assert ((decoded["obs"]["image"] > 0) & (decoded["obs"]["image"] < 1)).all()

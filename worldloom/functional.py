@@ -38,7 +38,7 @@ def two_hot(x: Tensor, bins: Tensor) -> Tensor:
     DreamerV3 passes raw values with `symexp_bins`; TD-MPC2 passes symlog(x) with evenly spaced bins.
     """
     x = x.clamp(bins[0], bins[-1])
-    lower = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
+    lower = (torch.bucketize(x.contiguous(), bins, right=True) - 1).clamp(0, len(bins) - 2)
     left, right = bins[lower], bins[lower + 1]
     weight = ((x - left) / (right - left)).unsqueeze(-1)
     target = torch.zeros(*x.shape, len(bins), dtype=x.dtype, device=x.device)
@@ -63,11 +63,12 @@ def antisymmetric_mean(logits: Tensor, bins: Tensor) -> Tensor:
     """Decode DreamerV3's two-hot head: the mean of the bin positions, without symexp afterwards.
 
     logits: [..., K] with K odd, bins: [K] from `symexp_bins`. Returns [...]. The mirrored probabilities are
-    subtracted before the product, so that equal logits give exactly 0 although bins reach 4.85e8.
+    subtracted before the product, so that equal logits give exactly 0 although bins reach 4.85e8. Not a matrix
+    product, which autocast would take in bfloat16.
     """
     probs = F.softmax(logits, dim=-1)
     half = len(bins) // 2
-    return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ bins[half + 1 :]
+    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lam: float | Tensor) -> Tensor:

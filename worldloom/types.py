@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,17 +41,26 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class LatentState:
-    """What a model knows of B environments: `deterministic` [B, D] and, for DreamerV3, `stochastic` [B, S] flat."""
+    """What a model knows of B environments: `deterministic` [B, D] and, for DreamerV3, `stochastic` [B, S K] flat."""
 
     deterministic: Tensor
     stochastic: Tensor | None = None
+    classes: int = 0  # K of each categorical, where the stochastic part is made of them
 
     @property
     def features(self) -> Tensor:
-        """[B, D + S]: what the heads read."""
+        """[B, D + S K]: what the heads read."""
         if self.stochastic is None:
             return self.deterministic
         return torch.cat([self.deterministic, self.stochastic], -1)
+
+    @property
+    def categorical(self) -> Tensor:
+        """[B, S, K]: the stochastic part as a grid. Raises ValueError for a model that has none."""
+        if self.stochastic is None or not self.classes:
+            raise ValueError("this state has no categorical part: its model is TD-MPC2, expected DreamerV3.")
+        grid: Tensor = self.stochastic.unflatten(-1, (-1, self.classes))
+        return grid
 
     @property
     def batch_size(self) -> int:
@@ -59,11 +68,11 @@ class LatentState:
 
     def to(self, device: torch.device | str) -> LatentState:
         moved = None if self.stochastic is None else self.stochastic.to(device)
-        return LatentState(self.deterministic.to(device), moved)
+        return LatentState(self.deterministic.to(device), moved, self.classes)
 
     def detach(self) -> LatentState:
         cut = None if self.stochastic is None else self.stochastic.detach()
-        return LatentState(self.deterministic.detach(), cut)
+        return LatentState(self.deterministic.detach(), cut, self.classes)
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class Weights:
 
 ActState = Mapping[str, Tensor]
 Metrics = dict[str, float]
+Precision = Literal["float32", "bfloat16"]
 
 
 @runtime_checkable
@@ -154,6 +164,7 @@ class Agent(Protocol):
     random_warmup: bool  # act uniformly at random until learning starts
     pretrain: bool  # replay the warm-up steps at the train ratio too, in one burst when learning starts
     train_ratio: float  # the published one: replayed steps per environment step
+    default_precision: Precision  # of learning on a GPU, as published
     true_ends_hint: str | None  # what to tell a user whose episodes end truly, where the model has no notion of it
     updates: int  # gradient updates so far
     acting_generator: torch.Generator  # all the randomness of `act`; learning has its own
@@ -165,6 +176,10 @@ class Agent(Protocol):
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
         """The entries of `columns` [E, ...] that belong to the rows just acted on."""
+
+    def configure_learning(self, precision: Precision, compiled: bool) -> None:
+        """How `update` computes: bfloat16 leaves parameters, distributions and losses in float32; compiled runs it
+        through torch.compile. Raises ValueError for what the model cannot do."""
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """One learning step. Returns metrics and replay columns [B, T, ...] to write back (often none)."""

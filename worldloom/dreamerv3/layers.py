@@ -58,7 +58,7 @@ class BlockLinear(nn.Module):
         grouped = x.view(len(x), blocks, self.own).transpose(0, 1)
         out = torch.bmm(grouped, self.weight[: self.own].transpose(0, 1)).transpose(0, 1).reshape(len(x), -1)
         if shared is None:
-            return out + self.bias
+            return out + self.bias.to(out.dtype)
         return out + torch.addmm(self.bias, shared, self.weight[self.own :].flatten(1))
 
 

@@ -22,7 +22,7 @@ class RSSMState:
     @property
     def features(self) -> Tensor:
         """[..., D + S K]"""
-        return torch.cat([self.deter, self.stoch.flatten(-2)], -1)
+        return torch.cat([self.deter, self.stoch.flatten(-2).to(self.deter.dtype)], -1)
 
     def detach(self) -> RSSMState:
         return RSSMState(self.deter.detach(), self.stoch.detach())
@@ -67,6 +67,7 @@ class RSSM(nn.Module):
         self.obs_logits = Linear(hidden, flat)
         self.prior_in = nn.Sequential(NormedLinear(deter, hidden), NormedLinear(hidden, hidden))
         self.prior_logits = Linear(hidden, flat)
+        self.learning_step = self.observe_step  # what `observe` repeats; an agent that learns compiles it
 
     def initial(self, batch_size: int) -> RSSMState:
         like = self.gru.bias
@@ -131,7 +132,7 @@ class RSSM(nn.Module):
         embedded_tokens = self.embed_tokens(tokens)
         deters, stochs, log_probs = [], [], []
         for t in range(len(actions)):
-            state, log_prob = self.observe_step(state, embedded_actions[t], embedded_tokens[t], is_first[t], noise[t])
+            state, log_prob = self.learning_step(state, embedded_actions[t], embedded_tokens[t], is_first[t], noise[t])
             deters.append(state.deter)
             stochs.append(state.stoch)
             log_probs.append(log_prob)
@@ -146,7 +147,7 @@ class RSSM(nn.Module):
 def gru_gate(reset: Tensor, candidate: Tensor, update: Tensor, h: Tensor) -> Tensor:
     """One step of the GRU: the reset gate multiplies the candidate before its tanh, and updates start out rare."""
     u = torch.sigmoid(update - 1)
-    return torch.lerp(h, torch.tanh(torch.sigmoid(reset) * candidate), u)
+    return torch.lerp(h.to(u.dtype), torch.tanh(torch.sigmoid(reset) * candidate), u)
 
 
 def sample_one_hot(log_probs: Tensor, noise: Tensor) -> Tensor:

@@ -181,16 +181,23 @@ class DreamerV3WorldModel(nn.Module):
 
     def losses(self, batch: Batch, state: RSSMState, noise: Tensor) -> WorldLosses:
         """The world model loss (eq. 5) of T rows from the state before the first; noise: [T, B, S, K]."""
-        c = self.config
         obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
         lead = (batch["actions"].shape[0], batch["actions"].shape[1])
         actions, rewards, is_first, terminated = self._rows(batch, lead)
-        tokens = self.encoder({name: value.transpose(0, 1) for name, value in obs.items()})
-        posterior = self.rssm.observe(state, actions, tokens, is_first, noise)
+        seen = {name: value.transpose(0, 1) for name, value in obs.items()}
+        posterior = self.rssm.observe(state, actions, self.encoder(seen), is_first, noise)
+        total, parts = self.posterior_losses(posterior, seen, rewards, terminated)
+        return WorldLosses(parts, total, posterior)
+
+    def posterior_losses(
+        self, posterior: Posterior, obs: Mapping[str, Tensor], rewards: Tensor, terminated: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts, of T filtered rows at once; everything [T, B, ...]."""
+        c = self.config
         log_q, log_p = posterior.log_probs, self.rssm.prior(posterior.states.deter)
         features = posterior.states.features
         decoded = self.decoder(posterior.states.deter, posterior.states.stoch.flatten(-2))
-        errors = self.decoder.losses(decoded, {name: value.transpose(0, 1) for name, value in obs.items()})
+        errors = self.decoder.losses(decoded, obs)
         soft_continue = (1 - terminated) * c.discount
         reward_target = fn.two_hot(rewards, self.bins)
         parts = {
@@ -211,7 +218,7 @@ class DreamerV3WorldModel(nn.Module):
         )
         if isinstance(self.obs_shape, dict):
             parts |= {f"reconstruction/{name}": error.mean() for name, error in errors.items()}
-        return WorldLosses(parts, total, posterior)
+        return total, parts
 
     def _rows(self, batch: Batch, lead: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions [T, B, A], rewards, is_first and terminated [T, B], time-first."""
@@ -224,8 +231,9 @@ class DreamerV3WorldModel(nn.Module):
             terminated = batch["terminated"].float()
         else:
             terminated = 1 - batch["continues"] if "continues" in batch else torch.zeros_like(rewards)
-        first, ended = is_first.transpose(0, 1), terminated.transpose(0, 1)
-        return batch["actions"].float().transpose(0, 1), rewards.float().transpose(0, 1), first, ended
+        given = (batch["actions"].float(), rewards.float(), is_first, terminated)
+        actions, rewards, is_first, terminated = (value.transpose(0, 1).contiguous() for value in given)
+        return actions, rewards, is_first, terminated
 
     # Conversions
 
@@ -270,4 +278,4 @@ class DreamerV3WorldModel(nn.Module):
 
 
 def as_latent(state: RSSMState) -> LatentState:
-    return LatentState(state.deter, state.stoch.flatten(-2))
+    return LatentState(state.deter, state.stoch.flatten(-2), state.stoch.shape[-1])

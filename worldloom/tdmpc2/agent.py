@@ -12,7 +12,7 @@ from worldloom import functional as fn
 from worldloom.nets import flatten, load_flat
 from worldloom.tdmpc2.planner import Planner
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
-from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, WindowSpec
+from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
 
 NOT_EPISODIC = (
     "warning: episodes end truly here (terminated), but the model has no termination head, so its plans look past the "
@@ -38,6 +38,7 @@ class TDMPC2Agent:
     columns: Mapping[str, ColumnSpec] = {}
     behaviour = None  # the world model holds policy and values
     random_warmup = True
+    default_precision: Precision = "float32"
 
     def __init__(self, model: TDMPC2WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
         if action_classes:
@@ -61,6 +62,14 @@ class TDMPC2Agent:
         groups: list[dict[str, Any]] = [{"params": encoder, "lr": c.lr * c.encoder_lr_scale}, {"params": rest}]
         self._model_optimizer = torch.optim.Adam(groups, lr=c.lr, fused=True)
         self._policy_optimizer = torch.optim.Adam(policy, lr=c.lr, eps=1e-5, fused=True)
+
+    def configure_learning(self, precision: Precision, compiled: bool) -> None:
+        """Compiled, the losses of the model and of the policy are a graph each."""
+        if precision != "float32":
+            raise ValueError(f"train.precision is {precision!r}, but TD-MPC2 learns in float32, as published.")
+        if compiled:
+            for owner, name in [(cast(Any, self.world_model), "losses"), (self, "_policy_loss")]:
+                setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True))
 
     # Acting
 
@@ -133,11 +142,7 @@ class TDMPC2Agent:
         if c.dropout > 0:
             keep = torch.empty(*z.shape[:-1], len(heads), c.mlp_dim, device=self.device)
             keep.bernoulli_(1 - c.dropout, generator=self._generator).div_(1 - c.dropout)
-        sample = model.sample_policy(z, noise)
-        logits = model.q(torch.cat([z, sample.action], -1), heads, keep, frozen=True)
-        value = fn.symlog_mean(logits, model.bins).mean(0)  # [B, H+1]
-        self.scale.update(value[:, 0])
-        loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
+        loss, value, entropy = self._policy_loss(z, noise, heads, keep)
         self._policy_optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, c.grad_clip)
@@ -145,9 +150,21 @@ class TDMPC2Agent:
         return {
             "policy_loss": loss,
             "policy_grad_norm": grad_norm,
-            "policy_entropy": -sample.log_prob.mean(),
-            "value": value.mean(),
+            "policy_entropy": entropy,
+            "value": value,
         }
+
+    def _policy_loss(
+        self, z: Tensor, noise: Tensor, heads: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and means of value and entropy; the scale of values follows."""
+        model, c = self.world_model, self.config
+        sample = model.sample_policy(z, noise)
+        logits = model.q(torch.cat([z, sample.action], -1), heads, keep, frozen=True)
+        value = fn.symlog_mean(logits, model.bins).mean(0)  # [B, H+1]
+        self.scale.update(value[:, 0])
+        loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
+        return loss, value.mean(), -sample.log_prob.mean()
 
     def _name_nan(self, metrics: Metrics) -> str:
         bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]

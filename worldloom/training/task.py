@@ -17,7 +17,7 @@ from worldloom.training.clock import RateLimiter
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluator, start_evaluation
 from worldloom.training.replay import ReplayBuffer
-from worldloom.types import Agent, ColumnSpec, WindowSpec, join_obs
+from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
 
 EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 
@@ -69,9 +69,10 @@ def _try_out(env: Environment) -> None:
 
 
 def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Agent:
-    """Raises ValueError or TypeError, naming the environment, where the algorithm cannot take its spaces."""
+    """An agent that is ready to learn. Raises ValueError or TypeError, naming the environment, where the algorithm
+    cannot take its spaces."""
     try:
-        return create_agent(
+        agent = create_agent(
             config.algorithm,
             task.observation_space,
             task.action_space,
@@ -80,6 +81,10 @@ def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Ag
             seed=seed,
             **config.agent,
         )
+        auto = agent.default_precision if torch.device(device).type == "cuda" else "float32"
+        precision: Precision = auto if config.train.precision == "auto" else config.train.precision
+        agent.configure_learning(precision, config.train.compile)
+        return agent
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config.algorithm} on {config.env.id}: {error}") from error
 

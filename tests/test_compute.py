@@ -1,0 +1,93 @@
+"""How updates compute: compiled, and in bfloat16, against eager float32."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.test_dreamerv3_agent import MIXED, batch_of, shake, tiny_agent
+from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
+
+
+def context_and_rows(agent, batch):
+    rows = {name: value[:, 1:] for name, value in batch.items() if name != "obs"}
+    obs = batch["obs"]
+    rows["obs"] = {k: v[:, 1:] for k, v in obs.items()} if isinstance(obs, dict) else {"obs": obs[:, 1:]}
+    return rows, agent._context(batch)
+
+
+def loss_and_gradients(agent, batch, loss=None):
+    torch.manual_seed(3)
+    noise = agent._draw_noise(4, 8)
+    total, scalars, _ = (loss or agent._loss)(*context_and_rows(agent, batch), noise)
+    modules = [agent.world_model, agent.behaviour]
+    parameters = {n: p for module in modules for n, p in module.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(total, list(parameters.values()))
+    return total.detach(), scalars, dict(zip(parameters, gradients, strict=True))
+
+
+def test_the_whole_loss_is_one_graph_for_the_compiler():
+    """fullgraph refuses whatever would break the graph: a synchronisation, a branch on data, an unknown call."""
+    agent = shake(tiny_agent(MIXED, 3, obs_classes={"goal": 5}))
+    batch = batch_of(agent)
+    eager = loss_and_gradients(agent, batch)
+    agent = shake(tiny_agent(MIXED, 3, obs_classes={"goal": 5}))
+    whole = loss_and_gradients(agent, batch, torch.compile(agent._loss, fullgraph=True, backend="aot_eager"))
+    assert_close(whole[0], eager[0])
+    assert_close(whole[2], eager[2])
+
+
+@pytest.mark.parametrize("classes", [(), (3,)])
+def test_compiled_updates_give_the_numbers_of_eager_ones(classes):
+    eager, compiled = (shake(tiny_agent(action_dim=3, classes=classes)) for _ in range(2))
+    compiled.configure_learning("float32", compiled=True)
+    batch = batch_of(eager)
+    for _ in range(3):
+        expected, fresh = eager.update(batch)
+        metrics, columns = compiled.update(batch)
+        assert metrics == pytest.approx(expected, rel=2e-4, abs=1e-5)
+        assert (columns["stoch"] == fresh["stoch"]).mean() > 0.99  # a draw may flip where probabilities tie
+    obs = batch["obs"][:, 0].numpy()
+    first = torch.ones(4, dtype=torch.bool).numpy()
+    assert compiled.act(obs, None, first)[0].shape == (4, 3)
+
+
+def test_bfloat16_updates_stay_near_float32_and_reach_every_parameter():
+    wide, narrow = (shake(tiny_agent(MIXED, 3, obs_classes={"goal": 5})) for _ in range(2))
+    narrow.configure_learning("bfloat16", compiled=False)
+    batch = batch_of(wide)
+    expected, _, reached = loss_and_gradients(wide, batch)
+    loss, _, gradients = loss_and_gradients(narrow, batch)
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected, rtol=0.02, atol=0.0)
+    assert all(g.dtype == torch.float32 for g in gradients.values())
+    assert {n for n, g in gradients.items() if g.any()} == {n for n, g in reached.items() if g.any()}
+
+
+def test_bfloat16_learns():
+    agent = tiny_agent()
+    agent.configure_learning("bfloat16", compiled=False)
+    batch = batch_of(agent)
+    losses = [agent.update(batch)[0]["reconstruction_loss"] for _ in range(25)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.dtype == torch.float32 for p in agent.world_model.parameters())
+
+
+def tiny_tdmpc2():
+    torch.manual_seed(0)
+    sizes = {"encoder_dim": 16, "mlp_dim": 16, "latent_dim": 16, "batch_size": 8}
+    return TDMPC2Agent(TDMPC2WorldModel((3,), 2, TDMPC2Config(**sizes), episode_length=100))
+
+
+def test_compiled_tdmpc2_updates_give_the_numbers_of_eager_ones():
+    eager, compiled = tiny_tdmpc2(), tiny_tdmpc2()
+    compiled.configure_learning("float32", compiled=True)
+    torch.manual_seed(1)
+    batch = {"obs": torch.randn(8, 4, 3), "actions": torch.rand(8, 4, 2) * 2 - 1, "rewards": torch.randn(8, 4)}
+    for _ in range(3):
+        expected, _ = eager.update(batch)
+        assert compiled.update(batch)[0] == pytest.approx(expected, rel=2e-4, abs=1e-5)
+
+
+def test_tdmpc2_refuses_bfloat16():
+    with pytest.raises(ValueError, match="TD-MPC2 learns in float32"):
+        tiny_tdmpc2().configure_learning("bfloat16", compiled=False)
