@@ -1,14 +1,19 @@
 """Seconds per update of an agent: python -m benchmarks.learner --model dreamerv3:size1m --obs walker
 
-Batches are random numbers of the right shapes in device memory; sampling is not timed, warm-up updates are excluded.
+Batches are random numbers of the right shapes in device memory; sampling is not timed, warm-up updates and compilation
+are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +22,7 @@ import torch
 from worldloom.catalog import agent_from_description, build_config, resolve
 from worldloom.types import Agent
 
+WARMUP = 3  # updates; compilation is among them
 OBSERVATIONS: dict[str, tuple[Any, int]] = {  # shapes and action size
     "walker": ({"height": (), "orientations": (14,), "velocity": (9,)}, 6),
     "vector": ((39,), 4),
@@ -67,36 +73,94 @@ def random_batch(agent: Agent, device: str) -> Any:
     return moved
 
 
-def seconds(agent: Agent, batch: Any, device: str) -> float:
+def update(agent: Agent, batch: Any) -> float:
+    """One update, in seconds."""
     begun = time.perf_counter()
     agent.update(batch)
-    if device.startswith("cuda"):
+    if agent.acting_generator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
-def main() -> None:
+def launches(agent: Agent, batch: Any) -> int:
+    """Kernels that one update starts on the GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        update(agent, batch)
+    return sum(
+        event.count for event in profile.key_averages() if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))
+    )
+
+
+def reference_seconds(options: argparse.Namespace) -> list[float]:
+    """The authors' code on the same shapes, in its own Python, with as many threads."""
+    settings = {
+        "size": options.model.partition(":")[2],
+        "obs": options.obs,
+        "device": options.device,
+        "precision": options.precision,
+        "batch": options.batch,
+        "length": options.length,
+        "warmup": WARMUP,
+        "updates": options.updates,
+    }
+    script = Path(__file__).with_name("dreamerv3_reference.py")
+    command = [options.reference_python, str(script), str(options.reference), json.dumps(settings)]
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[: options.threads]]
+    done = subprocess.run(["taskset", "-c", ",".join(cores), *command], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the reference failed:\n{done.stderr[-2000:]}")
+    return [float(second) for second in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.learner", description=__doc__)
     parser.add_argument("--model", default="dreamerv3:size1m")
     parser.add_argument("--obs", default="walker", choices=OBSERVATIONS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="trained rows per window (DreamerV3)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--updates", type=int, default=20, help="timed updates")
-    options = parser.parse_args()
+    parser.add_argument("--eager-only", action="store_true", help="do not compile")
+    parser.add_argument("--reference", type=Path, help="checkout of danijar/dreamerv3 to time beside ours (DreamerV3)")
+    parser.add_argument("--reference-python", default=sys.executable, help="a Python that has what it needs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     torch.set_num_threads(options.threads)
-    agent = make_agent(options.model, options.obs, options.batch, options.length, options.device)
-    batch = random_batch(agent, options.device)
-    for _ in range(3):
-        agent.update(batch)
-    times = [seconds(agent, batch, options.device) for _ in range(options.updates)]
-    size = f"batch {agent.batch_size} x {agent.windows.trained} trained rows"
-    print(f"{options.model}, {options.obs}, {size}, {options.device}")
-    print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, float32")
-    print(f"{'':10}{'s/update':>10}{'best':>8}{'updates/s':>11}")
-    middle = statistics.median(times)
-    print(f"{'eager':10}{middle:10.3f}{min(times):8.3f}{1 / middle:11.2f}")
+    agents = {}
+    for name in ["eager"] if options.eager_only else ["eager", "compiled"]:
+        agents[name] = make_agent(options.model, options.obs, options.batch, options.length, options.device)
+        agents[name].configure_learning(options.precision, name == "compiled")
+    batch = random_batch(agents["eager"], options.device)
+    times: dict[str, list[float]] = {name: [] for name in agents}
+    for name, agent in agents.items():
+        begun = time.perf_counter()
+        for _ in range(WARMUP):
+            update(agent, batch)
+        print(f"{name}: {WARMUP} warm-up updates in {time.perf_counter() - begun:.1f} s", flush=True)
+    for _ in range(options.updates):  # in turn, so that both see the same machine
+        for name, agent in agents.items():
+            times[name].append(update(agent, batch))
+    if options.reference:
+        times["reference"] = reference_seconds(options)
+    one = agents["eager"]
+    print(f"\n{options.model}, {options.obs}, {one.batch_size} x {one.windows.trained} rows, {options.device}")
+    print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, {options.precision}")
+    print(f"{'':10}{'s/update':>10}{'best':>8}{'updates/s':>11}{'against eager':>15}")
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, middle in medians.items():
+        ratio = medians["eager"] / middle
+        print(f"{name:10}{middle:10.3f}{min(times[name]):8.3f}{1 / middle:11.2f}{ratio:14.2f}x")
+    if options.device.startswith("cuda"):
+        for name, agent in agents.items():
+            torch.cuda.reset_peak_memory_stats()
+            count = launches(agent, batch)
+            print(f"{name}: {count:,} launches an update, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most")
 
 
 if __name__ == "__main__":

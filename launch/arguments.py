@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
+import sys
 from typing import Any, NoReturn
 
 import yaml
@@ -16,6 +18,20 @@ from worldloom.training.config import RunConfig
 
 class Parser(ArgumentParser):
     """Ends with one sentence that names the nearest valid key when one is misspelt."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None, **rest: Any) -> Any:  # type: ignore[override]
+        """As the base class, with what a preset says of the chosen protocol laid between it and the overrides."""
+        args = list(sys.argv[1:] if args is None else args)
+        parsed = super().parse_args(args, namespace, **rest)
+        if parsed.protocol == "paper":
+            return parsed
+        if parsed.protocol not in parsed.protocols:
+            self.error(f"--protocol is {parsed.protocol!r}, but the preset knows paper only.")
+        at = max((i for i, word in enumerate(args) if word.startswith("--config")), default=-1)
+        at += 1 if "=" in args[at] else 2
+        preset, overlay = super().parse_args(args[:at], namespace, **rest), parsed.protocols[parsed.protocol]
+        overlay = {**overlay, "agent": {**preset.agent, **overlay.get("agent", {})}}
+        return super().parse_args([*args[:at], "--config", json.dumps(overlay), *args[at:]], namespace, **rest)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002 - the base class's
         text = re.sub(r"\s*\n\s*", " ", str(message)).strip()
@@ -43,12 +59,17 @@ def run_parser(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, description=description, epilog=_agent_help())
     parser.add_argument("--config", action="config", help="YAML file; what it leaves out keeps its default")
     parser.add_class_arguments(RunConfig, None, as_group=True)
+    help_text = "in presets: what differs from them, by protocol; a run's own config.yaml holds the outcome alone"
+    parser.add_argument("--protocols", type=dict[str, dict[str, Any]], default={}, help=help_text)
     return parser
 
 
 def _agent_help() -> str:
-    fields = ", ".join(f"{field.name}={field.default}" for field in config_fields("tdmpc2:5m"))
-    return f"Fields of --agent.NAME for tdmpc2 (defaults of tdmpc2:5m): {fields}."
+    def fields(model: str) -> str:
+        listed = ", ".join(f"{field.name}={field.default}" for field in config_fields(model))
+        return f"Fields of --agent.NAME for {model.partition(':')[0]} (defaults of {model}): {listed}."
+
+    return " ".join(map(fields, ("tdmpc2:5m", "dreamerv3:size12m")))
 
 
 def run_config(parser: Parser, parsed: Any) -> RunConfig:
@@ -63,5 +84,8 @@ def run_config(parser: Parser, parsed: Any) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The complete config as YAML; --config reads it back."""
-    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    values = dataclasses.asdict(config)
+    if config.protocol != "paper":
+        values["protocols"] = {config.protocol: {}}  # already in the values
+    text: str = yaml.safe_dump(values, sort_keys=False)
     return text

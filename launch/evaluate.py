@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from worldloom import load_agent
 from worldloom.envs import EnvironmentFailed, make_env
-from worldloom.suites import AtariConfig
+from worldloom.suites import AtariConfig, DMCConfig
 from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.evaluation import evaluate
 from worldloom.training.task import choose_device
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         agent = load_agent(options.run_dir, choose_device(options.device), options.seed)
         env = yaml.safe_load((Path(options.run_dir) / "config.yaml").read_text())["env"]
-        atari = AtariConfig(**env["atari"])
-        make = lambda count: make_env(env["id"], count, options.seed, env["action_repeat"], atari=atari)  # noqa: E731
+        suites: dict[str, Any] = {"atari": AtariConfig(**env["atari"]), "dmc": DMCConfig(**env["dmc"])}
+        make = lambda count: make_env(env["id"], count, options.seed, env["action_repeat"], **suites)  # noqa: E731
         result = evaluate(agent, make, options.episodes, options.seed)
     except (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed) as error:
         print(f"launch.evaluate: {error}", file=sys.stderr)

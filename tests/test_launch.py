@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.arguments import run_config, run_parser
+from launch.arguments import dump_config, run_config, run_parser
 from launch.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +64,41 @@ def test_yaml_and_overrides_are_typed(config):
     assert (built.train.seed, built.train.train_ratio, built.replay.capacity) == (7, 300.0, 10_000)
 
 
+def test_protocols_lie_between_the_preset_and_the_overrides(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text(
+        "algorithm: dreamerv3:size1m\nagent: {lr: 1e-4}\nenv: {num_envs: 2}\n"
+        "protocols: {head: {agent: {policy_unimix: 0}, env: {action_repeat: 3}, train: {train_ratio: 7}}}\n"
+    )
+    paper = parse("--config", str(path))
+    assert (paper.agent, paper.env.action_repeat, paper.train.train_ratio) == ({"lr": 1e-4}, 1, None)
+    head = parse("--config", str(path), "--protocol", "head", "--agent.bins", "5", "--train.train_ratio=9")
+    assert head.agent == {"lr": 1e-4, "policy_unimix": 0, "bins": 5}
+    assert (head.env.action_repeat, head.env.num_envs, head.train.train_ratio) == (3, 2, 9.0)
+    (tmp_path / "saved.yaml").write_text(dump_config(head))
+    assert parse("--config", str(tmp_path / "saved.yaml")) == head
+
+
+def test_published_protocols_are_those_of_the_paper_and_of_the_authors_code():
+    def of(name, *more):
+        c = parse("--config", str(ROOT / "configs" / f"dreamerv3_{name}.yaml"), *more)
+        return c.algorithm, c.env.action_repeat, c.train.train_ratio, c.env.atari.noops, c.env.atari.full_actions
+
+    head = ("--protocol", "head")
+    assert of("dmc_proprio")[:3] == ("dreamerv3:size12m", 2, 512)
+    assert of("dmc_proprio", *head)[:3] == ("dreamerv3:size1m", 1, 1024)
+    assert of("dmc_vision")[:3] == ("dreamerv3:size12m", 2, 512)
+    assert of("dmc_vision", *head)[:3] == ("dreamerv3:size200m", 1, 256)
+    assert of("atari100k") == ("dreamerv3:size200m", 4, 128, 0, True)
+    assert of("atari100k", *head) == ("dreamerv3:size200m", 4, 256, 30, False)
+    assert of("atari") == ("dreamerv3:size200m", 4, 32, 0, True)
+    assert of("atari", *head) == ("dreamerv3:size200m", 4, 32, 30, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--protocol", "head"], ["protocol", "head", "paper only"]),
         (["--train.totl_steps", "5"], ["totl_steps", "train.total_steps"]),
         (["--total_steps", "5"], ["total_steps", "train.total_steps"]),
         (["--train.total_steps", "many"], ["train.total_steps", "many", "int"]),

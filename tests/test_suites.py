@@ -1,10 +1,13 @@
 """Atari and DeepMind Control as they really run."""
 
+import ctypes.util
+import os
+
 import numpy as np
 import pytest
 
 from worldloom.envs import make_env
-from worldloom.suites import AtariConfig
+from worldloom.suites import AtariConfig, DMCConfig
 
 
 def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
@@ -21,6 +24,33 @@ def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
     step = env.step(np.zeros((1, 6), np.float32))
     assert step.truncated[0]
     assert not step.terminated[0]
+
+
+renders = pytest.mark.skipif(
+    "DISPLAY" not in os.environ and ctypes.util.find_library("EGL") is None, reason="neither a display nor EGL here"
+)
+
+
+@renders
+def test_dm_control_pixels_are_rendered_by_the_camera_that_was_asked_for():
+    views = {}
+    for camera in (None, 0, 1):
+        env = make_env("dm_control/walker-walk-v0", dmc=DMCConfig(observations="pixels", camera=camera))
+        assert env.observation_space.shape == (3, 64, 64)
+        views[camera] = env.reset()
+    assert views[None].dtype == np.uint8
+    assert views[None].std() > 10  # a real picture
+    assert (views[None] == views[0]).all()
+    assert (views[None] != views[1]).any()
+    step = env.step(np.ones((1, 6), np.float32))
+    assert (step.obs != views[1]).any()
+
+
+@renders
+def test_dm_control_states_and_pixels_come_as_a_mapping():
+    env = make_env("dm_control/walker-walk-v0", dmc=DMCConfig(observations="both", image_size=48))
+    shapes = {key: value.shape for key, value in env.reset().items()}
+    assert shapes == {"height": (1, 1), "image": (1, 3, 48, 48), "orientations": (1, 14), "velocity": (1, 9)}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 
 from worldloom.spaces import ActionCodec, ObservationCodec
-from worldloom.suites import DM_CONTROL_STEPS, AtariConfig, make_atari, make_dm_control
+from worldloom.suites import DM_CONTROL_STEPS, AtariConfig, DMCConfig, make_atari, make_dm_control
 from worldloom.types import Array, ObsArray, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,11 @@ def _stack(observations: Sequence[ObsArray]) -> ObsArray:
 
 
 def make_environment(
-    env_id: str, action_repeat: int = 1, render_mode: str | None = None, atari: AtariConfig | None = None
+    env_id: str,
+    action_repeat: int = 1,
+    render_mode: str | None = None,
+    atari: AtariConfig | None = None,
+    dmc: DMCConfig | None = None,
 ) -> Environment:
     """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
     try:
@@ -196,7 +200,7 @@ def make_environment(
             game = make_atari(env_id, atari or AtariConfig(), action_repeat)
             return Environment(game, episode_length=(atari or AtariConfig()).max_frames // action_repeat)
         if env_id.startswith("dm_control/"):
-            task = make_dm_control(env_id, render_mode)
+            task = make_dm_control(env_id, dmc or DMCConfig(), render_mode)
             return Environment(task, action_repeat, episode_length=math.ceil(DM_CONTROL_STEPS / action_repeat))
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
         return Environment(gymnasium.make(env_id, disable_env_checker=True, **options), action_repeat)
@@ -215,14 +219,15 @@ def make_env(
     action_repeat: int = 1,
     render_mode: str | None = None,
     atari: AtariConfig | None = None,
+    dmc: DMCConfig | None = None,
 ) -> VectorEnv:
     """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0"), of Atari ("ALE/Pong-v5") or of
-    DeepMind Control ("dm_control/walker-walk-v0", states).
+    DeepMind Control ("dm_control/walker-walk-v0"; atari and dmc say how these look).
 
-    Rewards are summed over action_repeat. Raises ValueError for an unknown id, TypeError for spaces other than
-    Box observations and Box or Discrete actions.
+    Rewards are summed over action_repeat. Raises ValueError for an unknown id, TypeError for spaces that
+    `worldloom.spaces` cannot convert.
     """
-    return VectorEnv(lambda: make_environment(env_id, action_repeat, render_mode, atari), num_envs, seed)
+    return VectorEnv(lambda: make_environment(env_id, action_repeat, render_mode, atari, dmc), num_envs, seed)
 
 
 def _nearest(env_id: str) -> str:

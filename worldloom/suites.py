@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import os
+import sys
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -42,6 +45,25 @@ class AtariConfig:
             raise ValueError(f"env.atari.sticky is {self.sticky}, expected a probability in [0, 1).")
         if self.image_size < 1 or self.noops < 0:
             raise ValueError(f"env.atari: image_size={self.image_size}, noops={self.noops}, expected at least 1 and 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMCConfig:
+    """What DeepMind Control shows.
+
+    Args:
+        observations: states (one vector), pixels (an image), or both (a mapping of the states by name and the image)
+        image_size: side of the square image
+        camera: number of the camera; null takes 0, for quadrupeds 2
+    """
+
+    observations: Literal["states", "pixels", "both"] = "states"
+    image_size: int = 64
+    camera: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"env.dmc.image_size is {self.image_size}, expected at least 1.")
 
 
 class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -109,9 +131,21 @@ def make_atari(env_id: str, config: AtariConfig, action_repeat: int) -> gymnasiu
     return Atari(game, config, action_repeat)
 
 
-def make_dm_control(env_id: str, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
-    """A "dm_control/…-v0" task from states, its observations concatenated in order of name."""
+def make_dm_control(env_id: str, config: DMCConfig, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
+    """A "dm_control/…-v0" task; the states of one vector are concatenated in order of name."""
+    _render_without_display()
     import shimmy  # noqa: F401 - registers the ids
 
-    options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-    return gymnasium.wrappers.FlattenObservation(gymnasium.make(env_id, disable_env_checker=True, **options))
+    if config.observations == "states":
+        options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
+        return gymnasium.wrappers.FlattenObservation(gymnasium.make(env_id, disable_env_checker=True, **options))
+    camera = config.camera if config.camera is not None else 2 if "quadruped" in env_id else 0
+    view = {"height": config.image_size, "width": config.image_size, "camera_id": camera}
+    task = gymnasium.make(env_id, disable_env_checker=True, render_mode="rgb_array", render_kwargs=view)
+    return gymnasium.wrappers.AddRenderObservation(task, config.observations == "pixels", render_key="image")
+
+
+def _render_without_display() -> None:
+    """Where there is no display, MuJoCo renders through EGL; it reads this when it is first imported."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
+        os.environ.setdefault("MUJOCO_GL", "egl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from worldloom.suites import AtariConfig
+from worldloom.suites import AtariConfig, DMCConfig
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -22,12 +22,14 @@ class EnvConfig:
         num_envs: environments per env actor
         action_repeat: environment frames per agent step; rewards are summed
         atari: frames and actions of ALE/ ids; others ignore it
+        dmc: observations of dm_control/ ids; others ignore it
     """
 
     id: str = "Pendulum-v1"
     num_envs: int = 4
     action_repeat: int = 1
     atari: AtariConfig = field(default_factory=AtariConfig)
+    dmc: DMCConfig = field(default_factory=DMCConfig)
 
     def __post_init__(self) -> None:
         _require(self.num_envs >= 1, "env.num_envs", self.num_envs, "at least 1")
@@ -167,10 +169,13 @@ class RunConfig:
     Args:
         algorithm: a preset such as tdmpc2:5m, or an alias
         agent: single fields of the preset's config to replace
+        protocol: paper, the published hyper-parameters, or head, those of the authors' present code, where a preset
+            tells them apart
     """
 
     algorithm: str = "tdmpc2:5m"
     agent: dict[str, Any] = field(default_factory=dict)
+    protocol: Literal["paper", "head"] = "paper"
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -50,7 +50,7 @@ class AgentSpec:
 
 def probe_task(config: RunConfig) -> Task:
     """Make one environment to see its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
-    env = make_environment(config.env.id, config.env.action_repeat, atari=config.env.atari)
+    env = make_environment(config.env.id, config.env.action_repeat, atari=config.env.atari, dmc=config.env.dmc)
     try:
         _try_out(env)
         return Task(env.observation_space, env.action_space, env.action_dim, env.episode_length)
@@ -90,7 +90,8 @@ def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Ag
 
 
 def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
-    return make_env(config.env.id, num_envs, seed, config.env.action_repeat, render_mode, config.env.atari)
+    env = config.env
+    return make_env(env.id, num_envs, seed, env.action_repeat, render_mode, env.atari, env.dmc)
 
 
 def task_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
