@@ -76,8 +76,7 @@ def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> None:
     if not resume and ((run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size)):
         raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (run_dir / "config.yaml").write_text(dump_config(config))
+    (run_dir / "config.yaml").write_text(dump_config(config))  # of a resumed run, with what was changed
 
 
 def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:

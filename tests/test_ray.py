@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator, train
-from tests.test_training import dreamer_config, tiny_config
+from tests.test_training import diverging, dreamer_config, tiny_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
@@ -70,6 +70,19 @@ def test_dreamerv3_trains_on_ray_and_writes_its_latents_back(env, tmp_path):
     assert summary["updates"] == (summary["env_steps"] - 100) // 8
     batch = InlineTrainer(config, tmp_path, resume=True).replay.draw(100)
     assert batch["deter"][~batch["is_first"]].any()
+
+
+def test_a_nan_in_the_learner_ends_the_run_with_the_last_checkpoint(tmp_path):
+    config = dreamer_config(
+        train=TrainConfig(total_steps=2000, learning_starts=300, train_ratio=4),
+        checkpoint=CheckpointConfig(interval=100),
+        runtime=RuntimeConfig(kind="ray", env_actors=1, chunk_steps=8, publish_interval=5, learner_threads=1),
+    )
+    with pytest.raises(FloatingPointError, match="--resume"):
+        train(diverging(config), tmp_path)
+    saved = newest_checkpoint(tmp_path)
+    InlineTrainer(config, tmp_path, resume=True)
+    assert 100 <= int(saved.name.removeprefix("step-")) <= 320
 
 
 def test_rows_in_replay_are_what_the_environments_gave(tmp_path):

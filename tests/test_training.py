@@ -197,6 +197,27 @@ def test_dreamerv3_resumes_with_its_latents_in_replay(tmp_path):
     assert all((a[name] == b[name]).all() for name in a)
 
 
+def diverging(config):
+    """The same run with a learning rate that makes every parameter infinite."""
+    return dataclasses.replace(config, agent={**config.agent, "lr": 1e30, "warmup": 0})
+
+
+def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(tmp_path):
+    config = dreamer_config(
+        train=TrainConfig(total_steps=400, learning_starts=150, train_ratio=4),
+        checkpoint=CheckpointConfig(interval=100),
+    )
+    trainer = InlineTrainer(diverging(config), tmp_path)
+    with pytest.raises(FloatingPointError, match="--resume"):
+        trainer.train()
+    good = newest_checkpoint(tmp_path)
+    assert good.name == "step-000000000100"
+    resumed = InlineTrainer(config, tmp_path, resume=True)  # with the lower learning rate
+    summary = resumed.train()
+    assert summary["status"] == "completed"
+    assert all(torch.isfinite(p).all() for p in resumed.agent.world_model.parameters())
+
+
 def test_one_seed_gives_one_run(tmp_path):
     def weights(name, seed):
         config = tiny_config(train=TrainConfig(total_steps=200, learning_starts=100, train_ratio=12, seed=seed))

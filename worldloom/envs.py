@@ -128,6 +128,11 @@ class VectorEnv:
             raise ValueError(
                 f"{self.name}: actions are {actions.shape}, expected {(self.num_envs, self.action_dim)}: [E, A]."
             )
+        if not np.isfinite(actions).all():
+            raise FloatingPointError(
+                f"{self.name}: the agent gave actions that are NaN or infinite, so its parameters are. Lower agent.lr, "
+                "or go on from the last checkpoint with --resume."
+            )
         self._steps += 1
         obs: list[ObsArray] = []
         final_obs: list[ObsArray] = []

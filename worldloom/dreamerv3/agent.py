@@ -22,7 +22,7 @@ from worldloom.dreamerv3.actor_critic import (
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel, Head, WorldLosses
 from worldloom.nets import flatten, load_flat
-from worldloom.optim import LaProp
+from worldloom.optim import LaProp, load_optimizer
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
 
 
@@ -290,7 +290,7 @@ class DreamerV3Agent:
     def _name_nan(self, metrics: Metrics) -> str:
         bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]
         return (
-            f"update {self.updates}: {', '.join(bad) or 'loss'} is NaN. Look for huge rewards or observations; lower "
+            f"update {self.updates}: NaN in {', '.join(bad) or 'loss'}. Look for huge rewards or observations; lower "
             "agent.lr, or go on from the last checkpoint with --resume."
         )
 
@@ -322,7 +322,7 @@ class DreamerV3Agent:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.world_model.load_state_dict(state["model"])
         self.behaviour.load_state_dict(state["behaviour"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self._optimizer, state["optimizer"])
         self.updates = int(state["updates"])
         self._generator.set_state(state["generator"])
         self.acting_generator.set_state(state["acting_generator"])

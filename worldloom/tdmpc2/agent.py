@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.nets import flatten, load_flat
+from worldloom.optim import load_optimizer
 from worldloom.tdmpc2.planner import Planner
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
@@ -169,7 +170,7 @@ class TDMPC2Agent:
     def _name_nan(self, metrics: Metrics) -> str:
         bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]
         return (
-            f"update {self.updates}: {', '.join(bad) or 'loss'} is NaN. Look for huge rewards or observations; "
+            f"update {self.updates}: NaN in {', '.join(bad) or 'loss'}. Look for huge rewards or observations; "
             "lower agent.lr, or go on from the last checkpoint with --resume."
         )
 
@@ -205,8 +206,8 @@ class TDMPC2Agent:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.world_model.load_state_dict(state["model"])
-        self._model_optimizer.load_state_dict(state["model_optimizer"])
-        self._policy_optimizer.load_state_dict(state["policy_optimizer"])
+        load_optimizer(self._model_optimizer, state["model_optimizer"])
+        load_optimizer(self._policy_optimizer, state["policy_optimizer"])
         self.scale.value = state["scale"].to(self.device)
         self.updates = int(state["updates"])
         self._generator.set_state(state["generator"])

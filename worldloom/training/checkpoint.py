@@ -89,6 +89,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def save_agent(folder: Path, agent: Agent) -> None:
+    """Raises FloatingPointError rather than save parameters that are NaN or infinite."""
+    modules = [agent.world_model, *([] if agent.behaviour is None else [agent.behaviour])]
+    if not all(p.isfinite().all() for module in modules for p in module.parameters()):
+        raise FloatingPointError(
+            f"after update {agent.updates} parameters are NaN or infinite, so no checkpoint was written. Lower "
+            "agent.lr, or go on from the last checkpoint with --resume."
+        )
     save_model(folder / "agent", agent.describe(), agent.world_model)
     if agent.behaviour is not None:
         save_parameters(folder / "agent" / "behaviour.safetensors", agent.behaviour)
@@ -96,13 +103,19 @@ def save_agent(folder: Path, agent: Agent) -> None:
 
 
 def load_agent_state(folder: Path, agent: Agent) -> None:
-    """Raises CheckpointError if the checkpoint is of another model."""
-    saved, expected = read_description(folder / "agent"), agent.describe()
-    if saved != json.loads(json.dumps(expected)):
+    """Settings that shape no parameter, such as the learning rate, are the agent's own and may differ.
+
+    Raises CheckpointError if the checkpoint is of another model.
+    """
+    saved, expected = read_description(folder / "agent"), json.loads(json.dumps(agent.describe()))
+    try:
+        if {**saved, "config": None} != {**expected, "config": None}:
+            raise ValueError("made for another task")
+        agent.load_state_dict(_read(folder / "learner.msgpack"))
+    except (RuntimeError, ValueError) as error:  # parameters of other shapes or names
         raise CheckpointError(
             f"{folder} is of another model: {_difference(saved, expected)}. Resume with its own config."
-        )
-    agent.load_state_dict(_read(folder / "learner.msgpack"))
+        ) from error
 
 
 def _difference(saved: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str:
