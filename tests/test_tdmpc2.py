@@ -140,9 +140,11 @@ def test_sequence_value_equals_golden_values(end, expected):
     model.predict_reward = lambda z, action: z[:, 0] + 1
     model.values = lambda z, action, heads: torch.full((2, len(z)), 10.0)
     model.terminates = lambda z: (z[:, 0] == end).float() if end else torch.zeros(len(z))
-    model.sample_policy = lambda z, noise: squashed_sample(noise, noise, noise)
+    model.sample_policy = lambda z, noise, mask: squashed_sample(noise, noise, noise)
     zeros = torch.zeros(3, 1, 1, 1)
-    value = Planner(model).sequence_value(torch.zeros(1, 1), zeros, torch.zeros(1, 1, 1), torch.arange(2))
+    value = Planner(model).sequence_value(
+        torch.zeros(1, 1), zeros, torch.zeros(1, 1, 1), torch.arange(2), torch.tensor([0.99])
+    )
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -276,9 +278,9 @@ def test_warm_start_shifts_the_previous_plan_and_is_reset_by_is_first():
     seen = []
     plan = agent.planner.plan
 
-    def spy(z, previous, noise, explore):
+    def spy(z, previous, *rest):
         seen.append(previous.clone())
-        return plan(z, previous, noise, explore)
+        return plan(z, previous, *rest)
 
     agent.planner.plan = spy
     obs = np.zeros((2, 3), np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -15,7 +15,8 @@ import torch
 from worldloom import dreamerv3, tdmpc2
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.pretrained import load_parameters, read_description
-from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
+from worldloom.tdmpc2 import TASK_SETS, Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
+from worldloom.tdmpc2.tasks import multitask_sizes
 from worldloom.types import Agent, WorldModel
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ class Family:
     config: type[Any]  # a frozen dataclass; its fields are what `agent: {…}` may override
     sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
     default_size: str
-    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, obs_classes) -> WorldModel
+    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
     agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
+    options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks
 
 
 FAMILIES: dict[str, Family] = {
-    "dreamerv3": Family(DreamerV3Config, dreamerv3.SIZES, "size12m", DreamerV3WorldModel, DreamerV3Agent),
-    "tdmpc2": Family(TDMPC2Config, tdmpc2.SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent),
+    "dreamerv3": Family(
+        DreamerV3Config, dreamerv3.SIZES, "size12m", DreamerV3WorldModel, DreamerV3Agent, ("obs_classes",)
+    ),
+    "tdmpc2": Family(TDMPC2Config, tdmpc2.SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent, ("tasks",)),
 }
 ALIASES: dict[str, str] = {
     "dreamer": "dreamerv3:size12m",
@@ -46,6 +50,12 @@ ALIASES: dict[str, str] = {
     "tdmpc-small": "tdmpc2:5m",
     "tdmpc-medium": "tdmpc2:48m",
     "tdmpc-large": "tdmpc2:317m",
+}
+
+
+EXPLANATIONS = {
+    "obs_classes": "It reads numbers: make class indices one-hot.",
+    "tasks": "Only tdmpc2 knows several tasks.",
 }
 
 
@@ -112,27 +122,38 @@ def create_world_model(
     device: torch.device | str = "cpu",
     episode_length: int | None = None,
     obs_classes: Mapping[str, int] | None = None,
+    tasks: str | Sequence[Task] = (),
     **overrides: Any,
 ) -> WorldModel:
-    """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc") or a directory (`save_pretrained`).
+    """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc"), a directory (`save_pretrained`) or a file: one of
+    the TD-MPC2 checkpoints that its authors published.
 
     obs_shape: of one observation, channel-first for images; DreamerV3 takes a mapping of them too. action_dim: A,
     the number of action dimensions or of one-hot entries. episode_length: agent steps, where known (TD-MPC2 derives
     its discount from it). obs_classes: by key of the mapping ("obs" for a single shape), how many classes there are
-    where observations are class indices; DreamerV3 reads them one-hot. overrides: fields of the model's config.
-    Raises ValueError or TypeError that names what was wrong, FileNotFoundError for a directory that holds no model.
+    where observations are class indices; DreamerV3 reads them one-hot. tasks: "mt30", "mt80" or what else a
+    multi-task TD-MPC2 is to know. overrides: fields of the model's config. Raises ValueError or TypeError that names
+    what was wrong, FileNotFoundError for a directory that holds no model.
     """
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
-    name, _ = resolve(str(model))
+    tasks, task_set = (TASK_SETS[tasks], tasks) if isinstance(tasks, str) else (tuple(tasks), None)
+    if Path(model).is_file():
+        return load_official(
+            model, obs_shape, action_dim, device, episode_length, tasks, check_overrides(TDMPC2Config, overrides)
+        )
+    name, size = resolve(str(model))
+    family = FAMILIES[name]
     if obs_shape is None or action_dim is None:
         raise ValueError(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
-    config = build_config(str(model), overrides)
+    config = build_config(str(model), {**(multitask_sizes(size, task_set) if task_set else {}), **overrides})
+    options = {key: value for key, value in (("obs_classes", obs_classes), ("tasks", tasks)) if value}
+    if foreign := options.keys() - set(family.options):
+        raise ValueError(f"{model} takes no {', '.join(foreign)}. {EXPLANATIONS[next(iter(foreign))]}")
     shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
-    built = FAMILIES[name].model(shape, action_dim, config, episode_length, obs_classes)
-    return cast(WorldModel, built.to(device))
+    return cast(WorldModel, family.model(shape, action_dim, config, episode_length, **options).to(device))
 
 
 def _load_world_model(
@@ -162,8 +183,10 @@ def _from_description(source: object, description: Mapping[str, Any], overrides:
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
-    classes = description.get("obs_classes")
-    return family.model(obs_shape, description["action_dim"], config, description["episode_length"], classes)
+    options: dict[str, Any] = {key: description[key] for key in family.options if description.get(key)}
+    if "tasks" in options:
+        options["tasks"] = tuple(Task(**task) for task in options["tasks"])
+    return family.model(obs_shape, description["action_dim"], config, description["episode_length"], **options)
 
 
 def create_agent(
@@ -192,7 +215,7 @@ def create_agent(
             actions.size,
             device,
             episode_length,
-            observation_classes(observations) or None,
+            observation_classes(observations),
             **overrides,
         )
         return cast(Agent, FAMILIES[name].agent(world_model, seed, actions.classes))
@@ -206,7 +229,8 @@ def agent_from_description(description: Mapping[str, Any], device: torch.device 
 
 
 def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
-    """A trained agent from a run directory (its newest checkpoint) or from a model directory.
+    """A trained agent from a run directory (its newest checkpoint), from a model directory, or from a file that
+    TD-MPC2's authors published.
 
         agent = load_agent("runs/pendulum")
         obs, act_state, is_first = env.reset(), None, np.ones(env.num_envs, bool)
@@ -220,6 +244,9 @@ def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "
     from worldloom.training.checkpoint import newest_checkpoint
 
     folder = Path(directory)
+    if folder.is_file():
+        model = create_world_model(folder, device=device)
+        return cast(Agent, FAMILIES["tdmpc2"].agent(model, seed, ()))
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
     elif not (folder / "config.json").is_file():

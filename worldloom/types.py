@@ -36,6 +36,7 @@ class Batch(TypedDict):
     is_first: NotRequired[Tensor]  # [B, T] bool, this row starts an episode
     terminated: NotRequired[Tensor]  # [B, T] bool, a true end: the value after it is zero
     truncated: NotRequired[Tensor]  # [B, T] bool, cut short: bootstrap from obs[:, t]
+    task: NotRequired[Tensor]  # [B] or [B, T] integers, for multi-task models
     rows: NotRequired[Tensor]  # [B, T] int64, replay's row numbers, for writing columns back
 
 
@@ -46,6 +47,7 @@ class LatentState:
     deterministic: Tensor
     stochastic: Tensor | None = None
     classes: int = 0  # K of each categorical, where the stochastic part is made of them
+    task: Tensor | None = None  # [B] numbers of the tasks, for multi-task models
 
     @property
     def features(self) -> Tensor:
@@ -67,12 +69,13 @@ class LatentState:
         return self.deterministic.shape[0]
 
     def to(self, device: torch.device | str) -> LatentState:
-        moved = None if self.stochastic is None else self.stochastic.to(device)
-        return LatentState(self.deterministic.to(device), moved, self.classes)
+        moved = (None if part is None else part.to(device) for part in (self.stochastic, self.task))
+        stochastic, task = moved
+        return LatentState(self.deterministic.to(device), stochastic, self.classes, task)
 
     def detach(self) -> LatentState:
         cut = None if self.stochastic is None else self.stochastic.detach()
-        return LatentState(self.deterministic.detach(), cut, self.classes)
+        return LatentState(self.deterministic.detach(), cut, self.classes, self.task)
 
 
 @dataclass(frozen=True)

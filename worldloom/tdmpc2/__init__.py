@@ -2,6 +2,17 @@
 
 from worldloom.tdmpc2.agent import TDMPC2Agent
 from worldloom.tdmpc2.config import SIZES, TDMPC2Config
+from worldloom.tdmpc2.official_checkpoints import load_official, save_official
+from worldloom.tdmpc2.tasks import TASK_SETS, Task
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 
-__all__ = ["SIZES", "TDMPC2Agent", "TDMPC2Config", "TDMPC2WorldModel"]
+__all__ = [
+    "SIZES",
+    "TASK_SETS",
+    "TDMPC2Agent",
+    "TDMPC2Config",
+    "TDMPC2WorldModel",
+    "Task",
+    "load_official",
+    "save_official",
+]

@@ -36,7 +36,6 @@ class RunningScale:
 class TDMPC2Agent:
     """Acts on vector observations with continuous actions; see `worldloom.types.Agent` for the protocol."""
 
-    columns: Mapping[str, ColumnSpec] = {}
     behaviour = None  # the world model holds policy and values
     random_warmup = True
     default_precision: Precision = "float32"
@@ -47,6 +46,7 @@ class TDMPC2Agent:
         c = model.config
         self.world_model, self.config, self.planner = model, c, Planner(model)
         self.batch_size, self.pretrain = c.batch_size, c.pretrain
+        self.columns: Mapping[str, ColumnSpec] = {"task": ColumnSpec((), "int32")} if model.tasks else {}
         self.windows = WindowSpec(length=c.horizon + 1, context=1, crosses_episodes=False)
         self.train_ratio = float(c.batch_size * c.horizon)  # one update per environment step
         self.true_ends_hint = None if c.episodic else NOT_EPISODIC
@@ -76,16 +76,25 @@ class TDMPC2Agent:
 
     @torch.inference_mode()
     def act(
-        self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
+        self,
+        obs: ObsArray,
+        act_state: ActState | None,
+        is_first: Array,
+        explore: bool = True,
+        task: Array | None = None,
     ) -> tuple[Array, ActState]:
-        """Actions [E, A] in [-1, 1] for obs [E, V]; act_state holds each environment's previous plan."""
-        z = self.world_model.encode(torch.as_tensor(obs, device=self.device)).deterministic
+        """Actions [E, A] in [-1, 1] for obs [E, V]; act_state holds each environment's previous plan.
+
+        task: [E] numbers of the tasks, for a multi-task model; actions beyond a task's own are zero.
+        """
+        numbers = None if task is None else torch.as_tensor(task, device=self.device).long()
+        z = self.world_model.encode(torch.as_tensor(obs, device=self.device), numbers).deterministic
         noise = self.planner.draw_noise(len(z), self.acting_generator)
         mean = self._previous_mean(act_state, is_first, len(z))
         if self.config.mpc:
-            action, mean = self.planner.plan(z, mean, noise, explore)
+            action, mean = self.planner.plan(z, mean, noise, explore, numbers)
         else:
-            sample = self.world_model.sample_policy(z, noise.explore)
+            sample = self.world_model.sample_policy(z, noise.explore, self.world_model.action_mask(numbers))
             action = sample.action if explore else sample.mean_action
         return action.cpu().numpy(), {"mean": mean}
 
@@ -114,7 +123,7 @@ class TDMPC2Agent:
         found.loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self._model_parameters, c.grad_clip)
         self._model_optimizer.step()
-        policy = self._update_policy(found.latents.detach())
+        policy = self._update_policy(found.latents.detach(), model.action_mask(model.batch_task(batch)))
         with torch.no_grad():
             torch._foreach_lerp_(list(model.target_q.parameters()), list(model.q.parameters()), c.tau)
         self.updates += 1
@@ -134,8 +143,11 @@ class TDMPC2Agent:
             raise FloatingPointError(self._name_nan(metrics))
         return metrics, {}
 
-    def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
-        """Maximise scaled values plus entropy on z [B, H+1, D]; the value heads are frozen."""
+    def _update_policy(self, z: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Maximise scaled values plus entropy on z [B, H+1, D + T]; value heads and task embeddings are frozen.
+
+        mask: [B, A], for a multi-task model.
+        """
         model, c = self.world_model, self.config
         noise = torch.randn(*z.shape[:-1], model.action_dim, device=self.device, generator=self._generator)
         heads = model.draw_heads(self._generator)
@@ -143,7 +155,7 @@ class TDMPC2Agent:
         if c.dropout > 0:
             keep = torch.empty(*z.shape[:-1], len(heads), c.mlp_dim, device=self.device)
             keep.bernoulli_(1 - c.dropout, generator=self._generator).div_(1 - c.dropout)
-        loss, value, entropy = self._policy_loss(z, noise, heads, keep)
+        loss, value, entropy = self._policy_loss(z, noise, heads, keep, None if mask is None else mask[:, None])
         self._policy_optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, c.grad_clip)
@@ -156,11 +168,11 @@ class TDMPC2Agent:
         }
 
     def _policy_loss(
-        self, z: Tensor, noise: Tensor, heads: Tensor, keep: Tensor | None
+        self, z: Tensor, noise: Tensor, heads: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and means of value and entropy; the scale of values follows."""
         model, c = self.world_model, self.config
-        sample = model.sample_policy(z, noise)
+        sample = model.sample_policy(z, noise, mask)
         logits = model.q(torch.cat([z, sample.action], -1), heads, keep, frozen=True)
         value = fn.symlog_mean(logits, model.bins).mean(0)  # [B, H+1]
         self.scale.update(value[:, 0])
@@ -182,6 +194,7 @@ class TDMPC2Agent:
         if self.config.mpc:
             modules += [model.dynamics, model.reward, model.q]
             modules += [] if model.termination is None else [model.termination]
+        modules += [] if model.task_embedding is None else [model.task_embedding]
         return [parameter.detach() for module in modules for parameter in module.parameters()]
 
     def acting_weights(self) -> Array:

@@ -30,6 +30,8 @@ class TDMPC2Config:
     log_std_min: float = -10.0
     log_std_max: float = 2.0
     episodic: bool = False  # learn a termination head, for tasks with true ends
+    task_dim: int = 0  # T, of the task embedding; 0 for a single task
+    symlog_obs: bool = False  # as in the authors' files from before their code was public
 
     # Learning
     batch_size: int = 256  # B, windows per update

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from worldloom import functional as fn
 from worldloom.nets import Ensemble, SimNorm, mlp
 from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.tdmpc2.tasks import Task
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
 
 
@@ -55,10 +56,13 @@ class TDMPC2WorldModel(nn.Module):
     """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
 
     obs_shape: (V,) float32 vectors. Actions are continuous, in [-1, 1]. episode_length: agent steps, sets gamma.
-    Raises ValueError for image observations.
+    tasks: what a multi-task model knows, in the order of their numbers; observations and actions are then padded with
+    zeros to the largest task's. Raises ValueError for image observations.
     """
 
     bins: Tensor
+    action_masks: Tensor
+    discounts: Tensor
 
     def __init__(
         self,
@@ -66,13 +70,9 @@ class TDMPC2WorldModel(nn.Module):
         action_dim: int,
         config: TDMPC2Config | None = None,
         episode_length: int | None = None,
-        obs_classes: Mapping[str, int] | None = None,
+        tasks: Sequence[Task] = (),
     ) -> None:
         super().__init__()
-        if obs_classes:
-            raise ValueError(
-                f"TD-MPC2 reads numbers, but {', '.join(obs_classes)} are class indices. Make them one-hot."
-            )
         if isinstance(obs_shape, Mapping) or len(obs_shape) != 1 or obs_shape[0] < 1:
             raise ValueError(
                 f"TD-MPC2 reads vector observations here: obs_shape is {obs_shape}, expected (V,). "
@@ -82,19 +82,27 @@ class TDMPC2WorldModel(nn.Module):
             raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
         self.config = c = config or TDMPC2Config()
         self.obs_shape, self.action_dim, self.episode_length = tuple(obs_shape), action_dim, episode_length
+        self.tasks = tuple(tasks)
+        _check_tasks(self.tasks, c.task_dim, action_dim)
         self.discount = c.discount_for(episode_length)
-        joint, hidden = c.latent_dim + action_dim, [c.mlp_dim] * 2
-        encoder_sizes = [obs_shape[0]] + [c.encoder_dim] * max(c.encoder_layers - 1, 1)
+        wide = c.latent_dim + c.task_dim  # a latent and the embedding of its task
+        joint, hidden = wide + action_dim, [c.mlp_dim] * 2
+        encoder_sizes = [obs_shape[0] + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1)
         self.encoder = mlp(encoder_sizes, c.latent_dim, SimNorm(c.simnorm_dim))
         self.dynamics = mlp([joint, *hidden], c.latent_dim, SimNorm(c.simnorm_dim))
         self.reward = mlp([joint, *hidden], c.num_bins)
-        self.policy = mlp([c.latent_dim, *hidden], 2 * action_dim)
+        self.policy = mlp([wide, *hidden], 2 * action_dim)
         self.q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins)
-        self.termination = mlp([c.latent_dim, *hidden], 1) if c.episodic else None
+        self.termination = mlp([wide, *hidden], 1) if c.episodic else None
+        self.task_embedding = nn.Embedding(len(tasks), c.task_dim, max_norm=1.0) if tasks else None
         self._initialise()
         self.target_q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins).requires_grad_(False)
         self.target_q.load_state_dict(self.q.state_dict())
         self.register_buffer("bins", torch.linspace(-c.bin_limit, c.bin_limit, c.num_bins), persistent=False)
+        masks = torch.tensor([[float(i < task.action_dim) for i in range(action_dim)] for task in self.tasks])
+        discounts = torch.tensor([c.discount_for(task.episode_length) for task in self.tasks])
+        self.register_buffer("action_masks", masks, persistent=False)  # [tasks, A]
+        self.register_buffer("discounts", discounts, persistent=False)  # [tasks]
 
     def _initialise(self) -> None:
         """N(0, 0.02) weights, zero biases; the last layers of reward and values start at exactly zero."""
@@ -108,12 +116,29 @@ class TDMPC2WorldModel(nn.Module):
         last_reward: Any = self.reward[-1]
         nn.init.zeros_(last_reward.weight)
         nn.init.zeros_(self.q.output.weight)
+        if self.task_embedding is not None:
+            nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
 
-    # The networks on latents z [..., D] and actions [..., A]
+    # The networks on latents z [..., D + T] and actions [..., A]. In a multi-task model a latent carries the embedding
+    # of its task in its last T entries, as every network reads it; with a single task T is 0.
+
+    def latent(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
+        """[..., D + T], of observations [..., V] and task numbers [...]."""
+        x = fn.symlog(obs.float()) if self.config.symlog_obs else obs.float()
+        if self.task_embedding is None:
+            return cast(Tensor, self.encoder(x))
+        assert task is not None
+        embedded = self.task_embedding(task)
+        return torch.cat([self.encoder(torch.cat([x, embedded], -1)), embedded], -1)
 
     def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
-        """[..., D]"""
-        return cast(Tensor, self.dynamics(torch.cat([z, action], -1)))
+        """[..., D + T]"""
+        new: Tensor = self.dynamics(torch.cat([z, action], -1))
+        return new if self.task_embedding is None else torch.cat([new, z[..., self.config.latent_dim :]], -1)
+
+    def action_mask(self, task: Tensor | None) -> Tensor | None:
+        """[..., A], 1 for the action dimensions that each task [...] uses; None for a single task."""
+        return None if task is None else self.action_masks[task]
 
     def predict_reward(self, z: Tensor, action: Tensor) -> Tensor:
         """[...], of the move out of z."""
@@ -129,36 +154,40 @@ class TDMPC2WorldModel(nn.Module):
             return torch.zeros(z.shape[:-1], device=z.device)
         return torch.sigmoid(self.termination(z)).squeeze(-1)
 
-    def sample_policy(self, z: Tensor, noise: Tensor) -> PolicySample:
-        """z: [..., D], noise: [..., A] standard normal."""
+    def sample_policy(self, z: Tensor, noise: Tensor, mask: Tensor | None = None) -> PolicySample:
+        """z: [..., D + T], noise: [..., A] standard normal, mask: [..., A] of the tasks."""
         c = self.config
         mean, raw = self.policy(z).chunk(2, -1)
         log_std = c.log_std_min + 0.5 * (c.log_std_max - c.log_std_min) * (torch.tanh(raw) + 1)
-        return squashed_sample(mean, log_std, noise)
+        if mask is not None:
+            mean, log_std, noise = mean * mask, log_std * mask, noise * mask
+        return squashed_sample(mean, log_std, noise, mask)
 
     # WorldModel
 
-    def encode(self, obs: Obs) -> LatentState:
-        """obs: [B, V]."""
+    def encode(self, obs: Obs, task: Tensor | None = None) -> LatentState:
+        """obs: [B, V]; task: [B] numbers of the tasks, for a multi-task model."""
         if not isinstance(obs, Tensor) or tuple(obs.shape[1:]) != self.obs_shape:
             found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
             raise ValueError(f"encode: obs is {found}, expected [B, {self.obs_shape[0]}].")
-        return LatentState(self.encoder(obs.float()))
+        self._check_task("encode", task, len(obs))
+        return LatentState(self.latent(obs, task), task=task)
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
         self._check_action("predict", action, (state.batch_size,))
-        return LatentState(self.next_latent(state.deterministic, action))
+        return LatentState(self.next_latent(state.deterministic, action), task=state.task)
 
     def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
         """TD-MPC2 keeps no memory: what it observes replaces what it predicted."""
         self._check_action("observe", action, (state.batch_size,))
-        return self.encode(obs)
+        return self.encode(obs, state.task)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
         """`obs` None, `action` [B, A] (the policy's mean), `reward` [B, 1] and `q_values` [B, N] of that action,
         `continue` [B, 1]."""
         z = state.deterministic
-        action = torch.tanh(self.policy(z).chunk(2, -1)[0])
+        zeros = torch.zeros(len(z), self.action_dim, device=z.device)
+        action = self.sample_policy(z, zeros, self.action_mask(state.task)).mean_action
         return {
             "obs": None,
             "reward": self.predict_reward(z, action).unsqueeze(-1),
@@ -173,12 +202,14 @@ class TDMPC2WorldModel(nn.Module):
         for action in actions:
             z = states[-1].deterministic
             rewards.append(self.predict_reward(z, action))
-            states.append(LatentState(self.next_latent(z, action)))
+            states.append(LatentState(self.next_latent(z, action), task=state.task))
             continues.append(1 - self.terminates(states[-1].deterministic))
         return Trajectory(tuple(states), torch.stack(rewards).unsqueeze(-1), torch.stack(continues).unsqueeze(-1))
 
     def initial_state(self, batch_size: int) -> LatentState:
-        """Uniform simplices: what SimNorm makes of zeros."""
+        """Uniform simplices: what SimNorm makes of zeros. Raises ValueError for a multi-task model (use `encode`)."""
+        if self.tasks:
+            raise ValueError("initial_state: this model knows several tasks. Use encode(obs, task).")
         z = torch.full((batch_size, self.config.latent_dim), 1 / self.config.simnorm_dim)
         return LatentState(z.to(self.bins.device))
 
@@ -200,6 +231,7 @@ class TDMPC2WorldModel(nn.Module):
             "obs_shape": list(self.obs_shape),
             "action_dim": self.action_dim,
             "episode_length": self.episode_length,
+            "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "config": dataclasses.asdict(self.config),
         }
 
@@ -225,21 +257,21 @@ class TDMPC2WorldModel(nn.Module):
         Gradients run through the whole latent rollout; the policy gets none.
         """
         obs, actions, rewards, terminated = self._transitions(batch)
-        c, steps = self.config, actions.shape[1]
+        c, steps, task = self.config, actions.shape[1], self.batch_task(batch)
         with torch.no_grad():
-            next_z = self.encoder(obs[:, 1:])
-            target = self.td_target(next_z, rewards, terminated, noise)
-        latents = [self.encoder(obs[:, 0])]
+            next_z = self.latent(obs[:, 1:], None if task is None else task[:, None].expand(obs.shape[0], steps))
+            target = self.td_target(next_z, rewards, terminated, noise, task)
+        latents = [self.latent(obs[:, 0], task)]
         for t in range(steps):
             latents.append(self.next_latent(latents[-1], actions[:, t]))
-        z = torch.stack(latents, 1)  # [B, H+1, D]
+        z = torch.stack(latents, 1)  # [B, H+1, D + T]
         joint = torch.cat([z[:, :-1], actions], -1)
         weight = c.rho ** torch.arange(steps, device=z.device)
 
         def over_time(per_step: Tensor) -> Tensor:  # [..., B, H]
             return (per_step.flatten(0, -2).mean(0) * weight).mean()
 
-        consistency = over_time((z[:, 1:] - next_z).square().mean(-1))
+        consistency = over_time((z[:, 1:] - next_z)[..., : c.latent_dim].square().mean(-1))
         reward = over_time(self._cross_entropy(self.reward(joint), rewards))
         value = over_time(self._cross_entropy(self.q(joint, dropout=noise.dropout), target))
         termination = torch.zeros((), device=z.device)
@@ -255,12 +287,16 @@ class TDMPC2WorldModel(nn.Module):
         return Losses(total, consistency, reward, value, termination, z)
 
     @torch.no_grad()
-    def td_target(self, next_z: Tensor, rewards: Tensor, terminated: Tensor, noise: LossNoise) -> Tensor:
+    def td_target(
+        self, next_z: Tensor, rewards: Tensor, terminated: Tensor, noise: LossNoise, task: Tensor | None = None
+    ) -> Tensor:
         """r + gamma (1 - terminated) min over two random target heads of Q(z', a' ~ policy): [B, H]."""
-        action = self.sample_policy(next_z, noise.target_action).action
+        mask = self.action_mask(None if task is None else task[:, None])
+        action = self.sample_policy(next_z, noise.target_action, mask).action
         logits = self.target_q(torch.cat([next_z, action], -1), noise.target_heads)
         value = fn.symlog_mean(logits, self.bins).amin(0)
-        return rewards + self.discount * (1 - terminated) * value
+        discount = self.discount if task is None else self.discounts[task][:, None]
+        return rewards + discount * (1 - terminated) * value
 
     def _cross_entropy(self, logits: Tensor, x: Tensor) -> Tensor:
         return fn.soft_cross_entropy(logits, fn.two_hot(fn.symlog(x), self.bins))
@@ -284,20 +320,47 @@ class TDMPC2WorldModel(nn.Module):
             terminated = torch.zeros_like(rewards)
         return obs.float(), actions[:, 1:].float(), rewards[:, 1:].float(), terminated[:, 1:]
 
+    def batch_task(self, batch: Batch) -> Tensor | None:
+        """[B] task numbers out of batch["task"], [B] or [B, T]; None for a single task."""
+        task = batch.get("task")
+        if task is not None and self.tasks:
+            task = (task if task.ndim == 1 else task[:, 0]).long()
+        self._check_task("batch['task']", task if self.tasks else None, len(batch["actions"]))
+        return task if self.tasks else None
+
+    def _check_task(self, where: str, task: Tensor | None, count: int) -> None:
+        if self.tasks and task is None:
+            raise ValueError(f"{where}: this model knows {len(self.tasks)} tasks, expected their numbers, task [B].")
+        if task is not None and not self.tasks:
+            raise ValueError(f"{where}: task was given, but this model knows a single task.")
+        if task is not None and tuple(task.shape) != (count,):
+            raise ValueError(f"{where}: task is {tuple(task.shape)}, expected ({count},).")
+
     def _check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
         expected = (*lead, self.action_dim)
         if tuple(action.shape) != expected:
             raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
 
 
-def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> PolicySample:
+def _check_tasks(tasks: Sequence[Task], task_dim: int, action_dim: int) -> None:
+    if bool(tasks) != (task_dim > 0):
+        raise ValueError(
+            f"agent.task_dim is {task_dim} with {len(tasks)} tasks, expected above 0 with several tasks and 0 with one."
+        )
+    if tasks and max(task.action_dim for task in tasks) > action_dim:
+        largest = max(tasks, key=lambda task: task.action_dim)
+        raise ValueError(f"action_dim is {action_dim}, but task {largest.name!r} has {largest.action_dim}.")
+
+
+def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor, mask: Tensor | None = None) -> PolicySample:
     """a = tanh(mean + noise exp(log_std)), with its log-probability.
 
     The scaled entropy is the reference's: -log_prob * A g / log_prob, that is -A g with g the log-density before
-    squashing (its issue #76).
+    squashing (its issue #76). mask: [..., A]; A then counts the dimensions that a task uses.
     """
     action = torch.tanh(mean + noise * log_std.exp())
     gaussian = (-0.5 * noise.square() - log_std - 0.9189385175704956).sum(-1)
     log_prob = gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1)
-    scale = mean.shape[-1] * gaussian / (log_prob + 1e-8)
+    size = mean.shape[-1] if mask is None else mask.sum(-1)
+    scale = size * gaussian / (log_prob + 1e-8)
     return PolicySample(action, torch.tanh(mean), log_std, log_prob, -log_prob * scale)

@@ -1,0 +1,238 @@
+"""The checkpoint files that TD-MPC2's authors published: all three layouts are read, the current one is written.
+
+Layout C is their code's today, B that of October 2023 to November 2024, A from before the code was public; A's encoders
+take symlog of the observation first. Files are read with torch.load(weights_only=True): nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.tdmpc2.tasks import DM_CONTROL_STEPS, MT30, MT80, Task
+from worldloom.tdmpc2.world_model import TDMPC2WorldModel
+from worldloom.types import ObsShape
+
+State = dict[str, Tensor]
+
+OURS = {  # prefixes of layout C and of our parameters
+    "_encoder.state.": "encoder.",
+    "_dynamics.": "dynamics.",
+    "_reward.": "reward.",
+    "_pi.": "policy.",
+    "_termination.": "termination.",
+    "_task_emb.": "task_embedding.",
+    "_Qs.params.0.": "q.first.",
+    "_Qs.params.1.": "q.second.",
+    "_Qs.params.2.": "q.output.",
+    "_target_Qs_params.0.": "target_q.first.",
+    "_target_Qs_params.1.": "target_q.second.",
+    "_target_Qs_params.2.": "target_q.output.",
+}
+FLAT_Q = ("weight", "bias", "ln.weight", "ln.bias")  # the order of a value layer's tensors in layouts A and B
+LAYOUT_A_MLP = {"0": "0", "1": "0.ln", "3": "1", "4": "1.ln", "6": "2"}
+LAYOUT_A_DYNAMICS = {"0.0": "0", "0.1": "0.ln", "0.3": "1", "0.4": "1.ln", "0.6": "2", "1": "2.ln"}
+
+
+def load_official(
+    path: str | os.PathLike[str],
+    obs_shape: ObsShape | None = None,
+    action_dim: int | None = None,
+    device: torch.device | str = "cpu",
+    episode_length: int | None = None,
+    tasks: Sequence[Task] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> TDMPC2WorldModel:
+    """A model out of an official file; every size is inferred from its shapes.
+
+    obs_shape, action_dim: checked against the file where given. episode_length: agent steps, 500 (DeepMind Control)
+    where not given; it sets the discount, which no file holds. tasks: of a multi-task file; 30 and 80 tasks are taken
+    for mt30 and mt80. Raises ValueError for files that are not TD-MPC2's, are cut short, hold other objects than
+    tensors, or whose keys or sizes are not those expected.
+    """
+    state, symlog_obs = as_current(read_official(path), path)
+    ours = _rename(state, path)
+    fields = infer_sizes(ours, path)
+    known = _tasks_of(ours, tasks, path)
+    masks = ours.pop("action_masks", None)
+    encoder, policy = ours["encoder.0.weight"], ours["policy.2.weight"]
+    shape, size = (encoder.shape[1] - fields["task_dim"],), policy.shape[0] // 2
+    for name, wanted, found in (("obs_shape", obs_shape, shape), ("action_dim", action_dim, size)):
+        if wanted is not None and wanted != found:
+            raise ValueError(f"{path} holds a model with {name}={found}, but {name}={wanted} was asked for.")
+    config = TDMPC2Config(**{**fields, "symlog_obs": symlog_obs, **(overrides or {})})
+    model = TDMPC2WorldModel(shape, size, config, episode_length or DM_CONTROL_STEPS, known)
+    if masks is not None and not torch.equal(masks.float(), model.action_masks):
+        raise ValueError(f"{path} masks actions differently than these {len(known)} tasks do. Give its own tasks.")
+    _fill(model, ours, path)
+    return model.to(device)
+
+
+def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None:
+    """Write layout C, which the authors' code loads. Raises ValueError for what their code does not know."""
+    c = model.config
+    if c.symlog_obs:
+        raise ValueError("save_official: this model takes symlog of observations, which layout C cannot say.")
+    theirs: dict[str, Any] = {
+        "log_std_min": torch.tensor(int(c.log_std_min)),
+        "log_std_dif": torch.tensor(int(c.log_std_max - c.log_std_min)),
+    }
+    for name, tensor in model.state_dict().items():
+        prefix = next(ours for ours in OURS.values() if name.startswith(ours))
+        official = {ours: theirs for theirs, ours in OURS.items()}[prefix]
+        theirs[official + name.removeprefix(prefix)] = tensor.detach().cpu().clone()
+    for name in [name for name in theirs if name.startswith("_Qs.params.")]:
+        theirs["_detach_Qs_params." + name.removeprefix("_Qs.params.")] = theirs[name].clone()
+    for group in ("_Qs.params", "_detach_Qs_params", "_target_Qs_params"):
+        theirs |= {f"{group}.__batch_size": torch.Size([c.num_q]), f"{group}.__device": None}
+    if model.tasks:
+        theirs["_action_masks"] = model.action_masks.cpu().clone()
+    torch.save({"model": theirs}, path)
+
+
+def read_official(path: str | os.PathLike[str]) -> State:
+    """The tensors of a file by their names there. Raises ValueError; executes nothing."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of TD-MPC2, is cut short, or holds objects other than tensors, which are "
+            "never loaded. Download it again, or check where it comes from."
+        ) from error
+    model = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(model, dict) or not any(str(key).startswith("_dynamics.") for key in model):
+        raise ValueError(f'{path} is not a checkpoint of TD-MPC2: expected a mapping "model" with keys "_dynamics…".')
+    state = {str(k): v for k, v in model.items() if not str(k).rpartition(".")[2].startswith("__")}
+    if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{path}: {', '.join(foreign)} is not a tensor.")
+    return state
+
+
+def as_current(state: State, path: object = "the checkpoint") -> tuple[State, bool]:
+    """Layouts A and B under the names of C, in a new mapping, and whether observations pass through symlog (A)."""
+    twice = ("_detach_Qs.params.", "_target_Qs.params.") if "_detach_Qs_params.0.weight" in state else ()
+    state = {key: value for key, value in state.items() if not key.startswith(twice or ("\0",))}
+    first, second = state.get("_encoder.state.1.weight"), state.get("_encoder.state.2.weight")
+    oldest = (
+        not any(key.startswith("_encoder.state.0.") for key in state)
+        and first is not None
+        and first.ndim == 2
+        and second is not None
+        and second.ndim == 1
+    )
+    if oldest:
+        state = _unique({_from_layout_a(key): (key, value) for key, value in state.items()}, state, path)
+    return {_from_flat_q(key): value for key, value in state.items()}, oldest
+
+
+def _from_layout_a(key: str) -> str:
+    """Names collide with those of layout C that mean something else: never rename in place."""
+    module, _, rest = key.partition(".")
+    place, _, kind = rest.rpartition(".")
+    if module == "_encoder" and (match := re.fullmatch(r"state\.(\d+)", place)):
+        layer, part = divmod(int(match[1]) - 1, 3)
+        return f"_encoder.state.{layer}{'.ln' if part else ''}.{kind}" if part < 2 and layer >= 0 else key
+    if module == "_dynamics" and place in LAYOUT_A_DYNAMICS:
+        return f"{module}.{LAYOUT_A_DYNAMICS[place]}.{kind}"
+    if module in ("_reward", "_pi", "_termination") and place in LAYOUT_A_MLP:
+        return f"{module}.{LAYOUT_A_MLP[place]}.{kind}"
+    return key
+
+
+def _unique(renamed: Mapping[str, tuple[str, Tensor]], state: State, path: object) -> State:
+    if len(renamed) != len(state):
+        lost = sorted(state.keys() - {old for old, _ in renamed.values()})
+        raise ValueError(f"{path} has keys that are not TD-MPC2's: {', '.join(lost)}.")
+    return {new: value for new, (_, value) in renamed.items()}
+
+
+def _from_flat_q(key: str) -> str:
+    """`_Qs.params.5` is the second layer's bias, and so on."""
+    match = re.fullmatch(r"(_Qs\.params|_target_Qs\.params)\.(\d+)", key)
+    if not match:
+        return key
+    group = match[1].replace("_target_Qs.params", "_target_Qs_params")
+    layer, part = divmod(int(match[2]), 4)
+    return f"{group}.{layer}.{FLAT_Q[part]}"
+
+
+def _rename(state: State, path: object) -> State:
+    """Layout C under our own names; `_detach_Qs_params` is what the authors' code ends up with, so it wins."""
+    state = dict(state)
+    low, span = state.pop("log_std_min", torch.tensor(-10)), state.pop("log_std_dif", torch.tensor(12))
+    if (int(low), int(span)) != (-10, 12):
+        raise ValueError(f"{path} has log_std in [{int(low)}, {int(low + span)}], expected [-10, 2].")
+    detached = {k: state.pop(k) for k in list(state) if k.startswith("_detach_Qs_params.")}
+    if detached:
+        names = {"_Qs.params." + key.removeprefix("_detach_Qs_params.") for key in detached}
+        own = {key for key in state if key.startswith("_Qs.params.")}
+        if names != own:
+            raise ValueError(f"{path}: _detach_Qs_params and _Qs.params differ in {', '.join(sorted(names ^ own))}.")
+        state |= {"_Qs.params." + key.removeprefix("_detach_Qs_params."): value for key, value in detached.items()}
+    ours = {}
+    for key, value in state.items():
+        prefix = next((theirs for theirs in OURS if key.startswith(theirs)), None)
+        if prefix is None and key != "_action_masks":
+            raise ValueError(f"{path} has a key that is not TD-MPC2's: {key}.")
+        ours["action_masks" if prefix is None else OURS[prefix] + key.removeprefix(prefix)] = value
+    return ours
+
+
+def infer_sizes(ours: State, path: object = "the checkpoint") -> dict[str, Any]:
+    """The config fields that shape a model, from the shapes of its tensors."""
+    needed = ["encoder.0.weight", "dynamics.0.weight", "dynamics.2.weight", "reward.2.weight", "policy.2.weight"]
+    needed += ["q.first.weight", "target_q.first.weight"]
+    if missing := [name for name in needed if name not in ours]:
+        back = {mine: theirs for theirs, mine in OURS.items()}
+        named = [back[prefix] + n.removeprefix(prefix) for n in missing for prefix in back if n.startswith(prefix)]
+        raise ValueError(f"{path} lacks {', '.join(named)}: it is no checkpoint of TD-MPC2, or is cut short.")
+    embedding = ours.get("task_embedding.weight")
+    return {
+        "encoder_dim": ours["encoder.0.weight"].shape[0],
+        "encoder_layers": sum(bool(re.fullmatch(r"encoder\.\d+\.weight", name)) for name in ours),
+        "mlp_dim": ours["dynamics.0.weight"].shape[0],
+        "latent_dim": ours["dynamics.2.weight"].shape[0],
+        "num_q": ours["q.first.weight"].shape[0],
+        "num_bins": ours["reward.2.weight"].shape[0],
+        "episodic": any(name.startswith("termination.") for name in ours),
+        "task_dim": 0 if embedding is None else embedding.shape[1],
+    }
+
+
+def _tasks_of(ours: State, tasks: Sequence[Task], path: object) -> Sequence[Task]:
+    embedding = ours.get("task_embedding.weight")
+    count = 0 if embedding is None else len(embedding)
+    known = tuple(tasks) or {0: (), len(MT30): MT30, len(MT80): MT80}.get(count)
+    if known is None:
+        raise ValueError(f"{path} knows {count} tasks, which are neither mt30 nor mt80. Give tasks=[Task(…), …].")
+    if len(known) != count:
+        raise ValueError(f"{path} knows {count} tasks, but {len(known)} were given.")
+    return known
+
+
+def _fill(model: TDMPC2WorldModel, ours: State, path: object) -> None:
+    expected = model.state_dict()
+    back = {mine: theirs for theirs, mine in OURS.items()}
+
+    def official(name: str) -> str:
+        prefix = next(prefix for prefix in back if name.startswith(prefix))
+        return back[prefix] + name.removeprefix(prefix)
+
+    for word, names in (("lacks", expected.keys() - ours.keys()), ("has unknown", ours.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{path} {word} {', '.join(sorted(map(official, names)))}.")
+    for name, value in ours.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"{path}: {official(name)} is {tuple(value.shape)}, expected {tuple(expected[name].shape)} beside the "
+                "other tensors."
+            )
+    model.load_state_dict(ours)

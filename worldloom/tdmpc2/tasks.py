@@ -1,0 +1,57 @@
+"""The tasks of TD-MPC2's multi-task models. Their order fixes the rows of the task embedding (paper, appendix C)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DM_CONTROL_STEPS, META_WORLD_STEPS = 500, 100  # agent steps of an episode
+
+_DM_CONTROL = """
+walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup
+cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cup-catch finger-spin finger-turn-easy
+finger-turn-hard fish-swim hopper-stand hopper-hop walker-walk-backwards walker-run-backwards cheetah-run-backwards
+cheetah-run-front cheetah-run-back cheetah-jump hopper-hop-backwards reacher-three-easy reacher-three-hard cup-spin
+pendulum-spin
+"""
+
+_META_WORLD = """
+assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall coffee-button
+coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close drawer-open faucet-open faucet-close
+hammer handle-press-side handle-press handle-pull-side handle-pull lever-pull peg-insert-side peg-unplug-side
+pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back plate-slide-back-side
+push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull sweep-into sweep window-open
+window-close bin-picking box-close door-lock door-unlock hand-insert
+"""
+
+_ACTIONS = {  # by family, the longest matching name first
+    "reacher-three": 3, "walker": 6, "cheetah": 6, "fish": 5, "hopper": 4, "reacher": 2, "cup": 2, "finger": 2,
+    "acrobot": 1, "pendulum": 1, "cartpole": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of several that a model knows.
+
+    action_dim: how many of the model's action dimensions it uses. episode_length: agent steps, sets its discount.
+    """
+
+    name: str
+    action_dim: int
+    episode_length: int = DM_CONTROL_STEPS
+
+
+def _dm_control(name: str) -> Task:
+    return Task(name, next(size for family, size in _ACTIONS.items() if name.startswith(family)))
+
+
+MT30 = tuple(map(_dm_control, _DM_CONTROL.split()))
+MT80 = MT30 + tuple(Task(f"mw-{name}", 4, META_WORLD_STEPS) for name in _META_WORLD.split())
+TASK_SETS = {"mt30": MT30, "mt80": MT80}
+
+
+def multitask_sizes(size: str, task_set: str) -> dict[str, int]:
+    """The fields in which a published multi-task model of that size differs from the single-task one."""
+    if task_set == "mt30" and size in ("5m", "19m", "48m"):
+        return {"task_dim": 64, **({"latent_dim": 512} if size == "19m" else {})}
+    return {"task_dim": 96}
