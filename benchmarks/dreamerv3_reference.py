@@ -82,13 +82,13 @@ def main() -> None:
     batch = internal.device_put(random_batch(agent, rows), agent.train_sharded)
     carry = agent.init_train(options["batch"])
     seconds = []
-    for count in range(options["warmup"] + options["updates"]):
+    for count in range(options["warmup"] + options["repeats"]):
         seed = agent._seeds(count, agent.train_mirrored)
         begun = time.perf_counter()
         carry, _, _ = agent.train(carry, {**batch, "seed": seed})
         jax.block_until_ready(agent.params)
         seconds.append(time.perf_counter() - begun)
-    print(json.dumps(seconds[options["warmup"] :]))
+    print(json.dumps({"update": seconds[options["warmup"] :]}))
 
 
 if __name__ == "__main__":

@@ -92,25 +92,23 @@ def launches(agent: Agent, batch: Any) -> int:
     )
 
 
-def reference_seconds(options: argparse.Namespace) -> list[float]:
-    """The authors' code on the same shapes, in its own Python, with as many threads."""
-    settings = {
-        "size": options.model.partition(":")[2],
-        "obs": options.obs,
+def reference_seconds(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of the authors' code by what was timed, in its own Python, with as many threads."""
+    family, size = resolve(options.model)
+    common = {
+        "size": int(size.removesuffix("m")) if family == "tdmpc2" else size,
         "device": options.device,
-        "precision": options.precision,
-        "batch": options.batch,
-        "length": options.length,
+        "threads": options.threads,
         "warmup": WARMUP,
-        "updates": options.updates,
     }
-    script = Path(__file__).with_name("dreamerv3_reference.py")
-    command = [options.reference_python, str(script), str(options.reference), json.dumps(settings)]
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[: options.threads]]
-    done = subprocess.run(["taskset", "-c", ",".join(cores), *command], capture_output=True, text=True)
+    script = Path(__file__).with_name(f"{family}_reference.py")
+    command = [options.reference_python, str(script), str(options.reference), json.dumps({**common, **settings})]
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[: options.threads])
+    done = subprocess.run(["taskset", "-c", cores, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the reference failed:\n{done.stderr[-2000:]}")
-    return [float(second) for second in json.loads(done.stdout.strip().splitlines()[-1])]
+    found: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -124,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--updates", type=int, default=20, help="timed updates")
     parser.add_argument("--eager-only", action="store_true", help="do not compile")
-    parser.add_argument("--reference", type=Path, help="checkout of danijar/dreamerv3 to time beside ours (DreamerV3)")
+    parser.add_argument("--reference", type=Path, help="checkout of the authors' code to time beside ours")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python that has what it needs")
     return parser.parse_args()
 
@@ -147,7 +145,13 @@ def main() -> None:
         for name, agent in agents.items():
             times[name].append(update(agent, batch))
     if options.reference:
-        times["reference"] = reference_seconds(options)
+        settings = {
+            "obs": options.obs,
+            "precision": options.precision,
+            "batch": options.batch,
+            "length": options.length,
+        }
+        times["reference"] = reference_seconds(options, {**settings, "repeats": options.updates})["update"]
     one = agents["eager"]
     print(f"\n{options.model}, {options.obs}, {one.batch_size} x {one.windows.trained} rows, {options.device}")
     print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, {options.precision}")

@@ -32,14 +32,14 @@ class Family:
     default_size: str
     model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
     agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
-    options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks
+    options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks, action_classes
 
 
 FAMILIES: dict[str, Family] = {
     "dreamerv3": Family(
         DreamerV3Config, dreamerv3.SIZES, "size12m", DreamerV3WorldModel, DreamerV3Agent, ("obs_classes",)
     ),
-    "tdmpc2": Family(TDMPC2Config, tdmpc2.SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent, ("tasks",)),
+    "tdmpc2": Family(TDMPC2Config, tdmpc2.SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent, ("tasks", "action_classes")),
 }
 ALIASES: dict[str, str] = {
     "dreamer": "dreamerv3:size12m",
@@ -56,6 +56,7 @@ ALIASES: dict[str, str] = {
 EXPLANATIONS = {
     "obs_classes": "It reads numbers: make class indices one-hot.",
     "tasks": "Only tdmpc2 knows several tasks.",
+    "action_classes": "It takes one-hot actions as they are.",
 }
 
 
@@ -123,6 +124,7 @@ def create_world_model(
     episode_length: int | None = None,
     obs_classes: Mapping[str, int] | None = None,
     tasks: str | Sequence[Task] = (),
+    action_classes: Sequence[int] = (),
     **overrides: Any,
 ) -> WorldModel:
     """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc"), a directory (`save_pretrained`) or a file: one of
@@ -132,7 +134,8 @@ def create_world_model(
     the number of action dimensions or of one-hot entries. episode_length: agent steps, where known (TD-MPC2 derives
     its discount from it). obs_classes: by key of the mapping ("obs" for a single shape), how many classes there are
     where observations are class indices; DreamerV3 reads them one-hot. tasks: "mt30", "mt80" or what else a
-    multi-task TD-MPC2 is to know. overrides: fields of the model's config. Raises ValueError or TypeError that names
+    multi-task TD-MPC2 is to know. action_classes: the choices of each one-hot part of an action, which TD-MPC2 must
+    know where actions are discrete. overrides: fields of the model's config. Raises ValueError or TypeError that names
     what was wrong, FileNotFoundError for a directory that holds no model.
     """
     if Path(model).is_dir():
@@ -149,7 +152,8 @@ def create_world_model(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
     config = build_config(str(model), {**(multitask_sizes(size, task_set) if task_set else {}), **overrides})
-    options = {key: value for key, value in (("obs_classes", obs_classes), ("tasks", tasks)) if value}
+    given = {"obs_classes": obs_classes, "tasks": tasks, "action_classes": action_classes}
+    options = {key: value for key, value in given.items() if value}
     if foreign := options.keys() - set(family.options):
         raise ValueError(f"{model} takes no {', '.join(foreign)}. {EXPLANATIONS[next(iter(foreign))]}")
     shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
@@ -216,6 +220,7 @@ def create_agent(
             device,
             episode_length,
             observation_classes(observations),
+            action_classes=actions.classes if "action_classes" in FAMILIES[name].options else (),
             **overrides,
         )
         return cast(Agent, FAMILIES[name].agent(world_model, seed, actions.classes))

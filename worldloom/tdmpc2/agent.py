@@ -41,8 +41,8 @@ class TDMPC2Agent:
     default_precision: Precision = "float32"
 
     def __init__(self, model: TDMPC2WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
-        if action_classes:
-            raise TypeError("TD-MPC2 acts in continuous (Box) action spaces. Choose an environment that has one.")
+        if tuple(action_classes) != model.action_classes:
+            raise ValueError(f"the agent has action classes {action_classes}, its model {model.action_classes}.")
         c = model.config
         self.world_model, self.config, self.planner = model, c, Planner(model)
         self.batch_size, self.pretrain = c.batch_size, c.pretrain

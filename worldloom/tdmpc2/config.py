@@ -61,6 +61,7 @@ class TDMPC2Config:
     temperature: float = 0.5  # multiplies values
     min_std: float = 0.05
     max_std: float = 2.0
+    min_probability: float = 0.1  # share of discrete plans that stays uniform (an extension, not published)
 
     def __post_init__(self) -> None:
         def require(holds: bool, name: str, expected: str) -> None:
@@ -98,6 +99,7 @@ class TDMPC2Config:
             "num_elites",
             f"between 1 and num_samples={self.num_samples}",
         )
+        require(0 < self.min_probability <= 1, "min_probability", "a share in (0, 1]")
         require(0 < self.min_std <= self.max_std, "min_std", f"a positive number up to max_std={self.max_std}")
 
     def discount_for(self, episode_length: int | None) -> float:

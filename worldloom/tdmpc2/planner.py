@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from worldloom.tdmpc2.world_model import TDMPC2WorldModel
+from worldloom.tdmpc2.world_model import TDMPC2WorldModel, choose
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,37 @@ class Planner:
         )
 
     def plan(
-        self, z: Tensor, previous_mean: Tensor, noise: PlanNoise, explore: bool, task: Tensor | None = None
+        self, z: Tensor, previous: Tensor, noise: PlanNoise, explore: bool, task: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Actions [E, A] for latents z [E, D + T], and the mean [E, H, A] to pass in at the next step.
+        """Actions [E, A] for latents z [E, D + T], and the plan [E, H, A] to pass in at the next step.
 
-        previous_mean: [E, H, A]; zeros start a row afresh. task: [E], for a multi-task model.
+        previous: [E, H, A]; zeros start a row afresh. task: [E], for a multi-task model.
         """
         c, mask = self.model.config, self.model.action_mask(task)
         discount = self._discount(task, len(z))
         policy_actions = self._policy_sequences(z, noise.policy, mask)  # [H, E, P, A]
-        mean = torch.cat([previous_mean[:, 1:], torch.zeros_like(previous_mean[:, :1])], 1).movedim(1, 0)
-        std = torch.full_like(mean, c.max_std)  # [H, E, A]
+        shifted = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], 1).movedim(1, 0)
+        proposal = self._first_proposal(shifted, mask)
         for i in range(self.iterations):
-            sampled = (mean.unsqueeze(2) + std.unsqueeze(2) * noise.samples[i]).clamp(-1, 1)
-            if mask is not None:
-                sampled = sampled * mask[:, None]
-            actions = torch.cat([policy_actions, sampled], 2)  # [H, E, P + S, A]
+            actions = torch.cat([policy_actions, proposal.sample(noise.samples[i])], 2)  # [H, E, P + S, A]
             value = self.sequence_value(z, actions, noise.terminal[i], noise.heads[i], discount, mask).nan_to_num(0.0)
             elite_value, elite = value.topk(c.num_elites, 1)  # [E, elites]
             index = elite[None, :, :, None].expand(c.horizon, -1, -1, actions.shape[-1])
             elite_actions = actions.gather(2, index)
-            score, mean, std = update_distribution(elite_value, elite_actions, c.temperature, c.min_std, c.max_std)
-            if mask is not None:
-                mean, std = mean * mask, std * mask
-        chosen = (score.log() + noise.choice).argmax(1)
+            weight = elite_weights(elite_value, c.temperature)
+            proposal = proposal.refit(weight, elite_actions)
+        chosen = (weight.log() + noise.choice).argmax(1)
         action = elite_actions[0, torch.arange(len(z), device=z.device), chosen]
         if explore:
-            action = action + std[0] * noise.explore
-        return action.clamp(-1, 1), mean.movedim(0, 1)
+            action = proposal.explore(action, noise.explore)
+        return action, proposal.plan
+
+    def _first_proposal(self, shifted: Tensor, mask: Tensor | None) -> Gaussian | Categorical:
+        """shifted: [H, E, A], the previous plan moved on by a step."""
+        c, classes = self.model.config, self.model.action_classes
+        if classes:
+            return Categorical.around(shifted, classes, c.min_probability)
+        return Gaussian(shifted, torch.full_like(shifted, c.max_std), mask, c.min_std, c.max_std)
 
     def _discount(self, task: Tensor | None, envs: int) -> Tensor:
         """[E]"""
@@ -127,16 +130,82 @@ class Planner:
         return torch.stack(actions)
 
 
-def update_distribution(
-    value: Tensor, actions: Tensor, temperature: float, min_std: float, max_std: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One MPPI step from the elites: weights [E, K] that sum to one, then mean and std [H, E, A].
-
-    value: [E, K], actions: [H, E, K, A].
-    """
+def elite_weights(value: Tensor, temperature: float) -> Tensor:
+    """[E, K] weights that sum to one, of values [E, K]."""
     weight = torch.exp(temperature * (value - value.amax(1, keepdim=True)))
-    weight = weight / weight.sum(1, keepdim=True)
-    share, total = weight[None, :, :, None], weight.sum(1)[None, :, None] + 1e-9
-    mean = (share * actions).sum(2) / total
-    variance = (share * (actions - mean.unsqueeze(2)).square()).sum(2) / total
-    return weight, mean, variance.sqrt().clamp(min_std, max_std)
+    return weight / weight.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent normals over continuous action sequences: mean and std [H, E, A], mask [E, A] for several tasks."""
+
+    mean: Tensor
+    std: Tensor
+    mask: Tensor | None
+    min_std: float
+    max_std: float
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """[H, E, S, A] in [-1, 1]; noise: [H, E, S, A] standard normal."""
+        drawn = (self.mean.unsqueeze(2) + self.std.unsqueeze(2) * noise).clamp(-1, 1)
+        return drawn if self.mask is None else drawn * self.mask[:, None]
+
+    def refit(self, weight: Tensor, actions: Tensor) -> Gaussian:
+        """Mean and std of the elites: weight [E, K], actions [H, E, K, A]."""
+        share, total = weight[None, :, :, None], weight.sum(1)[None, :, None] + 1e-9
+        mean = (share * actions).sum(2) / total
+        variance = (share * (actions - mean.unsqueeze(2)).square()).sum(2) / total
+        std = variance.sqrt().clamp(self.min_std, self.max_std)
+        if self.mask is not None:
+            mean, std = mean * self.mask, std * self.mask
+        return Gaussian(mean, std, self.mask, self.min_std, self.max_std)
+
+    def explore(self, action: Tensor, noise: Tensor) -> Tensor:
+        """[E, A]"""
+        return (action + self.std[0] * noise).clamp(-1, 1)
+
+    @property
+    def plan(self) -> Tensor:
+        """[E, H, A], what the next step starts from."""
+        return self.mean.movedim(0, 1)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Independent choices over sequences of one-hot actions: probs [H, E, A], every part of `classes` sums to one.
+
+    An extension of ours: MPPI with elites averaged into probabilities, none of which falls below `least`.
+    """
+
+    probs: Tensor
+    classes: tuple[int, ...]
+    least: float
+
+    @classmethod
+    def around(cls, previous: Tensor, classes: tuple[int, ...], least: float) -> Categorical:
+        """Halfway between the previous plan and the uniform distribution; uniform where there was none (zeros)."""
+        parts = []
+        for part in previous.split(classes, -1):
+            uniform = torch.full_like(part, 1 / part.shape[-1])
+            parts.append(torch.where(part.sum(-1, keepdim=True) > 0, (part + uniform) / 2, uniform))
+        return cls(torch.cat(parts, -1), classes, least)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """One-hot actions [H, E, S, A]; noise: [H, E, S, A] standard normal."""
+        return choose(self.probs.log().unsqueeze(2), noise, self.classes)
+
+    def refit(self, weight: Tensor, actions: Tensor) -> Categorical:
+        """Shares of the elites: weight [E, K], actions [H, E, K, A]."""
+        share = (weight[None, :, :, None] * actions).sum(2)
+        parts = [(1 - self.least) * p + self.least / p.shape[-1] for p in share.split(self.classes, -1)]
+        return Categorical(torch.cat(parts, -1), self.classes, self.least)
+
+    def explore(self, action: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - drawn anew
+        """[E, A], drawn from the first step's probabilities."""
+        return choose(self.probs[0].log(), noise, self.classes)
+
+    @property
+    def plan(self) -> Tensor:
+        """[E, H, A], what the next step starts from."""
+        return self.probs.movedim(0, 1)

@@ -55,7 +55,8 @@ class Losses:
 class TDMPC2WorldModel(nn.Module):
     """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
 
-    obs_shape: (V,) float32 vectors. Actions are continuous, in [-1, 1]. episode_length: agent steps, sets gamma.
+    obs_shape: (V,) float32 vectors. Actions are continuous, in [-1, 1], or one-hot: action_classes then says how many
+    choices each part has (an extension of ours). episode_length: agent steps, sets gamma.
     tasks: what a multi-task model knows, in the order of their numbers; observations and actions are then padded with
     zeros to the largest task's. Raises ValueError for image observations.
     """
@@ -71,6 +72,7 @@ class TDMPC2WorldModel(nn.Module):
         config: TDMPC2Config | None = None,
         episode_length: int | None = None,
         tasks: Sequence[Task] = (),
+        action_classes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if isinstance(obs_shape, Mapping) or len(obs_shape) != 1 or obs_shape[0] < 1:
@@ -82,7 +84,12 @@ class TDMPC2WorldModel(nn.Module):
             raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
         self.config = c = config or TDMPC2Config()
         self.obs_shape, self.action_dim, self.episode_length = tuple(obs_shape), action_dim, episode_length
-        self.tasks = tuple(tasks)
+        self.tasks, self.action_classes = tuple(tasks), tuple(action_classes)
+        if self.action_classes and (sum(self.action_classes) != action_dim or self.tasks):
+            raise ValueError(
+                f"action_classes {self.action_classes} with action_dim {action_dim} and {len(tasks)} tasks, expected "
+                "classes that sum to action_dim, and a single task."
+            )
         _check_tasks(self.tasks, c.task_dim, action_dim)
         self.discount = c.discount_for(episode_length)
         wide = c.latent_dim + c.task_dim  # a latent and the embedding of its task
@@ -91,7 +98,7 @@ class TDMPC2WorldModel(nn.Module):
         self.encoder = mlp(encoder_sizes, c.latent_dim, SimNorm(c.simnorm_dim))
         self.dynamics = mlp([joint, *hidden], c.latent_dim, SimNorm(c.simnorm_dim))
         self.reward = mlp([joint, *hidden], c.num_bins)
-        self.policy = mlp([wide, *hidden], 2 * action_dim)
+        self.policy = mlp([wide, *hidden], action_dim if action_classes else 2 * action_dim)
         self.q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins)
         self.termination = mlp([wide, *hidden], 1) if c.episodic else None
         self.task_embedding = nn.Embedding(len(tasks), c.task_dim, max_norm=1.0) if tasks else None
@@ -157,6 +164,8 @@ class TDMPC2WorldModel(nn.Module):
     def sample_policy(self, z: Tensor, noise: Tensor, mask: Tensor | None = None) -> PolicySample:
         """z: [..., D + T], noise: [..., A] standard normal, mask: [..., A] of the tasks."""
         c = self.config
+        if self.action_classes:
+            return categorical_sample(self.policy(z), noise, self.action_classes)
         mean, raw = self.policy(z).chunk(2, -1)
         log_std = c.log_std_min + 0.5 * (c.log_std_max - c.log_std_min) * (torch.tanh(raw) + 1)
         if mask is not None:
@@ -231,6 +240,7 @@ class TDMPC2WorldModel(nn.Module):
             "obs_shape": list(self.obs_shape),
             "action_dim": self.action_dim,
             "episode_length": self.episode_length,
+            "action_classes": list(self.action_classes),
             "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "config": dataclasses.asdict(self.config),
         }
@@ -340,6 +350,28 @@ class TDMPC2WorldModel(nn.Module):
         expected = (*lead, self.action_dim)
         if tuple(action.shape) != expected:
             raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+
+
+def choose(log_probs: Tensor, noise: Tensor, classes: Sequence[int]) -> Tensor:
+    """One-hot draws [..., A], part by part; noise: [..., A] standard normal, made Gumbel by its quantiles."""
+    uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
+    perturbed = log_probs - torch.log(-torch.log(uniform))
+    parts = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in perturbed.split(tuple(classes), -1)]
+    return torch.cat(parts, -1).to(noise.dtype)
+
+
+def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) -> PolicySample:
+    """Independent choices with straight-through gradients (an extension of ours; no counterpart in the paper).
+
+    The entropy is exact, not that of the draw; `log_std` holds the log-probabilities.
+    """
+    log_probs = torch.cat([F.log_softmax(part, -1) for part in logits.split(tuple(classes), -1)], -1)
+    probs, drawn = log_probs.exp(), choose(log_probs, noise, classes)
+    likeliest = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in log_probs.split(tuple(classes), -1)]
+    entropy = -(probs * log_probs).sum(-1)
+    action = drawn + probs - probs.detach()
+    mean_action = torch.cat(likeliest, -1).to(logits.dtype)
+    return PolicySample(action, mean_action, log_probs, (drawn * log_probs).sum(-1), entropy)
 
 
 def _check_tasks(tasks: Sequence[Task], task_dim: int, action_dim: int) -> None:
