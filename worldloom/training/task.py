@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,8 @@ from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluator, start_evaluation
 from worldloom.training.replay import ReplayBuffer
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
+
+logger = logging.getLogger(__name__)
 
 EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 
@@ -83,10 +88,18 @@ def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Ag
         )
         auto = agent.default_precision if torch.device(device).type == "cuda" else "float32"
         precision: Precision = auto if config.train.precision == "auto" else config.train.precision
-        agent.configure_learning(precision, config.train.compile)
+        agent.configure_learning(precision, config.train.compile and _can_compile(device))
         return agent
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config.algorithm} on {config.env.id}: {error}") from error
+
+
+def _can_compile(device: str) -> bool:
+    """On a CPU torch.compile needs a C++ compiler; without one updates run as they are."""
+    if torch.device(device).type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        return True
+    logger.warning("train.compile is true, but no C++ compiler (g++ or clang++) was found: updates are not compiled.")
+    return False
 
 
 def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
