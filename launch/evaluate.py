@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         agent = load_agent(options.run_dir, choose_device(options.device), options.seed)
         env = yaml.safe_load((Path(options.run_dir) / "config.yaml").read_text())["env"]
-        suites: dict[str, Any] = {"atari": AtariConfig(**env["atari"]), "dmc": DMCConfig(**env["dmc"])}
+        suites: dict[str, Any] = {
+            "atari": AtariConfig(**env["atari"]),
+            "dmc": DMCConfig(**env["dmc"]),
+            "frame_stack": env["frame_stack"],
+        }
         make = lambda count: make_env(env["id"], count, options.seed, env["action_repeat"], **suites)  # noqa: E731
         result = evaluate(agent, make, options.episodes, options.seed)
     except (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed) as error:

@@ -65,6 +65,22 @@ def test_mappings_keep_their_kinds_and_choices_become_one_hots():
     assert step.obs["touch"].tolist() == [[1, 1]] * 2
 
 
+def test_stacked_frames_are_the_last_ones_and_begin_anew_with_each_episode():
+    env = make_env("tests.environments:Picture-v0", frame_stack=3)
+    assert env.observation_space.shape == (9, 8, 6)
+    assert env.reset()[0, ::3, 0, 0].tolist() == [0, 0, 0]
+    seen = [env.step(np.eye(4, dtype=np.float32)[[0]]) for _ in range(5)]
+    assert [step.final_obs[0, ::3, 0, 0].tolist() for step in seen] == [
+        [0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5],
+    ]  # fmt: skip
+    assert seen[-1].obs[0, ::3, 0, 0].tolist() == [0, 0, 0]
+    mixed = make_env("tests.environments:Mixed-v0", frame_stack=2)
+    assert mixed.observation_space["camera"].shape == (6, 64, 64)
+    assert mixed.reset()["camera"].shape == (1, 6, 64, 64)
+    with pytest.raises(ValueError, match="Pendulum-v1 shows no images"):
+        make_env("Pendulum-v1", frame_stack=2)
+
+
 def test_a_mapping_that_lacks_a_key_names_what_was_expected():
     space = gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2), "b": gymnasium.spaces.Discrete(2)})
     read = ObservationCodec("Task-v0", space)

@@ -160,6 +160,35 @@ def test_our_own_directory_keeps_what_an_official_file_held(tmp_path):
     assert_same(model, create_world_model(tmp_path / "ours"), torch.tensor([0, 1, 2, 2, 1, 0, 0]))
 
 
+def test_pixel_files_hold_the_published_keys_and_load(tmp_path):
+    torch.manual_seed(0)
+    model = TDMPC2WorldModel((9, 64, 64), 4, TDMPC2Config(augment_eval=False), 500)
+    current = layout_c(model, tmp_path / "c.pt")
+    assert {k: tuple(v.shape) for k, v in current.items() if k.startswith("_encoder") and k.endswith("weight")} == {
+        "_encoder.rgb.2.weight": (32, 9, 7, 7),
+        "_encoder.rgb.4.weight": (32, 32, 5, 5),
+        "_encoder.rgb.6.weight": (32, 32, 3, 3),
+        "_encoder.rgb.8.weight": (32, 32, 3, 3),
+    }
+    loaded = create_world_model(tmp_path / "c.pt", obs_shape=(9, 64, 64), action_dim=4, augment_eval=False)
+    image = torch.randint(256, (2, 9, 64, 64), dtype=torch.uint8)
+    assert torch.equal(loaded.encode(image).deterministic, model.encode(image).deterministic)
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        ({"action_classes": (4,)}, "discrete actions"),
+        ({"obs_shape": (9, 64, 64)}, "projects images"),
+        ({"obs_shape": (9, 80, 80), "config": TDMPC2Config()}, "images other than 64x64"),
+    ],
+)
+def test_models_that_the_authors_code_does_not_know_are_not_exported(made, what, tmp_path):
+    arguments = {"obs_shape": (5,), "action_dim": 4, "config": TDMPC2Config(**SMALL), **made}
+    with pytest.raises(ValueError, match=what):
+        save_official(TDMPC2WorldModel(**arguments), tmp_path / "no.pt")
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)

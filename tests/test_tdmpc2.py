@@ -12,6 +12,7 @@ from worldloom import create_world_model
 from worldloom.catalog import build_config
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 from worldloom.tdmpc2.agent import RunningScale, policy_loss
+from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Gaussian, Planner, PlanNoise, elite_weights
 from worldloom.tdmpc2.world_model import categorical_sample, choose, squashed_sample
 
@@ -390,6 +391,60 @@ def test_multi_task_updates_train_the_embedding_but_not_through_the_policy():
         agent.update(batch_of(model))
 
 
+# Pixels
+
+
+def test_pixel_parameter_counts_equal_the_reference():
+    with torch.device("meta"):
+        model = create_world_model("tdmpc2:5m", (9, 64, 64), 4, device="meta")
+    assert sum(p.numel() for p in model.encoder.parameters()) == 58_272
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4_870_150
+
+
+def test_pixel_encoder_is_four_convolutions_and_simnorm():
+    torch.manual_seed(0)
+    encoder = PixelEncoder((9, 64, 64), 512, 8)
+    images = torch.randint(256, (2, 9, 64, 64), dtype=torch.uint8)
+    x = images / 255 - 0.5
+    for conv, stride in zip(encoder.convs, (2, 2, 2, 1), strict=True):
+        x = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride)
+        x = x if stride == 1 else x.relu()
+    assert x.shape == (2, 32, 4, 4)
+    expected = x.flatten(1).view(2, 64, 8).softmax(-1).view(2, 512)
+    assert_close(encoder(images), expected)
+    assert_close(encoder(images.float(), torch.full((2, 2), 3)), expected)  # a shift of 3 leaves images as they are
+
+
+def test_shifts_move_each_image_by_its_own_distance_and_repeat_the_border():
+    image = torch.arange(64.0).view(1, 8, 8)
+    moved = shifted(image.expand(3, 1, 8, 8), torch.tensor([[3, 3], [0, 3], [3, 6]]))
+    assert torch.equal(moved[0, 0], image[0])
+    assert torch.equal(moved[1, 0, :, 3:], image[0, :, :5])  # content moves right by 3
+    assert torch.equal(moved[1, 0, :, :3], image[0, :, :1].expand(8, 3))
+    assert torch.equal(moved[2, 0, :5], image[0, 3:])  # and here up by 3
+    drawn = draw_shifts((1000,), torch.device("cpu"))
+    assert (drawn.min().item(), drawn.max().item()) == (0, 6)
+
+
+@pytest.mark.parametrize("augment_eval", [True, False])
+def test_pixel_agents_act_and_learn(augment_eval):
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, augment_eval=augment_eval)
+    agent = TDMPC2Agent(TDMPC2WorldModel((3, 64, 64), 2, config, episode_length=200))
+    model = agent.world_model
+    assert model.encoder.projection is not None  # 16 latents: a projection of ours
+    obs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(model.encode(obs).deterministic, model.encode(obs).deterministic) != augment_eval
+    actions, _ = agent.act(obs.numpy(), None, np.ones(2, bool))
+    assert actions.shape == (2, 2)
+    batch = batch_of(model)
+    batch["obs"] = torch.randint(256, (8, 4, 3, 64, 64), dtype=torch.uint8)
+    first = agent.update(batch)[0]["reward_loss"]
+    for _ in range(40):
+        last = agent.update(batch)[0]["reward_loss"]
+    assert last < first
+
+
 # Discrete actions
 
 
@@ -517,7 +572,8 @@ def test_save_pretrained_round_trip_is_bit_exact(tmp_path):
     [
         ("tdmpc3:5m", {}, ValueError, "Did you mean tdmpc2:5m"),
         ("tdmpc2:6m", {}, ValueError, "Known: .*tdmpc2:1m"),
-        ("tdmpc2:5m", {"obs_shape": (3, 64, 64)}, ValueError, "vector observations"),
+        ("tdmpc2:5m", {"obs_shape": (3, 4)}, ValueError, r"obs_shape is \(3, 4\), expected \(V,\) or \(C, H, W\)"),
+        ("tdmpc2:5m", {"obs_shape": (3, 38, 64)}, ValueError, "at least 39x39"),
         ("tdmpc2:5m", {"action_dim": 0}, ValueError, "action_dim is 0"),
         ("tdmpc2:5m", {"horzon": 4}, ValueError, "Did you mean 'horizon'"),
         ("tdmpc2:5m", {"horizon": "4"}, TypeError, "agent.horizon is '4'"),

@@ -33,13 +33,19 @@ class Environment:
     [-1, 1] of shape (A,), or Discrete and MultiDiscrete, whose actions are given one-hot (see `worldloom.spaces`).
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any], action_repeat: int = 1, episode_length: int | None = None) -> None:
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        action_repeat: int = 1,
+        episode_length: int | None = None,
+        frame_stack: int = 1,
+    ) -> None:
         if action_repeat < 1:
             raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
         self._env, self._repeat = env, action_repeat
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._actions = ActionCodec(self.name, env.action_space)
-        self._observations = ObservationCodec(self.name, env.observation_space)
+        self._observations = ObservationCodec(self.name, env.observation_space, frame_stack)
         self.action_dim, self.action_classes = self._actions.size, self._actions.classes
         self.action_space, self.observation_space = self._actions.space, self._observations.space
         limit = env.spec.max_episode_steps if env.spec else None
@@ -48,7 +54,7 @@ class Environment:
 
     def reset(self, seed: int | None = None) -> ObsArray:
         obs, _ = self._env.reset(seed=seed)
-        return self._observations(obs)
+        return self._observations(obs, first=True)
 
     def step(self, action: Array) -> tuple[ObsArray, float, bool, bool]:
         """Repeat `action` [A] and sum the rewards: (obs, reward, terminated, truncated)."""
@@ -198,17 +204,20 @@ def make_environment(
     render_mode: str | None = None,
     atari: AtariConfig | None = None,
     dmc: DMCConfig | None = None,
+    frame_stack: int = 1,
 ) -> Environment:
     """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
     try:
         if env_id.startswith("ALE/"):  # frames are repeated and pooled together
             game = make_atari(env_id, atari or AtariConfig(), action_repeat)
-            return Environment(game, episode_length=(atari or AtariConfig()).max_frames // action_repeat)
+            length = (atari or AtariConfig()).max_frames // action_repeat
+            return Environment(game, episode_length=length, frame_stack=frame_stack)
         if env_id.startswith("dm_control/"):
             task = make_dm_control(env_id, dmc or DMCConfig(), render_mode)
-            return Environment(task, action_repeat, episode_length=math.ceil(DM_CONTROL_STEPS / action_repeat))
+            return Environment(task, action_repeat, math.ceil(DM_CONTROL_STEPS / action_repeat), frame_stack)
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        return Environment(gymnasium.make(env_id, disable_env_checker=True, **options), action_repeat)
+        made = gymnasium.make(env_id, disable_env_checker=True, **options)
+        return Environment(made, action_repeat, frame_stack=frame_stack)
     except gymnasium.error.Error as error:
         raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {error} {_nearest(env_id)}") from error
     except ModuleNotFoundError as error:
@@ -225,14 +234,17 @@ def make_env(
     render_mode: str | None = None,
     atari: AtariConfig | None = None,
     dmc: DMCConfig | None = None,
+    frame_stack: int = 1,
 ) -> VectorEnv:
     """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0"), of Atari ("ALE/Pong-v5") or of
     DeepMind Control ("dm_control/walker-walk-v0"; atari and dmc say how these look).
 
-    Rewards are summed over action_repeat. Raises ValueError for an unknown id, TypeError for spaces that
-    `worldloom.spaces` cannot convert.
+    Rewards are summed over action_repeat; images come with the frame_stack - 1 before them, the oldest first. Raises
+    ValueError for an unknown id, TypeError for spaces that `worldloom.spaces` cannot convert.
     """
-    return VectorEnv(lambda: make_environment(env_id, action_repeat, render_mode, atari, dmc), num_envs, seed)
+    return VectorEnv(
+        lambda: make_environment(env_id, action_repeat, render_mode, atari, dmc, frame_stack), num_envs, seed
+    )
 
 
 def _nearest(env_id: str) -> str:

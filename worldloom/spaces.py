@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,12 +75,17 @@ class ObservationEntry:
 class ObservationCodec:
     """An environment's observations: one array, or a mapping of them in order of name.
 
-    Raises TypeError for mappings within mappings and for spaces that `ObservationEntry` cannot take.
+    frame_stack: images carry the frames before them in their channels, the oldest first; the first frame of an episode
+    stands for those before it. Raises TypeError for mappings within mappings and for spaces that `ObservationEntry`
+    cannot take.
     """
 
-    def __init__(self, name: str, space: spaces.Space[Any]) -> None:
+    def __init__(self, name: str, space: spaces.Space[Any], frame_stack: int = 1) -> None:
+        if frame_stack < 1:
+            raise ValueError(f"env.frame_stack is {frame_stack}, expected at least 1.")
         self._name = name
         self._mapping = isinstance(space, spaces.Dict)
+        self._frames: dict[str, deque[Array]] = {}
         if isinstance(space, spaces.Dict):
             given = {key: space.spaces[key] for key in sorted(space.spaces)}
             self._entries = {key: ObservationEntry(f"{name}: observation {key!r}", s) for key, s in given.items()}
@@ -87,8 +93,34 @@ class ObservationCodec:
         else:
             self._entries = {"obs": ObservationEntry(f"{name}: the observation", space)}
             self.space = self._entries["obs"].space
+        if frame_stack > 1:
+            self._stack_images(frame_stack)
 
-    def __call__(self, obs: Any) -> ObsArray:
+    def _stack_images(self, count: int) -> None:
+        images = [key for key, entry in self._entries.items() if entry.space.dtype == np.uint8]
+        if not images:
+            raise ValueError(f"env.frame_stack is {count}, but {self._name} shows no images. Leave it at 1.")
+        self._frames = {key: deque(maxlen=count) for key in images}
+        for key in images:
+            channels, height, width = self._entries[key].space.shape or ()
+            stacked = spaces.Box(0, 255, (count * channels, height, width), np.uint8)
+            if isinstance(self.space, spaces.Dict):
+                self.space.spaces[key] = stacked
+            else:
+                self.space = stacked
+
+    def __call__(self, obs: Any, first: bool = False) -> ObsArray:
+        """first: this observation starts an episode."""
+        converted = self._convert(obs)
+        if not self._frames:
+            return converted
+        parts = dict(converted) if isinstance(converted, Mapping) else {"obs": converted}
+        for key, frames in self._frames.items():
+            frames.extend([parts[key]] * (frames.maxlen or 1) if first else [parts[key]])
+            parts[key] = np.concatenate(frames)
+        return parts if self._mapping else parts["obs"]
+
+    def _convert(self, obs: Any) -> ObsArray:
         if not self._mapping:
             return self._entries["obs"](obs)
         if not isinstance(obs, Mapping) or obs.keys() != self._entries.keys():

@@ -83,12 +83,14 @@ class TDMPC2Agent:
         explore: bool = True,
         task: Array | None = None,
     ) -> tuple[Array, ActState]:
-        """Actions [E, A] in [-1, 1] for obs [E, V]; act_state holds each environment's previous plan.
+        """Actions [E, A] in [-1, 1] or one-hot for obs [E, *obs_shape]; act_state holds every environment's last plan.
 
         task: [E] numbers of the tasks, for a multi-task model; actions beyond a task's own are zero.
         """
         numbers = None if task is None else torch.as_tensor(task, device=self.device).long()
-        z = self.world_model.encode(torch.as_tensor(obs, device=self.device), numbers).deterministic
+        model, shown = self.world_model, torch.as_tensor(obs, device=self.device)
+        model.check_observation("act", shown, numbers)
+        z = model.latent(shown, numbers, model.draw_eval_shifts(len(shown), self.acting_generator))
         noise = self.planner.draw_noise(len(z), self.acting_generator)
         mean = self._previous_mean(act_state, is_first, len(z))
         if self.config.mpc:

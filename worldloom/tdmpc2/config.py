@@ -31,6 +31,7 @@ class TDMPC2Config:
     log_std_max: float = 2.0
     episodic: bool = False  # learn a termination head, for tasks with true ends
     task_dim: int = 0  # T, of the task embedding; 0 for a single task
+    augment_eval: bool = True  # shift images at random in acting and evaluation too, as the authors' code does
     symlog_obs: bool = False  # as in the authors' files from before their code was public
 
     # Learning

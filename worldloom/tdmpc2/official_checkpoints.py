@@ -25,6 +25,10 @@ State = dict[str, Tensor]
 
 OURS = {  # prefixes of layout C and of our parameters
     "_encoder.state.": "encoder.",
+    "_encoder.rgb.2.": "encoder.convs.0.",
+    "_encoder.rgb.4.": "encoder.convs.1.",
+    "_encoder.rgb.6.": "encoder.convs.2.",
+    "_encoder.rgb.8.": "encoder.convs.3.",
     "_dynamics.": "dynamics.",
     "_reward.": "reward.",
     "_pi.": "policy.",
@@ -37,6 +41,7 @@ OURS = {  # prefixes of layout C and of our parameters
     "_target_Qs_params.1.": "target_q.second.",
     "_target_Qs_params.2.": "target_q.output.",
 }
+PIXELS = (64, 64)  # height and width that the authors' image encoder takes
 FLAT_Q = ("weight", "bias", "ln.weight", "ln.bias")  # the order of a value layer's tensors in layouts A and B
 LAYOUT_A_MLP = {"0": "0", "1": "0.ln", "3": "1", "4": "1.ln", "6": "2"}
 LAYOUT_A_DYNAMICS = {"0.0": "0", "0.1": "0.ln", "0.3": "1", "0.4": "1.ln", "0.6": "2", "1": "2.ln"}
@@ -63,8 +68,12 @@ def load_official(
     fields = infer_sizes(ours, path)
     known = _tasks_of(ours, tasks, path)
     masks = ours.pop("action_masks", None)
-    encoder, policy = ours["encoder.0.weight"], ours["policy.2.weight"]
-    shape, size = (encoder.shape[1] - fields["task_dim"],), policy.shape[0] // 2
+    size = ours["policy.2.weight"].shape[0] // 2
+    shape: tuple[int, ...]
+    if "encoder.convs.0.weight" in ours:
+        shape = (ours["encoder.convs.0.weight"].shape[1], *PIXELS)
+    else:
+        shape = (ours["encoder.0.weight"].shape[1] - fields["task_dim"],)
     for name, wanted, found in (("obs_shape", obs_shape, shape), ("action_dim", action_dim, size)):
         if wanted is not None and wanted != found:
             raise ValueError(f"{path} holds a model with {name}={found}, but {name}={wanted} was asked for.")
@@ -79,16 +88,20 @@ def load_official(
 def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None:
     """Write layout C, which the authors' code loads. Raises ValueError for what their code does not know."""
     c = model.config
-    if c.symlog_obs:
-        raise ValueError("save_official: this model takes symlog of observations, which layout C cannot say.")
+    for holds, what in (
+        (c.symlog_obs, "takes symlog of observations"),
+        (model.action_classes, "chooses discrete actions"),
+        (model.pixels and model.obs_shape[1:] != PIXELS, "reads images other than 64x64"),
+        (model.pixels and c.latent_dim != 512, "projects images"),
+    ):
+        if holds:
+            raise ValueError(f"save_official: this model {what}, which layout C cannot say. Use save_pretrained.")
     theirs: dict[str, Any] = {
         "log_std_min": torch.tensor(int(c.log_std_min)),
         "log_std_dif": torch.tensor(int(c.log_std_max - c.log_std_min)),
     }
     for name, tensor in model.state_dict().items():
-        prefix = next(ours for ours in OURS.values() if name.startswith(ours))
-        official = {ours: theirs for theirs, ours in OURS.items()}[prefix]
-        theirs[official + name.removeprefix(prefix)] = tensor.detach().cpu().clone()
+        theirs[_official_name(name)] = tensor.detach().cpu().clone()
     for name in [name for name in theirs if name.startswith("_Qs.params.")]:
         theirs["_detach_Qs_params." + name.removeprefix("_Qs.params.")] = theirs[name].clone()
     for group in ("_Qs.params", "_detach_Qs_params", "_target_Qs_params"):
@@ -188,16 +201,24 @@ def _rename(state: State, path: object) -> State:
 
 def infer_sizes(ours: State, path: object = "the checkpoint") -> dict[str, Any]:
     """The config fields that shape a model, from the shapes of its tensors."""
-    needed = ["encoder.0.weight", "dynamics.0.weight", "dynamics.2.weight", "reward.2.weight", "policy.2.weight"]
-    needed += ["q.first.weight", "target_q.first.weight"]
+    pixels = any(name.startswith("encoder.convs.") for name in ours)
+    needed = ["dynamics.0.weight", "dynamics.2.weight", "reward.2.weight", "policy.2.weight"]
+    needed += ["q.first.weight", "target_q.first.weight", "encoder.convs.0.weight" if pixels else "encoder.0.weight"]
     if missing := [name for name in needed if name not in ours]:
-        back = {mine: theirs for theirs, mine in OURS.items()}
-        named = [back[prefix] + n.removeprefix(prefix) for n in missing for prefix in back if n.startswith(prefix)]
-        raise ValueError(f"{path} lacks {', '.join(named)}: it is no checkpoint of TD-MPC2, or is cut short.")
+        raise ValueError(
+            f"{path} lacks {', '.join(map(_official_name, missing))}: it is no checkpoint of TD-MPC2, or is cut short."
+        )
     embedding = ours.get("task_embedding.weight")
+    encoder = (
+        {
+            "encoder_dim": ours["encoder.0.weight"].shape[0],
+            "encoder_layers": sum(bool(re.fullmatch(r"encoder\.\d+\.weight", name)) for name in ours),
+        }
+        if not pixels
+        else {}
+    )
     return {
-        "encoder_dim": ours["encoder.0.weight"].shape[0],
-        "encoder_layers": sum(bool(re.fullmatch(r"encoder\.\d+\.weight", name)) for name in ours),
+        **encoder,
         "mlp_dim": ours["dynamics.0.weight"].shape[0],
         "latent_dim": ours["dynamics.2.weight"].shape[0],
         "num_q": ours["q.first.weight"].shape[0],
@@ -220,19 +241,20 @@ def _tasks_of(ours: State, tasks: Sequence[Task], path: object) -> Sequence[Task
 
 def _fill(model: TDMPC2WorldModel, ours: State, path: object) -> None:
     expected = model.state_dict()
-    back = {mine: theirs for theirs, mine in OURS.items()}
-
-    def official(name: str) -> str:
-        prefix = next(prefix for prefix in back if name.startswith(prefix))
-        return back[prefix] + name.removeprefix(prefix)
-
     for word, names in (("lacks", expected.keys() - ours.keys()), ("has unknown", ours.keys() - expected.keys())):
         if names:
-            raise ValueError(f"{path} {word} {', '.join(sorted(map(official, names)))}.")
+            raise ValueError(f"{path} {word} {', '.join(sorted(map(_official_name, names)))}.")
     for name, value in ours.items():
         if value.shape != expected[name].shape:
             raise ValueError(
-                f"{path}: {official(name)} is {tuple(value.shape)}, expected {tuple(expected[name].shape)} beside the "
-                "other tensors."
+                f"{path}: {_official_name(name)} is {tuple(value.shape)}, expected {tuple(expected[name].shape)} "
+                "beside the other tensors."
             )
     model.load_state_dict(ours)
+
+
+def _official_name(name: str) -> str:
+    """Of one of our parameters, in layout C."""
+    fitting = [(theirs, ours) for theirs, ours in OURS.items() if name.startswith(ours)]
+    theirs, ours = max(fitting, key=lambda pair: len(pair[1]))  # encoder.convs.0. before encoder.
+    return theirs + name.removeprefix(ours)

@@ -16,6 +16,7 @@ from worldloom import functional as fn
 from worldloom.nets import Ensemble, SimNorm, mlp
 from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts
 from worldloom.tdmpc2.tasks import Task
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
 
@@ -38,6 +39,7 @@ class LossNoise:
     target_action: Tensor  # [B, H, A] standard normal
     target_heads: Tensor  # [2] distinct head indices
     dropout: Tensor | None  # [B, H, N, M] factors 0 or 1 / (1 - p)
+    shifts: Tensor | None = None  # [B, H + 1, 2], of images
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class Losses:
 class TDMPC2WorldModel(nn.Module):
     """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
 
-    obs_shape: (V,) float32 vectors. Actions are continuous, in [-1, 1], or one-hot: action_classes then says how many
-    choices each part has (an extension of ours). episode_length: agent steps, sets gamma.
+    obs_shape: (V,) float32 vectors, or (C, H, W) images, published as 9x64x64: three frames, the oldest first. Actions
+    are continuous, in [-1, 1], or one-hot: action_classes then says how many choices each part has (an extension of
+    ours). episode_length: agent steps, sets gamma.
     tasks: what a multi-task model knows, in the order of their numbers; observations and actions are then padded with
-    zeros to the largest task's. Raises ValueError for image observations.
+    zeros to the largest task's. Raises ValueError for other observations.
     """
 
     bins: Tensor
@@ -75,10 +78,14 @@ class TDMPC2WorldModel(nn.Module):
         action_classes: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if isinstance(obs_shape, Mapping) or len(obs_shape) != 1 or obs_shape[0] < 1:
+        if isinstance(obs_shape, Mapping) or len(obs_shape) not in (1, 3) or min(obs_shape) < 1:
             raise ValueError(
-                f"TD-MPC2 reads vector observations here: obs_shape is {obs_shape}, expected (V,). "
-                "Flatten the observation."
+                f"TD-MPC2 reads vectors or images: obs_shape is {obs_shape}, expected (V,) or (C, H, W). Flatten the "
+                "observation."
+            )
+        if len(obs_shape) == 3 and tasks:
+            raise ValueError(
+                f"obs_shape is {obs_shape} with {len(tasks)} tasks, expected vectors (V,) for several tasks."
             )
         if action_dim < 1:
             raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
@@ -94,8 +101,12 @@ class TDMPC2WorldModel(nn.Module):
         self.discount = c.discount_for(episode_length)
         wide = c.latent_dim + c.task_dim  # a latent and the embedding of its task
         joint, hidden = wide + action_dim, [c.mlp_dim] * 2
-        encoder_sizes = [obs_shape[0] + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1)
-        self.encoder = mlp(encoder_sizes, c.latent_dim, SimNorm(c.simnorm_dim))
+        self.encoder: nn.Module
+        if self.pixels:
+            self.encoder = PixelEncoder(self.obs_shape, c.latent_dim, c.simnorm_dim)
+        else:
+            encoder_sizes = [obs_shape[0] + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1)
+            self.encoder = mlp(encoder_sizes, c.latent_dim, SimNorm(c.simnorm_dim))
         self.dynamics = mlp([joint, *hidden], c.latent_dim, SimNorm(c.simnorm_dim))
         self.reward = mlp([joint, *hidden], c.num_bins)
         self.policy = mlp([wide, *hidden], action_dim if action_classes else 2 * action_dim)
@@ -114,7 +125,7 @@ class TDMPC2WorldModel(nn.Module):
     def _initialise(self) -> None:
         """N(0, 0.02) weights, zero biases; the last layers of reward and values start at exactly zero."""
         for name, parameter in self.named_parameters():
-            if ".ln." in name:
+            if ".ln." in name or ".convs." in name:  # convolutions keep torch's own initialisation
                 continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -129,8 +140,14 @@ class TDMPC2WorldModel(nn.Module):
     # The networks on latents z [..., D + T] and actions [..., A]. In a multi-task model a latent carries the embedding
     # of its task in its last T entries, as every network reads it; with a single task T is 0.
 
-    def latent(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
-        """[..., D + T], of observations [..., V] and task numbers [...]."""
+    @property
+    def pixels(self) -> bool:
+        return len(self.obs_shape) == 3
+
+    def latent(self, obs: Tensor, task: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """[..., D + T], of observations [..., *obs_shape] and task numbers [...]; shift: [..., 2] moves images."""
+        if self.pixels:
+            return cast(Tensor, self.encoder(obs, shift))
         x = fn.symlog(obs.float()) if self.config.symlog_obs else obs.float()
         if self.task_embedding is None:
             return cast(Tensor, self.encoder(x))
@@ -175,12 +192,15 @@ class TDMPC2WorldModel(nn.Module):
     # WorldModel
 
     def encode(self, obs: Obs, task: Tensor | None = None) -> LatentState:
-        """obs: [B, V]; task: [B] numbers of the tasks, for a multi-task model."""
-        if not isinstance(obs, Tensor) or tuple(obs.shape[1:]) != self.obs_shape:
-            found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
-            raise ValueError(f"encode: obs is {found}, expected [B, {self.obs_shape[0]}].")
-        self._check_task("encode", task, len(obs))
-        return LatentState(self.latent(obs, task), task=task)
+        """obs: [B, V] or [B, C, H, W] (uint8, or floats up to 255); task: [B] numbers, for a multi-task model."""
+        shown = self.check_observation("encode", obs, task)
+        return LatentState(self.latent(shown, task, self.draw_eval_shifts(len(shown))), task=task)
+
+    def draw_eval_shifts(self, count: int, generator: Generator | None = None) -> Tensor | None:
+        """[B, 2] of images that are acted on; None where they stay as they are."""
+        if not (self.pixels and self.config.augment_eval):
+            return None
+        return draw_shifts((count,), self.bins.device, generator)
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
         self._check_action("predict", action, (state.batch_size,))
@@ -254,8 +274,9 @@ class TDMPC2WorldModel(nn.Module):
         if c.dropout > 0:
             keep = torch.empty(batch_size, steps, c.num_q, c.mlp_dim, device=device)
             keep.bernoulli_(1 - c.dropout, generator=generator).div_(1 - c.dropout)
-        shape = (batch_size, steps, self.action_dim)
-        return LossNoise(torch.randn(shape, device=device, generator=generator), self.draw_heads(generator), keep)
+        actions = torch.randn(batch_size, steps, self.action_dim, device=device, generator=generator)
+        shifts = draw_shifts((batch_size, length), device, generator) if self.pixels else None
+        return LossNoise(actions, self.draw_heads(generator), keep, shifts)
 
     def draw_heads(self, generator: Generator | None = None) -> Tensor:
         """[2] distinct head indices."""
@@ -269,9 +290,10 @@ class TDMPC2WorldModel(nn.Module):
         obs, actions, rewards, terminated = self._transitions(batch)
         c, steps, task = self.config, actions.shape[1], self.batch_task(batch)
         with torch.no_grad():
-            next_z = self.latent(obs[:, 1:], None if task is None else task[:, None].expand(obs.shape[0], steps))
+            tasks = None if task is None else task[:, None].expand(obs.shape[0], steps)
+            next_z = self.latent(obs[:, 1:], tasks, None if noise.shifts is None else noise.shifts[:, 1:])
             target = self.td_target(next_z, rewards, terminated, noise, task)
-        latents = [self.latent(obs[:, 0], task)]
+        latents = [self.latent(obs[:, 0], task, None if noise.shifts is None else noise.shifts[:, 0])]
         for t in range(steps):
             latents.append(self.next_latent(latents[-1], actions[:, t]))
         z = torch.stack(latents, 1)  # [B, H+1, D + T]
@@ -314,9 +336,9 @@ class TDMPC2WorldModel(nn.Module):
     def _transitions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows to transitions: obs [B, H+1, V], and the H actions, rewards and ends that led to rows 1..H."""
         obs, actions, rewards = batch["obs"], batch["actions"], batch["rewards"]
-        if not isinstance(obs, Tensor) or obs.ndim != 3 or tuple(obs.shape[2:]) != self.obs_shape:
+        if not isinstance(obs, Tensor) or tuple(obs.shape[2:]) != self.obs_shape:
             found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
-            raise ValueError(f"batch['obs'] is {found}, expected [B, T, {self.obs_shape[0]}].")
+            raise ValueError(f"batch['obs'] is {found}, expected [B, T, {', '.join(map(str, self.obs_shape))}].")
         if obs.shape[1] < 2:
             raise ValueError(f"batch['obs'] has {obs.shape[1]} rows, expected at least 2: one transition.")
         self._check_action("batch['actions']", actions, tuple(obs.shape[:2]))
@@ -328,7 +350,15 @@ class TDMPC2WorldModel(nn.Module):
             terminated = 1 - batch["continues"]
         else:
             terminated = torch.zeros_like(rewards)
-        return obs.float(), actions[:, 1:].float(), rewards[:, 1:].float(), terminated[:, 1:]
+        return obs, actions[:, 1:].float(), rewards[:, 1:].float(), terminated[:, 1:]
+
+    def check_observation(self, where: str, obs: Obs, task: Tensor | None) -> Tensor:
+        """obs [B, *obs_shape]. Raises ValueError for another shape, and where task [B] does not fit."""
+        if not isinstance(obs, Tensor) or tuple(obs.shape[1:]) != self.obs_shape:
+            found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
+            raise ValueError(f"{where}: obs is {found}, expected [B, {', '.join(map(str, self.obs_shape))}].")
+        self._check_task(where, task, len(obs))
+        return obs
 
     def batch_task(self, batch: Batch) -> Tensor | None:
         """[B] task numbers out of batch["task"], [B] or [B, T]; None for a single task."""

@@ -21,6 +21,7 @@ class EnvConfig:
         id: Gymnasium id, or module:id
         num_envs: environments per env actor
         action_repeat: environment frames per agent step; rewards are summed
+        frame_stack: images carry so many frames in their channels, the oldest first
         atari: frames and actions of ALE/ ids; others ignore it
         dmc: observations of dm_control/ ids; others ignore it
     """
@@ -28,12 +29,14 @@ class EnvConfig:
     id: str = "Pendulum-v1"
     num_envs: int = 4
     action_repeat: int = 1
+    frame_stack: int = 1
     atari: AtariConfig = field(default_factory=AtariConfig)
     dmc: DMCConfig = field(default_factory=DMCConfig)
 
     def __post_init__(self) -> None:
         _require(self.num_envs >= 1, "env.num_envs", self.num_envs, "at least 1")
         _require(self.action_repeat >= 1, "env.action_repeat", self.action_repeat, "at least 1")
+        _require(self.frame_stack >= 1, "env.frame_stack", self.frame_stack, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

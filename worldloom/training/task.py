@@ -55,7 +55,8 @@ class AgentSpec:
 
 def probe_task(config: RunConfig) -> Task:
     """Make one environment to see its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
-    env = make_environment(config.env.id, config.env.action_repeat, atari=config.env.atari, dmc=config.env.dmc)
+    c = config.env
+    env = make_environment(c.id, c.action_repeat, atari=c.atari, dmc=c.dmc, frame_stack=c.frame_stack)
     try:
         _try_out(env)
         return Task(env.observation_space, env.action_space, env.action_dim, env.episode_length)
@@ -104,7 +105,7 @@ def _can_compile(device: str) -> bool:
 
 def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
     env = config.env
-    return make_env(env.id, num_envs, seed, env.action_repeat, render_mode, env.atari, env.dmc)
+    return make_env(env.id, num_envs, seed, env.action_repeat, render_mode, env.atari, env.dmc, env.frame_stack)
 
 
 def task_evaluation(config: RunConfig, agent: Agent) -> Evaluator:

@@ -1,0 +1,69 @@
+"""TD-MPC2's image encoder: random shifts, four convolutions, SimNorm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from worldloom.nets import SimNorm
+
+PAD = 3  # pixels that an image may shift by
+
+
+class PixelEncoder(nn.Module):
+    """Images [..., C, h, w] to simplices [..., D].
+
+    64x64 images flatten to 512 numbers, which is D in the published sizes that take images. Where it is not, a linear
+    layer of ours projects them: such a model is not the reference's. Raises ValueError for images that are too small.
+    """
+
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, simnorm_dim: int, channels: int = 32) -> None:
+        super().__init__()
+        sides = (7, 5, 3, 3)
+        widths = [shape[0], *[channels] * len(sides)]
+        strides = (2, 2, 2, 1)
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(widths[i], channels, side, stride)
+                for i, (side, stride) in enumerate(zip(sides, strides, strict=True))
+            ]
+        )
+        height, width = shape[1:]
+        for side, stride in zip(sides, strides, strict=True):
+            height, width = (height - side) // stride + 1, (width - side) // stride + 1
+        if min(height, width) < 1:
+            raise ValueError(f"obs_shape is {shape}, expected images of at least 39x39. Resize them.")
+        flat = channels * height * width
+        self.projection = None if flat == latent_dim else nn.Linear(flat, latent_dim)
+        self.norm = SimNorm(simnorm_dim)
+
+    def forward(self, image: Tensor, shift: Tensor | None = None) -> Tensor:
+        """uint8 images, or floats on the same scale of 0 to 255; shift: [..., 2], see `draw_shifts`."""
+        lead = image.shape[:-3]
+        x = image.reshape(-1, *image.shape[-3:]).float()
+        if shift is not None:
+            x = shifted(x, shift.reshape(-1, 2))
+        x = x / 255 - 0.5
+        for conv in self.convs[:-1]:
+            x = F.relu(conv(x))
+        x = self.convs[-1](x).flatten(1)
+        if self.projection is not None:
+            x = self.projection(x)
+        simplices: Tensor = self.norm(x)
+        return simplices.view(*lead, -1)
+
+
+def draw_shifts(lead: tuple[int, ...], device: torch.device, generator: Generator | None = None) -> Tensor:
+    """[*lead, 2] right and down, uniform in 0..6; 3 leaves an image where it is."""
+    return torch.randint(2 * PAD + 1, (*lead, 2), device=device, generator=generator)
+
+
+def shifted(images: Tensor, shift: Tensor) -> Tensor:
+    """Each image [N, C, h, w] moved by 3 - shift pixels (shift [N, 2]: right, down), its border repeated."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (PAD, PAD, PAD, PAD), mode="replicate")
+    rows = shift[:, 1, None] + torch.arange(height, device=images.device)
+    columns = shift[:, 0, None] + torch.arange(width, device=images.device)
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    return padded.movedim(1, -1)[batch, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
