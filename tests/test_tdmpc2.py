@@ -15,6 +15,7 @@ from worldloom.tdmpc2.agent import RunningScale, policy_loss
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Gaussian, Planner, PlanNoise, elite_weights
 from worldloom.tdmpc2.world_model import categorical_sample, choose, squashed_sample
+from worldloom.training.replay import ReplayBuffer
 
 TINY = TDMPC2Config(
     encoder_dim=16,
@@ -389,6 +390,40 @@ def test_multi_task_updates_train_the_embedding_but_not_through_the_policy():
     assert last < first
     with pytest.raises(ValueError, match=r"batch\['task'\]: this model knows 3 tasks"):
         agent.update(batch_of(model))
+
+
+def test_a_new_task_starts_as_a_copy_of_a_known_one():
+    model = tasks_model()
+    wider = model.with_task(Task("cup-spin", 3), like="cup-catch")
+    assert [task.name for task in wider.tasks] == ["walker-walk", "cup-catch", "mw-reach", "cup-spin"]
+    obs = torch.randn(4, 3)
+    new, old = wider.encode(obs, torch.tensor([3, 3, 1, 0])), model.encode(obs, torch.tensor([1, 1, 1, 0]))
+    assert torch.equal(new.deterministic, old.deterministic)
+    assert wider.action_masks[3].tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="'x' like 'y', expected a new name like one of"):
+        model.with_task(Task("x", 2), like="y")
+
+
+def test_several_tasks_learn_offline_from_replay():
+    model = tasks_model()
+    agent = TDMPC2Agent(model)
+    replay = ReplayBuffer(1000, (3,), 4, windows=agent.windows, columns=agent.columns)
+    rng = np.random.default_rng(0)
+    for episode in range(9):
+        actions = rng.uniform(-1, 1, (10, 4)) * model.action_masks[episode % 3].numpy()
+        replay.add_episode(
+            obs=rng.normal(size=(11, 3)), actions=actions, rewards=actions.sum(1), dones=np.zeros(10), truncated=True,
+            task=episode % 3,
+        )  # fmt: skip
+    losses = []
+    for _ in range(60):
+        batch = replay.sample(8)
+        assert (batch["task"] == batch["task"][:, :1]).all()
+        assert (batch["actions"][batch["task"] == 1][:, 2:] == 0).all()
+        losses.append(agent.update(batch)[0]["reward_loss"])
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    with pytest.raises(ValueError, match=r"\['tusk'\] are no extra columns, expected \['task'\]"):
+        replay.add_episode(obs=rng.normal(size=(3, 3)), actions=np.zeros((2, 4)), rewards=[0, 0], dones=[0, 0], tusk=1)
 
 
 # Pixels

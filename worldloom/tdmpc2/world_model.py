@@ -251,6 +251,20 @@ class TDMPC2WorldModel(nn.Module):
         names = [field.name for field in dataclasses.fields(found) if field.name != "latents"]
         return {name: getattr(found, name) for name in names}
 
+    def with_task(self, task: Task, like: str) -> TDMPC2WorldModel:
+        """A copy of this multi-task model that knows one task more, with the embedding of the task named `like`.
+
+        A start for fine-tuning. Raises ValueError for an unknown `like`, a taken name or too many action dimensions.
+        """
+        names = [known.name for known in self.tasks]
+        if like not in names or task.name in names:
+            raise ValueError(f"with_task: {task.name!r} like {like!r}, expected a new name like one of {names}.")
+        tasks = (*self.tasks, task)
+        wider = TDMPC2WorldModel(self.obs_shape, self.action_dim, self.config, self.episode_length, tasks)
+        state, key = self.state_dict(), "task_embedding.weight"
+        wider.load_state_dict({**state, key: torch.cat([state[key], state[key][names.index(like)].unsqueeze(0)])})
+        return wider.to(self.bins.device)
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         save_model(directory, self.describe(), self)
 

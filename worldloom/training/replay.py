@@ -124,24 +124,28 @@ class ReplayBuffer:
         self._chunks += 1
         return self.accepted()
 
-    def add_episode(self, *, obs: Any, actions: Any, rewards: Any, dones: Any, truncated: bool = False) -> None:
+    def add_episode(
+        self, *, obs: Any, actions: Any, rewards: Any, dones: Any, truncated: bool = False, **columns: Any
+    ) -> None:
         """Add a recorded episode of L actions in Gymnasium's order: actions[t] was taken at obs[t].
 
         obs: [L + 1, *obs_shape], or [L, ...] where the outcome of the last action was not recorded: that action is
         then dropped. actions: [L, A] in [-1, 1] or one-hot. rewards, dones: [L]; a done may only be the last, and
-        means a true end. truncated: the episode was cut short by a time limit. Raises ValueError before anything
-        is changed.
+        means a true end. truncated: the episode was cut short by a time limit. columns: values of the agent's extra
+        columns, the same for all rows (task=3); zeros where not given. Raises ValueError before anything is changed.
         """
+        if unknown := columns.keys() - self._extra.keys():
+            raise ValueError(f"add_episode: {sorted(unknown)} are no extra columns, expected {sorted(self._extra)}.")
         parts = {name: np.asarray(value) for name, value in split_obs(obs).items()}
-        columns = self._episode_columns(parts, np.asarray(actions), np.asarray(rewards), np.asarray(dones))
-        if truncated and not columns["terminated"][-1]:
-            columns["truncated"][-1] = True
-        rows = len(columns["rewards"])
+        recorded = self._episode_columns(parts, np.asarray(actions), np.asarray(rewards), np.asarray(dones))
+        if truncated and not recorded["terminated"][-1]:
+            recorded["truncated"][-1] = True
+        rows = len(recorded["rewards"])
         for name, spec in self._extra.items():
-            columns[name] = np.zeros((rows, *spec.shape), spec.dtype)
-        self._check(columns, rows)
-        self._append((RECORDED, 0), columns)
-        if not (columns["terminated"][-1] or columns["truncated"][-1]):
+            recorded[name] = np.zeros((rows, *spec.shape), spec.dtype) + np.asarray(columns.get(name, 0), spec.dtype)
+        self._check(recorded, rows)
+        self._append((RECORDED, 0), recorded)
+        if not (recorded["terminated"][-1] or recorded["truncated"][-1]):
             self._columns["truncated"][(self._rows - 1) % self.capacity] = True
             self._episodes += 1
 
