@@ -8,6 +8,9 @@ from tests.test_dreamerv3_agent import MIXED, batch_of, shake, tiny_agent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 
 
+pytestmark = pytest.mark.timeout(1500)  # compiling takes minutes on a busy machine
+
+
 def context_and_rows(agent, batch):
     rows = {name: value[:, 1:] for name, value in batch.items() if name != "obs"}
     obs = batch["obs"]
@@ -36,9 +39,8 @@ def test_the_whole_loss_is_one_graph_for_the_compiler():
     assert_close(whole[2], eager[2])
 
 
-@pytest.mark.parametrize("classes", [(), (3,)])
-def test_compiled_updates_give_the_numbers_of_eager_ones(classes):
-    eager, compiled = (shake(tiny_agent(action_dim=3, classes=classes)) for _ in range(2))
+def test_compiled_updates_give_the_numbers_of_eager_ones():
+    eager, compiled = (shake(tiny_agent(action_dim=3, classes=(3,))) for _ in range(2))
     compiled.configure_learning("float32", compiled=True)
     batch = batch_of(eager)
     for _ in range(3):
