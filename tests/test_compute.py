@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from tests.test_dreamerv3_agent import MIXED, batch_of, shake, tiny_agent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 
-
 pytestmark = pytest.mark.timeout(1500)  # compiling takes minutes on a busy machine
 
 
