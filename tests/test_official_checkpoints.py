@@ -129,6 +129,9 @@ def test_multi_task_files_keep_tasks_and_masks(tmp_path):
     assert_same(model, load_official(tmp_path / "c.pt", tasks=THREE), task)
     assert_same(model, load_official(save(layout_b(current), tmp_path / "b.pt"), tasks=THREE), task)
     assert [model.discounts[i].item() for i in (0, 2)] == pytest.approx([0.99, 0.95])
+    assert load_agent(tmp_path / "c.pt", tasks=THREE).world_model.tasks == THREE
+    with pytest.raises(ValueError, match="tasks is 'mt31', expected mt30 or mt80"):
+        create_world_model(tmp_path / "c.pt", tasks="mt31")
     with pytest.raises(ValueError, match=r"knows 3 tasks, which are neither mt30 nor mt80"):
         load_official(tmp_path / "c.pt")
     with pytest.raises(ValueError, match="masks actions differently"):
@@ -241,6 +244,7 @@ def test_sizes_that_contradict_the_file_are_named(tmp_path):
 
 def test_an_official_file_becomes_an_agent_that_learns_on(tmp_path):
     save_official(model_of(), tmp_path / "c.pt")
+    assert load_agent(tmp_path / "c.pt", episode_length=100).world_model.discount == pytest.approx(0.95)
     agent = load_agent(tmp_path / "c.pt")
     assert isinstance(agent, TDMPC2Agent)
     assert agent.world_model.discount == pytest.approx(0.99)

@@ -80,7 +80,7 @@ def resolve(model: str) -> tuple[str, str]:
     known = [*list_models(), *FAMILIES, *ALIASES]
     near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}, or a model directory.")
+    raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}, or the path of a model.")
 
 
 def build_config(model: str, overrides: Mapping[str, Any]) -> Any:
@@ -140,6 +140,8 @@ def create_world_model(
     """
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
+    if isinstance(tasks, str) and tasks not in TASK_SETS:
+        raise ValueError(f"tasks is {tasks!r}, expected {' or '.join(TASK_SETS)}, or a list of Task(name, action_dim).")
     tasks, task_set = (TASK_SETS[tasks], tasks) if isinstance(tasks, str) else (tuple(tasks), None)
     if Path(model).is_file():
         return load_official(
@@ -233,9 +235,15 @@ def agent_from_description(description: Mapping[str, Any], device: torch.device 
     return cast(Agent, FAMILIES[description["family"]].agent(model, seed, classes))
 
 
-def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
+def load_agent(
+    directory: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    episode_length: int | None = None,
+    tasks: str | Sequence[Task] = (),
+) -> Agent:
     """A trained agent from a run directory (its newest checkpoint), from a model directory, or from a file that
-    TD-MPC2's authors published.
+    TD-MPC2's authors published; episode_length and tasks are of such a file (see `create_world_model`).
 
         agent = load_agent("runs/pendulum")
         obs, act_state, is_first = env.reset(), None, np.ones(env.num_envs, bool)
@@ -250,7 +258,7 @@ def load_agent(directory: str | os.PathLike[str], device: torch.device | str = "
 
     folder = Path(directory)
     if folder.is_file():
-        model = create_world_model(folder, device=device)
+        model = create_world_model(folder, device=device, episode_length=episode_length, tasks=tasks)
         return cast(Agent, FAMILIES["tdmpc2"].agent(model, seed, ()))
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
