@@ -174,7 +174,9 @@ def test_straight_through_gradient_is_that_of_the_mixed_probabilities():
 def test_draws_follow_the_probabilities():
     torch.manual_seed(0)
     log_probs = fn.unimix_log_probs(torch.tensor([1.0, 2.0, 3.0]))
-    drawn = sample_one_hot(log_probs.expand(200_000, 3), torch.empty(200_000, 3).exponential_()).mean(0)
+    noise = fn.exponential_noise((200_000, 3), None, torch.device("cpu"))
+    assert_close(noise.mean(), torch.tensor(1.0), rtol=0, atol=0.01)
+    drawn = sample_one_hot(log_probs.expand(200_000, 3), noise).mean(0)
     assert_close(drawn, log_probs.exp(), rtol=0, atol=0.005)
 
 

@@ -5,6 +5,8 @@ Golden values of every function stand in tests/test_functional.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,6 +123,23 @@ def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
     """log((1 - mix) softmax(logits) + mix / K) over the last axis, in at least float32 (DreamerV3)."""
     probs = short_softmax(logits if logits.dtype == torch.float64 else logits.float())
     return torch.log((1 - mix) * probs + mix / logits.shape[-1])
+
+
+def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Standard exponential numbers of any shape, for `draw_one_hot`.
+
+    By the logarithm of uniform numbers, which on a CPU are drawn several times as fast as `Tensor.exponential_`.
+    """
+    return torch.rand(*shape, generator=generator, device=device).log_().neg_()
+
+
+def draw_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
+    """Categorical draws as one-hot [..., K] without gradient, from probabilities [..., K].
+
+    noise: [..., K] standard exponential; the argmax of probs / noise is an exact draw.
+    """
+    score = (probs.detach() / noise).contiguous()  # short_softmax leaves K planes, where argmax is slow
+    return F.one_hot(score.argmax(-1), probs.shape[-1]).to(probs.dtype)
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom import functional as fn
@@ -66,7 +65,7 @@ class DiscretePolicy(nn.Module):
     def sample(self, features: Tensor, noise: Tensor) -> Tensor:
         """One-hot actions [..., A]; noise: [..., A] standard exponential."""
         drawn = [
-            F.one_hot((log_probs.exp() / part).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
+            fn.draw_one_hot(log_probs.exp(), part)
             for log_probs, part in zip(self(features), noise.split(self.classes, -1), strict=True)
         ]
         return torch.cat(drawn, -1)
@@ -77,7 +76,7 @@ class DiscretePolicy(nn.Module):
         return (log_probs * action).sum(-1), -(log_probs.exp() * log_probs).sum(-1)
 
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-        return torch.empty(*shape, self.logits.out_features, device=device).exponential_(generator=generator)
+        return fn.exponential_noise((*shape, self.logits.out_features), generator, device)
 
 
 class ReturnRange(nn.Module):

@@ -84,8 +84,8 @@ class DreamerV3Agent:
 
     def configure_learning(self, precision: Precision, compiled: bool) -> None:
         """Compiled, an update is five graphs, each compiled once: the step of the filter and that of the imagination,
-        which Python repeats, and the batched parts around them. One graph of it all runs little faster and takes a
-        quarter of an hour to compile on two CPU cores.
+        which Python repeats, and the batched parts around them. One graph of it all runs little faster and takes
+        451 s to compile on two CPU cores.
         """
         self._dtype = getattr(torch, precision)
         if not compiled:
@@ -227,7 +227,8 @@ class DreamerV3Agent:
             actions.append(action)
             features.append(state.features)
         actions.append(self.behaviour.policy.sample(features[-1], noise.policy[-1]))
-        return self._appraise(torch.stack(features), torch.stack(actions))
+        rows = (len(features), -1)  # torch.stack copies on one thread
+        return self._appraise(torch.cat(features).unflatten(0, rows), torch.cat(actions).unflatten(0, rows))
 
     def _imagine_step(self, state: RSSMState, policy_noise: Tensor, prior_noise: Tensor) -> tuple[RSSMState, Tensor]:
         """The state after an action of the policy, and that action."""

@@ -54,12 +54,13 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         """x: [R, inputs], shared: [R, shared]. Returns [R, outputs]."""
-        blocks = self.weight.shape[1]
+        inputs, blocks, _ = self.weight.shape
+        own, rest = self.weight.split([self.own, inputs - self.own])  # one gradient of the whole, unlike two slices
         grouped = x.view(len(x), blocks, self.own).transpose(0, 1)
-        out = torch.bmm(grouped, self.weight[: self.own].transpose(0, 1)).transpose(0, 1).reshape(len(x), -1)
+        out = torch.bmm(grouped, own.transpose(0, 1)).transpose(0, 1).reshape(len(x), -1)
         if shared is None:
             return out + self.bias.to(out.dtype)
-        return out + torch.addmm(self.bias, shared, self.weight[self.own :].flatten(1))
+        return out + torch.addmm(self.bias, shared, rest.flatten(1))
 
 
 class RMSNorm(nn.Module):

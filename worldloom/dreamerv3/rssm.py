@@ -129,10 +129,10 @@ class RSSM(nn.Module):
         What needs no recurrence is computed for all steps at once.
         """
         embedded_actions = self.embed_action(actions * (~is_first).to(actions.dtype).unsqueeze(-1))
-        embedded_tokens = self.embed_tokens(tokens)
+        rows = (embedded_actions, self.embed_tokens(tokens), is_first, noise)
         deters, stochs, log_probs = [], [], []
-        for t in range(len(actions)):
-            state, log_prob = self.learning_step(state, embedded_actions[t], embedded_tokens[t], is_first[t], noise[t])
+        for row in zip(*(value.unbind() for value in rows), strict=True):
+            state, log_prob = self.learning_step(state, *row)
             deters.append(state.deter)
             stochs.append(state.stoch)
             log_probs.append(log_prob)
@@ -153,8 +153,7 @@ def gru_gate(reset: Tensor, candidate: Tensor, update: Tensor, h: Tensor) -> Ten
 def sample_one_hot(log_probs: Tensor, noise: Tensor) -> Tensor:
     """A categorical draw as one-hot [..., K], with the gradient of the probabilities (straight-through).
 
-    noise: [..., K] standard exponential; argmax p / noise is an exact draw.
+    noise: [..., K] standard exponential.
     """
     probs = log_probs.exp()
-    drawn = F.one_hot((probs.detach() / noise).argmax(-1), probs.shape[-1]).to(probs.dtype)
-    return drawn + probs - probs.detach()
+    return fn.draw_one_hot(probs, noise) + probs - probs.detach()

@@ -177,7 +177,7 @@ class DreamerV3WorldModel(nn.Module):
     def draw_noise(self, steps: int, rows: int, generator: Generator | None = None) -> Tensor:
         """[T, R, S, K] standard exponential, for categorical draws."""
         shape = (steps, rows, self.config.stoch, self.config.classes)
-        return torch.empty(shape, device=self.bins.device).exponential_(generator=generator)
+        return fn.exponential_noise(shape, generator, self.bins.device)
 
     def losses(self, batch: Batch, state: RSSMState, noise: Tensor) -> WorldLosses:
         """The world model loss (eq. 5) of T rows from the state before the first; noise: [T, B, S, K]."""
