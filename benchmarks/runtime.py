@@ -20,10 +20,10 @@ import torch
 
 from distributed.coordinator import Coordinator
 from launch.arguments import run_config, run_parser
+from worldloom.training.assembly import agent_spec, make_replay, make_run_agent, make_run_env, probe_env
 from worldloom.training.config import RunConfig
 from worldloom.training.replay import ReplayBuffer
 from worldloom.training.rollout import Rollout
-from worldloom.training.task import agent_spec, make_replay, make_task_agent, make_task_env, probe_task
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "tdmpc2_pendulum.yaml"
 
@@ -33,9 +33,9 @@ class InlineSide:
 
     def __init__(self, config: RunConfig, chunks: list[Any], threads: int) -> None:
         torch.set_num_threads(threads)
-        task = probe_task(config)
-        self._agent = make_task_agent(config, task, "cpu", config.train.seed)
-        self._replay: ReplayBuffer = make_replay(config, task, agent_spec(self._agent))
+        env = probe_env(config)
+        self._agent = make_run_agent(config, env, "cpu", config.train.seed)
+        self._replay: ReplayBuffer = make_replay(config, env, agent_spec(self._agent))
         for chunk in chunks:
             self._replay.insert(chunk)
 
@@ -76,9 +76,9 @@ class RaySide:
 
 def record(config: RunConfig, steps: int) -> list[Any]:
     """Chunks of random acting."""
-    task = probe_task(config)
-    agent = make_task_agent(config, task, "cpu", 0)
-    rollout = Rollout(make_task_env(config, config.env.num_envs, 0), agent, seed=0)
+    env = probe_env(config)
+    agent = make_run_agent(config, env, "cpu", 0)
+    rollout = Rollout(make_run_env(config, config.env.num_envs, 0), agent, seed=0)
     return [rollout.collect(64, random=True) for _ in range(steps // (64 * config.env.num_envs) + 1)]
 
 

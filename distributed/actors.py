@@ -13,23 +13,23 @@ import numpy as np
 import torch
 
 from worldloom.catalog import agent_from_description
+from worldloom.training.assembly import (
+    AgentSpec,
+    EnvSpec,
+    actor_seed,
+    agent_spec,
+    choose_device,
+    make_replay,
+    make_run_agent,
+    make_run_env,
+    start_run_evaluation,
+)
 from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_agent
 from worldloom.training.chunk import Chunk, ChunkInfo
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation, Evaluator
 from worldloom.training.replay import Acceptance, as_batch
 from worldloom.training.rollout import Rollout
-from worldloom.training.task import (
-    AgentSpec,
-    Task,
-    actor_seed,
-    agent_spec,
-    choose_device,
-    make_replay,
-    make_task_agent,
-    make_task_env,
-    task_evaluation,
-)
 from worldloom.types import Array, Batch, Metrics, Weights
 
 Batches = list[dict[str, Array]]
@@ -59,7 +59,7 @@ class EnvActor:
         seed = config.train.seed
         self._config = config
         self._agent = agent_from_description(description, seed=seed)
-        env = make_task_env(config, config.env.num_envs, actor_seed(config, index, incarnation))
+        env = make_run_env(config, config.env.num_envs, actor_seed(config, index, incarnation))
         self._rollout = Rollout(env, self._agent, seed, actor=index, incarnation=incarnation)
         self._evaluator: Evaluator | None = None
         self._name = f"env/{index:03d}"
@@ -78,7 +78,7 @@ class EnvActor:
         """Start an evaluation if weights are given, else go on with it; None while episodes are left to play."""
         if weights is not None:
             self._rollout.load_weights(weights)
-            self._evaluator = task_evaluation(self._config, self._agent)
+            self._evaluator = start_run_evaluation(self._config, self._agent)
         if self._evaluator is None:
             raise RuntimeError("evaluate: there is no evaluation to go on with, expected weights to start one.")
         return self._evaluator.play(self._config.runtime.chunk_seconds)
@@ -90,9 +90,9 @@ class EnvActor:
 class ReplayActor:
     """Holds the ReplayBuffer; chunks are copied in, so that no shared memory stays pinned."""
 
-    def open(self, config: RunConfig, task: Task, spec: AgentSpec, run_dir: Path) -> None:
+    def open(self, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> None:
         """Allocate the buffer: not in the constructor, whose errors lose their type on the way to the driver."""
-        self._replay = make_replay(config, task, spec)
+        self._replay = make_replay(config, env, spec)
         self._store = ReplayStore(run_dir)
         self._batch_size = spec.batch_size
 
@@ -126,11 +126,11 @@ class ReplayActor:
 class LearnerActor:
     """Holds the Agent on its device and updates it from batches."""
 
-    def open(self, config: RunConfig, task: Task, threads: int) -> AgentSpec:
+    def open(self, config: RunConfig, env: EnvSpec, threads: int) -> AgentSpec:
         """Build the agent, outside of the constructor as in ReplayActor."""
         torch.set_num_threads(threads)
         device = choose_device(config.train.device)
-        self._agent = make_task_agent(config, task, device, config.train.seed)
+        self._agent = make_run_agent(config, env, device, config.train.seed)
         self._version = 0
         self._publish_every = config.runtime.publish_interval
         return agent_spec(self._agent)

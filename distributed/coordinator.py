@@ -17,6 +17,14 @@ from distributed.actors import EnvActor, LearnerActor, ReplayActor
 from distributed.cluster import connect, share
 from worldloom.catalog import agent_from_description
 from worldloom.envs import EnvironmentFailed
+from worldloom.training.assembly import (
+    AgentSpec,
+    actor_seed,
+    make_run_env,
+    probe_env,
+    replay_columns,
+    start_run_evaluation,
+)
 from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint
 from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
@@ -24,7 +32,6 @@ from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import Run
-from worldloom.training.task import AgentSpec, actor_seed, make_task_env, probe_task, replay_columns, task_evaluation
 
 BUNDLE_BYTES = 4 * 2**20  # batches of a task together hold about this much
 BUNDLE_UPDATES = 8  # and are at most so many
@@ -59,7 +66,7 @@ class Coordinator:
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config, self._run_dir = config, run_dir.resolve()
-        self._task = probe_task(config)
+        self._env_spec = probe_env(config)
         self._namespace = f"worldloom-{self._run_dir.name}"
         self._owns_cluster = connect(config, self._namespace)
         self.collectors: list[Collector] = []
@@ -78,12 +85,12 @@ class Coordinator:
         """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
         shares = self._shares = share(self.config)
         self.learner = self._start(LearnerActor, "learner", shares.cpus, shares.gpus)
-        opened = self.learner.open.remote(self.config, self._task, shares.learner_threads)
+        opened = self.learner.open.remote(self.config, self._env_spec, shares.learner_threads)
         self._spec: AgentSpec = self._wait(opened, "the learner")
-        self.run = Run(self.config, self._run_dir, self._task, self._spec, resume)
+        self.run = Run(self.config, self._run_dir, self._env_spec, self._spec, resume)
         self._incarnation = self.run.incarnation  # of the actor started last
         self.replay = self._start(ReplayActor, "replay/0", 0, 0)
-        self._wait(self.replay.open.remote(self.config, self._task, self._spec, self._run_dir), "replay")
+        self._wait(self.replay.open.remote(self.config, self._env_spec, self._spec, self._run_dir), "replay")
         if self.run.checkpoint:
             self._wait(self.learner.load.remote(self.run.checkpoint), "the learner")
             self._wait(self.replay.load.remote(self.run.checkpoint), "replay")
@@ -126,7 +133,7 @@ class Coordinator:
             torch.set_num_threads(1)
             seed = self.config.train.seed
             agent = agent_from_description(self._spec.description, seed=seed)
-            env = make_task_env(self.config, self.config.env.num_envs, actor_seed(self.config, 0, self.run.incarnation))
+            env = make_run_env(self.config, self.config.env.num_envs, actor_seed(self.config, 0, self.run.incarnation))
             self._own = Rollout(env, agent, seed, incarnation=self.run.incarnation)
         where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
         self.run.recorder.say(
@@ -182,7 +189,9 @@ class Coordinator:
 
     def _bundle(self) -> int:
         """Updates in one task: several of small batches, so that calls cost little beside learning."""
-        batch = self._spec.batch_size * self._spec.windows.length * row_bytes(replay_columns(self._task, self._spec))
+        batch = (
+            self._spec.batch_size * self._spec.windows.length * row_bytes(replay_columns(self._env_spec, self._spec))
+        )
         return max(1, min(BUNDLE_UPDATES, BUNDLE_BYTES // batch))
 
     def _dispatch_collects(self) -> None:
@@ -366,7 +375,7 @@ class Coordinator:
     def _evaluate_here(self) -> Evaluation:
         assert self._own is not None
         self._own.load_weights(ray.get(self._weights))
-        return task_evaluation(self.config, self._own.agent).finish()
+        return start_run_evaluation(self.config, self._own.agent).finish()
 
     def _settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree."""

@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser
 from worldloom import load_agent
 from worldloom.envs import EnvironmentFailed, make_env
 from worldloom.suites import AtariConfig, DMCConfig
+from worldloom.training.assembly import choose_device
 from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.evaluation import evaluate
-from worldloom.training.task import choose_device
 
 
 def main(argv: list[str] | None = None) -> int:

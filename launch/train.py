@@ -11,8 +11,8 @@ from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from worldloom.envs import EnvironmentFailed
+from worldloom.training.assembly import check_config
 from worldloom.training.config import RunConfig
-from worldloom.training.task import check_config
 
 
 def main(argv: list[str] | None = None) -> int:

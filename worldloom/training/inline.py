@@ -9,6 +9,16 @@ from typing import Any
 import torch
 
 from worldloom.envs import EnvironmentFailed
+from worldloom.training.assembly import (
+    actor_seed,
+    agent_spec,
+    choose_device,
+    make_replay,
+    make_run_agent,
+    make_run_env,
+    probe_env,
+    start_run_evaluation,
+)
 from worldloom.training.checkpoint import (
     ReplayStore,
     begin_checkpoint,
@@ -21,16 +31,6 @@ from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import Run
-from worldloom.training.task import (
-    actor_seed,
-    agent_spec,
-    choose_device,
-    make_replay,
-    make_task_agent,
-    make_task_env,
-    probe_task,
-    task_evaluation,
-)
 
 
 class InlineTrainer:
@@ -39,19 +39,19 @@ class InlineTrainer:
     def __init__(self, config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         if config.runtime.learner_threads:
             torch.set_num_threads(config.runtime.learner_threads)
-        task = probe_task(config)
+        env = probe_env(config)
         seed = config.train.seed
         self.config = config
-        self.agent = make_task_agent(config, task, choose_device(config.train.device), seed)
+        self.agent = make_run_agent(config, env, choose_device(config.train.device), seed)
         spec = agent_spec(self.agent)
-        self.replay = make_replay(config, task, spec)
-        self.run = Run(config, run_dir, task, spec, resume)
+        self.replay = make_replay(config, env, spec)
+        self.run = Run(config, run_dir, env, spec, resume)
         self.store = ReplayStore(run_dir)
         if self.run.checkpoint:
             load_agent_state(self.run.checkpoint, self.agent)
             self.store.load(self.run.checkpoint, self.replay)
-        env = make_task_env(config, config.env.num_envs, actor_seed(config, 0, self.run.incarnation))
-        self.rollout = Rollout(env, self.agent, seed, incarnation=self.run.incarnation)
+        envs = make_run_env(config, config.env.num_envs, actor_seed(config, 0, self.run.incarnation))
+        self.rollout = Rollout(envs, self.agent, seed, incarnation=self.run.incarnation)
 
     def train(self) -> dict[str, Any]:
         """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
@@ -90,7 +90,7 @@ class InlineTrainer:
             self.run.recorder.updated(metrics, 1, time.monotonic() - begun)
 
     def _evaluate(self) -> Evaluation:
-        return task_evaluation(self.config, self.agent).finish()
+        return start_run_evaluation(self.config, self.agent).finish()
 
     def save(self) -> None:
         """Write a checkpoint of everything."""

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.spaces import observation_shape
+from worldloom.training.assembly import AgentSpec, EnvSpec, make_limiter, replay_columns
 from worldloom.training.checkpoint import newest_checkpoint, read_manifest
 from worldloom.training.chunk import row_bytes
 from worldloom.training.clock import Every
 from worldloom.training.config import RunConfig
 from worldloom.training.recorder import Recorder
 from worldloom.training.replay import ring_bytes
-from worldloom.training.task import AgentSpec, Task, make_limiter, replay_columns
 from worldloom.types import ObsShape
 
 
 class Run:
     """What the in-process trainer and the Ray coordinator share. With `resume`, counters go on where they stopped."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, task: Task, spec: AgentSpec, resume: bool) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, env: EnvSpec, spec: AgentSpec, resume: bool) -> None:
         self.config, self.dir, self.spec = config, run_dir, spec
         run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = newest_checkpoint(run_dir) if resume else None
@@ -36,17 +36,17 @@ class Run:
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.log_clock = Every(config.log.interval, self.limiter.env_steps)
-        self._introduce(task)
+        self._introduce(env)
 
-    def _introduce(self, task: Task) -> None:
+    def _introduce(self, env: EnvSpec) -> None:
         spec, config, say = self.spec, self.config, self.recorder.say
         say(f"run directory: {self.dir.resolve()}")
-        shape = _shown(observation_shape(task.observation_space))
+        shape = _shown(observation_shape(env.observation_space))
         say(
             f"{config.algorithm} ({spec.parameters:,} parameters) on {config.env.id}: observations "
-            f"{shape}, actions [{task.action_dim}], learner on {spec.device}"
+            f"{shape}, actions [{env.action_dim}], learner on {spec.device}"
         )
-        size = ring_bytes(config.replay.capacity, replay_columns(task, spec))
+        size = ring_bytes(config.replay.capacity, replay_columns(env, spec))
         say(f"replay: {config.replay.capacity:,} rows, {size / 2**20:,.1f} MiB when full")
         if spec.columns:
             own, names = row_bytes(spec.columns), ", ".join(spec.columns)

@@ -28,7 +28,7 @@ EVAL_SEED = 1_000_003  # apart from the seeds that training uses
 
 
 @dataclass(frozen=True)
-class Task:
+class EnvSpec:
     """What an environment offers an agent."""
 
     observation_space: Any  # as `worldloom.spaces.ObservationCodec` gives them
@@ -53,13 +53,13 @@ class AgentSpec:
     device: str
 
 
-def probe_task(config: RunConfig) -> Task:
+def probe_env(config: RunConfig) -> EnvSpec:
     """Make one environment to see its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
     c = config.env
     env = make_environment(c.id, c.action_repeat, atari=c.atari, dmc=c.dmc, frame_stack=c.frame_stack)
     try:
         _try_out(env)
-        return Task(env.observation_space, env.action_space, env.action_dim, env.episode_length)
+        return EnvSpec(env.observation_space, env.action_space, env.action_dim, env.episode_length)
     finally:
         env.close()
 
@@ -74,15 +74,15 @@ def _try_out(env: Environment) -> None:
         ) from error
 
 
-def make_task_agent(config: RunConfig, task: Task, device: str, seed: int) -> Agent:
+def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> Agent:
     """An agent that is ready to learn. Raises ValueError or TypeError, naming the environment, where the algorithm
     cannot take its spaces."""
     try:
         agent = create_agent(
             config.algorithm,
-            task.observation_space,
-            task.action_space,
-            episode_length=task.episode_length,
+            env.observation_space,
+            env.action_space,
+            episode_length=env.episode_length,
             device=device,
             seed=seed,
             **config.agent,
@@ -103,16 +103,16 @@ def _can_compile(device: str) -> bool:
     return False
 
 
-def make_task_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
+def make_run_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
     env = config.env
     return make_env(env.id, num_envs, seed, env.action_repeat, render_mode, env.atari, env.dmc, env.frame_stack)
 
 
-def task_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
+def start_run_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
     """An evaluation that is about to begin; the same seed and weights play the same episodes."""
 
     def make(num_envs: int) -> VectorEnv:
-        return make_task_env(config, num_envs, EVAL_SEED + config.train.seed)
+        return make_run_env(config, num_envs, EVAL_SEED + config.train.seed)
 
     return start_evaluation(agent, make, config.eval.episodes, EVAL_SEED)
 
@@ -139,18 +139,18 @@ def agent_spec(agent: Agent) -> AgentSpec:
     )
 
 
-def replay_columns(task: Task, spec: AgentSpec) -> dict[str, ColumnSpec]:
+def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
     """Every column of a replay row."""
-    return {**base_columns(observation_columns(task.observation_space), task.action_dim), **spec.columns}
+    return {**base_columns(observation_columns(env.observation_space), env.action_dim), **spec.columns}
 
 
-def make_replay(config: RunConfig, task: Task, spec: AgentSpec) -> ReplayBuffer:
+def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec) -> ReplayBuffer:
     """Raises MemoryError if it does not fit, ValueError if it is shorter than a window."""
-    observations = observation_columns(task.observation_space)
+    observations = observation_columns(env.observation_space)
     return ReplayBuffer(
         config.replay.capacity,
         join_obs({name: column.shape for name, column in observations.items()}),
-        task.action_dim,
+        env.action_dim,
         obs_dtype=join_obs({name: column.dtype for name, column in observations.items()}),
         windows=spec.windows,
         columns=spec.columns,

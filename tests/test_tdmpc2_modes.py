@@ -1,0 +1,248 @@
+"""TD-MPC2 with several tasks, from pixels, and with discrete actions."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.tdmpc2_models import TINY, batch_of, shake
+from worldloom import create_world_model
+from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel
+from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
+from worldloom.tdmpc2.planner import Categorical, Planner, PlanNoise
+from worldloom.tdmpc2.world_model import categorical_sample, choose
+from worldloom.training.replay import ReplayBuffer
+
+# Several tasks
+
+
+TASKS = (Task("walker-walk", 4), Task("cup-catch", 2), Task("mw-reach", 3, 100))
+
+
+def tasks_model():
+    torch.manual_seed(0)
+    model = TDMPC2WorldModel((3,), 4, dataclasses.replace(TINY, task_dim=5), tasks=TASKS)
+    return shake(model)
+
+
+@pytest.mark.parametrize(
+    ("size", "tasks", "total", "embedding"),
+    [
+        ("1m", "mt30", 1_426_427, 2_880), ("5m", "mt30", 5_241_066, 1_920), ("19m", "mt30", 16_031_210, 1_920),
+        ("48m", "mt30", 48_242_410, 1_920), ("317m", "mt30", 317_316_889, 2_880), ("1m", "mt80", 1_435_067, 7_680),
+        ("5m", "mt80", 5_389_930, 7_680), ("19m", "mt80", 18_970_218, 7_680), ("48m", "mt80", 48_791_146, 7_680),
+        ("317m", "mt80", 317_383_129, 7_680),
+    ],
+)  # fmt: skip
+def test_multi_task_parameter_counts_equal_the_reference(size, tasks, total, embedding):
+    with torch.device("meta"):
+        obs = 24 if tasks == "mt30" else 39
+        model = create_world_model(f"tdmpc2:{size}", (obs,), 6, device="meta", tasks=tasks)
+    assert model.task_embedding.weight.numel() == embedding
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == total
+
+
+def test_latents_carry_the_embedding_of_their_task_renormalised():
+    model = tasks_model()
+    with torch.no_grad():
+        model.task_embedding.weight[1] = 3.0
+        state = model.encode(torch.randn(2, 3), torch.tensor([1, 0]))
+        assert_close(state.deterministic[0, 16:], torch.full((5,), 5**-0.5))
+        assert_close(model.task_embedding.weight[1].norm().item(), 1.0)
+        after = model.predict(state, torch.zeros(2, 4))
+        assert torch.equal(after.deterministic[:, 16:], state.deterministic[:, 16:])
+        assert torch.equal(after.task, state.task)
+    with pytest.raises(ValueError, match="knows 3 tasks, expected their numbers"):
+        model.encode(torch.randn(2, 3))
+
+
+def test_actions_beyond_a_task_are_zero_and_its_own_discount_counts():
+    model = tasks_model()
+    agent = TDMPC2Agent(model)
+    obs, first, task = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32), np.ones(3, bool), np.arange(3)
+    for mpc in (True, False):
+        agent.config = dataclasses.replace(model.config, mpc=mpc)
+        actions, state = agent.act(obs, None, first, task=task)
+        assert [(row != 0).sum() for row in actions] == [4, 2, 3]
+    assert not state["mean"][1, :, 2:].any()
+    noise = model.draw_noise(3, 4)
+    next_z = model.latent(torch.randn(3, 3, 3), torch.arange(3)[:, None].expand(3, 3))
+    zeros = torch.zeros(3, 3)
+    target = model.td_target(next_z, zeros, zeros, noise, torch.arange(3))
+    model.discounts = torch.ones(3)
+    assert_close(target / model.td_target(next_z, zeros, zeros, noise, torch.arange(3)), torch.tensor(
+        [[0.99], [0.99], [0.95]]).expand(3, 3))  # fmt: skip
+
+
+def test_planning_for_several_tasks_equals_planning_one_by_one():
+    model = tasks_model()
+    planner, task = Planner(model), torch.tensor([2, 0])
+    z = model.latent(torch.randn(2, 3), task)
+    noise, previous = planner.draw_noise(2), torch.randn(2, 3, 4) * model.action_masks[task][:, None]
+    actions, plans = planner.plan(z, previous, noise, True, task)
+    for e in range(2):
+        one = PlanNoise(
+            noise.policy[:, e : e + 1], noise.samples[:, :, e : e + 1], noise.terminal[:, e : e + 1], noise.heads,
+            noise.choice[e : e + 1], noise.explore[e : e + 1],
+        )  # fmt: skip
+        action, plan = planner.plan(z[e : e + 1], previous[e : e + 1], one, True, task[e : e + 1])
+        assert_close(action[0], actions[e])
+        assert_close(plan[0], plans[e])
+
+
+def test_multi_task_updates_train_the_embedding_but_not_through_the_policy():
+    model = tasks_model()
+    agent = TDMPC2Agent(model)
+    batch = {**batch_of(model), "task": torch.arange(8) % 3}
+    first = agent.update(batch)[0]["loss"]
+    assert model.task_embedding.weight.grad.any()
+    before = model.task_embedding.weight.grad.clone()
+    agent._update_policy(model.latent(batch["obs"], batch["task"][:, None].expand(8, 4)).detach(), None)
+    assert torch.equal(model.task_embedding.weight.grad, before)
+    for _ in range(30):
+        last = agent.update(batch)[0]["loss"]
+    assert last < first
+    with pytest.raises(ValueError, match=r"batch\['task'\]: this model knows 3 tasks"):
+        agent.update(batch_of(model))
+
+
+def test_a_new_task_starts_as_a_copy_of_a_known_one():
+    model = tasks_model()
+    wider = model.with_task(Task("cup-spin", 3), like="cup-catch")
+    assert [task.name for task in wider.tasks] == ["walker-walk", "cup-catch", "mw-reach", "cup-spin"]
+    obs = torch.randn(4, 3)
+    new, old = wider.encode(obs, torch.tensor([3, 3, 1, 0])), model.encode(obs, torch.tensor([1, 1, 1, 0]))
+    assert torch.equal(new.deterministic, old.deterministic)
+    assert wider.action_masks[3].tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="'x' like 'y', expected a new name like one of"):
+        model.with_task(Task("x", 2), like="y")
+
+
+def test_several_tasks_learn_offline_from_replay():
+    model = tasks_model()
+    agent = TDMPC2Agent(model)
+    replay = ReplayBuffer(1000, (3,), 4, windows=agent.windows, columns=agent.columns)
+    rng = np.random.default_rng(0)
+    for episode in range(9):
+        actions = rng.uniform(-1, 1, (10, 4)) * model.action_masks[episode % 3].numpy()
+        replay.add_episode(
+            obs=rng.normal(size=(11, 3)), actions=actions, rewards=actions.sum(1), dones=np.zeros(10), truncated=True,
+            task=episode % 3,
+        )  # fmt: skip
+    losses = []
+    for _ in range(60):
+        batch = replay.sample(8)
+        assert (batch["task"] == batch["task"][:, :1]).all()
+        assert (batch["actions"][batch["task"] == 1][:, 2:] == 0).all()
+        losses.append(agent.update(batch)[0]["reward_loss"])
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    with pytest.raises(ValueError, match=r"\['tusk'\] are no extra columns, expected \['task'\]"):
+        replay.add_episode(obs=rng.normal(size=(3, 3)), actions=np.zeros((2, 4)), rewards=[0, 0], dones=[0, 0], tusk=1)
+
+
+# Pixels
+
+
+def test_pixel_parameter_counts_equal_the_reference():
+    with torch.device("meta"):
+        model = create_world_model("tdmpc2:5m", (9, 64, 64), 4, device="meta")
+    assert sum(p.numel() for p in model.encoder.parameters()) == 58_272
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4_870_150
+
+
+def test_pixel_encoder_is_four_convolutions_and_simnorm():
+    torch.manual_seed(0)
+    encoder = PixelEncoder((9, 64, 64), 512, 8)
+    images = torch.randint(256, (2, 9, 64, 64), dtype=torch.uint8)
+    x = images / 255 - 0.5
+    for conv, stride in zip(encoder.convs, (2, 2, 2, 1), strict=True):
+        x = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride)
+        x = x if stride == 1 else x.relu()
+    assert x.shape == (2, 32, 4, 4)
+    expected = x.flatten(1).view(2, 64, 8).softmax(-1).view(2, 512)
+    assert_close(encoder(images), expected)
+    assert_close(encoder(images.float(), torch.full((2, 2), 3)), expected)  # a shift of 3 leaves images as they are
+
+
+def test_shifts_move_each_image_by_its_own_distance_and_repeat_the_border():
+    image = torch.arange(64.0).view(1, 8, 8)
+    moved = shifted(image.expand(3, 1, 8, 8), torch.tensor([[3, 3], [0, 3], [3, 6]]))
+    assert torch.equal(moved[0, 0], image[0])
+    assert torch.equal(moved[1, 0, :, 3:], image[0, :, :5])  # content moves right by 3
+    assert torch.equal(moved[1, 0, :, :3], image[0, :, :1].expand(8, 3))
+    assert torch.equal(moved[2, 0, :5], image[0, 3:])  # and here up by 3
+    drawn = draw_shifts((1000,), torch.device("cpu"))
+    assert (drawn.min().item(), drawn.max().item()) == (0, 6)
+
+
+@pytest.mark.parametrize("augment_eval", [True, False])
+def test_pixel_agents_act_and_learn(augment_eval):
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, augment_eval=augment_eval)
+    agent = TDMPC2Agent(TDMPC2WorldModel((3, 64, 64), 2, config, episode_length=200))
+    model = agent.world_model
+    assert model.encoder.projection is not None  # 16 latents: a projection of ours
+    obs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(model.encode(obs).deterministic, model.encode(obs).deterministic) != augment_eval
+    actions, _ = agent.act(obs.numpy(), None, np.ones(2, bool))
+    assert actions.shape == (2, 2)
+    batch = batch_of(model)
+    batch["obs"] = torch.randint(256, (8, 4, 3, 64, 64), dtype=torch.uint8)
+    first = agent.update(batch)[0]["reward_loss"]
+    for _ in range(40):
+        last = agent.update(batch)[0]["reward_loss"]
+    assert last < first
+
+
+# Discrete actions
+
+
+def test_choices_follow_their_probabilities():
+    torch.manual_seed(0)
+    probs = torch.tensor([0.7, 0.3, 0.1, 0.2, 0.7])
+    drawn = choose(probs.log(), torch.randn(100_000, 5), (2, 3))
+    assert_close(drawn.mean(0), probs, rtol=0, atol=6e-3)
+    assert_close((drawn[:, 0] * drawn[:, 4]).mean().item(), 0.49, rtol=0, atol=6e-3)
+
+
+def test_categorical_samples_have_straight_through_gradients_and_exact_entropy():
+    logits = torch.tensor([1.0, 2, 0, 0, 1], requires_grad=True)
+    sample = categorical_sample(logits, torch.zeros(5), (2, 3))
+    assert sample.mean_action.tolist() == [0, 1, 0, 0, 1]
+    p, q = logits[:2].softmax(0), logits[2:].softmax(0)
+    assert_close(sample.scaled_entropy, -(p * p.log()).sum() - (q * q.log()).sum())
+    assert_close(sample.log_prob, (sample.action.detach() * torch.cat([p.log(), q.log()])).sum())
+    (gradient,) = torch.autograd.grad(sample.action[1], logits)
+    assert_close(gradient, torch.tensor([-1.0, 1, 0, 0, 0]) * (p[0] * p[1]).detach())
+
+
+def test_discrete_plans_average_elites_and_keep_every_choice_possible():
+    start = Categorical.around(torch.tensor([0.9, 0.1, 0, 0, 0]).view(1, 1, 5), (2, 3), 0.3)
+    assert_close(start.probs.flatten(), torch.tensor([0.7, 0.3, 1 / 3, 1 / 3, 1 / 3]))
+    actions = torch.tensor([[1.0, 0, 1, 0, 0], [0.0, 1, 1, 0, 0]]).view(1, 1, 2, 5)
+    fitted = start.refit(torch.tensor([[0.25, 0.75]]), actions)
+    assert_close(fitted.probs.flatten(), torch.tensor([0.325, 0.675, 0.8, 0.1, 0.1]))
+
+
+def test_discrete_planning_finds_the_better_choice():
+    torch.manual_seed(0)
+    model = TDMPC2WorldModel((3,), 3, TINY, episode_length=200, action_classes=(3,))
+    model.predict_reward = lambda z, action: action[:, 1] - action[:, 0]
+    agent = TDMPC2Agent(model, action_classes=(3,))
+    actions, state = agent.act(np.zeros((20, 3), np.float32), None, np.ones(20, bool), explore=False)
+    assert (actions.argmax(1) == 1).all()
+    assert (state["mean"][:, :, 1] > 0.7).all()
+
+
+def test_discrete_updates_move_the_policy_towards_the_better_choice():
+    torch.manual_seed(0)
+    model = TDMPC2WorldModel((3,), 3, dataclasses.replace(TINY, lr=3e-3), episode_length=200, action_classes=(3,))
+    agent = TDMPC2Agent(model, action_classes=(3,))
+    batch = batch_of(model, 64)
+    batch["actions"] = torch.nn.functional.one_hot(torch.randint(3, (64, 4)), 3).float()
+    batch["rewards"] = batch["actions"][..., 2]
+    for _ in range(150):
+        agent.update(batch)
+    assert (model.policy(model.latent(batch["obs"][:, 0])).argmax(-1) == 2).float().mean() > 0.9
