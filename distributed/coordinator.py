@@ -189,9 +189,8 @@ class Coordinator:
 
     def _bundle(self) -> int:
         """Updates in one task: several of small batches, so that calls cost little beside learning."""
-        batch = (
-            self._spec.batch_size * self._spec.windows.length * row_bytes(replay_columns(self._env_spec, self._spec))
-        )
+        spec = self._spec
+        batch = spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._env_spec, spec))
         return max(1, min(BUNDLE_UPDATES, BUNDLE_BYTES // batch))
 
     def _dispatch_collects(self) -> None:
