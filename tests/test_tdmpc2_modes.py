@@ -1,6 +1,7 @@
 """TD-MPC2 with several tasks, from pixels, and with discrete actions."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.tdmpc2_models import TINY, batch_of, shake
 from worldloom import create_world_model
-from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel
+from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel, read_official_episodes
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Planner, PlanNoise
 from worldloom.tdmpc2.world_model import categorical_sample, choose
@@ -18,6 +19,7 @@ from worldloom.training.replay import ReplayBuffer
 # Several tasks
 
 
+EPISODES = Path(__file__).parent / "data" / "tdmpc2_episodes.pt"
 TASKS = (Task("walker-walk", 4), Task("cup-catch", 2), Task("mw-reach", 3, 100))
 
 
@@ -140,6 +142,51 @@ def test_several_tasks_learn_offline_from_replay():
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     with pytest.raises(ValueError, match=r"\['tusk'\] are no extra columns, expected \['task'\]"):
         replay.add_episode(obs=rng.normal(size=(3, 3)), actions=np.zeros((2, 4)), rewards=[0, 0], dones=[0, 0], tusk=1)
+
+
+def test_official_episode_files_learn_offline():
+    """The file was written by tensordict 0.8.3: 4 episodes of 6 rows, tasks 0 and 1, NaN in row 0."""
+    torch.manual_seed(0)
+    model = TDMPC2WorldModel((3,), 2, dataclasses.replace(TINY, task_dim=5), tasks=(Task("a", 2), Task("b", 1)))
+    agent = TDMPC2Agent(model)
+    replay = ReplayBuffer(1000, (3,), 2, windows=agent.windows, columns=agent.columns)
+    for episode in read_official_episodes(EPISODES):
+        replay.add_episode(**episode)
+    assert (replay.num_episodes, len(replay)) == (4, 24)
+    batch = replay.sample(64)
+    assert set(batch["task"].ravel().tolist()) == {0, 1}
+    assert np.isfinite(agent.update(batch)[0]["loss"])
+
+
+def test_official_episodes_keep_the_order_of_the_file():
+    first = next(read_official_episodes(EPISODES))
+    torch.manual_seed(0)  # as the file was made
+    obs, action = torch.randn(4, 6, 3), torch.rand(4, 6, 2) * 2 - 1
+    reward = torch.randn(4, 6)
+    assert_close(torch.from_numpy(first["obs"]), obs[0])
+    assert_close(torch.from_numpy(first["actions"]), action[0, 1:])  # what led to rows 1 to 5
+    assert_close(torch.from_numpy(first["rewards"]), reward[0, 1:])
+    assert (first["task"], first["truncated"], first["dones"].any()) == (0, True, False)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit",)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (Bomb(), "no file of episodes that can be read safely"),
+        ({"obs": torch.zeros(2, 5, 3)}, r"holds \['obs'\], expected a TensorDict"),
+        ({"obs": torch.zeros(2, 4, 3), "action": torch.zeros(2, 5, 2), "reward": torch.zeros(2, 5)}, "of one length T"),
+        (3, "holds int, expected"),
+    ],
+)
+def test_other_files_are_no_episodes(made, message, tmp_path):
+    torch.save(made, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=message):
+        next(read_official_episodes(tmp_path / "file.pt"))
 
 
 # Pixels
