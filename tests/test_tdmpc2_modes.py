@@ -1,6 +1,7 @@
 """TD-MPC2 with several tasks, from pixels, and with discrete actions."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from tests.tdmpc2_models import TINY, batch_of, shake
 from worldloom import create_world_model
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel, read_official_episodes
+from worldloom.tdmpc2.agent import alternatives
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Planner, PlanNoise
 from worldloom.tdmpc2.world_model import categorical_sample, choose
@@ -254,15 +256,38 @@ def test_choices_follow_their_probabilities():
     assert_close((drawn[:, 0] * drawn[:, 4]).mean().item(), 0.49, rtol=0, atol=6e-3)
 
 
-def test_categorical_samples_have_straight_through_gradients_and_exact_entropy():
-    logits = torch.tensor([1.0, 2, 0, 0, 1], requires_grad=True)
+def test_categorical_samples_have_exact_entropy():
+    logits = torch.tensor([1.0, 2, 0, 0, 1])
     sample = categorical_sample(logits, torch.zeros(5), (2, 3))
     assert sample.mean_action.tolist() == [0, 1, 0, 0, 1]
     p, q = logits[:2].softmax(0), logits[2:].softmax(0)
     assert_close(sample.scaled_entropy, -(p * p.log()).sum() - (q * q.log()).sum())
-    assert_close(sample.log_prob, (sample.action.detach() * torch.cat([p.log(), q.log()])).sum())
-    (gradient,) = torch.autograd.grad(sample.action[1], logits)
-    assert_close(gradient, torch.tensor([-1.0, 1, 0, 0, 0]) * (p[0] * p[1]).detach())
+    assert_close(sample.log_prob, (sample.action * torch.cat([p.log(), q.log()])).sum())
+
+
+def test_alternatives_change_one_part_at_a_time():
+    found = alternatives(torch.tensor([0.0, 1, 1, 0, 0]), (2, 3))
+    assert found.tolist() == [[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("classes", [(3,), (2, 3)])
+def test_the_categorical_policy_follows_the_gradient_of_its_expected_value(classes):
+    """Against the expectation over every joint action, enumerated."""
+    torch.manual_seed(0)
+    size, draws = sum(classes), 1 if len(classes) == 1 else 40_000
+    model = shake(TDMPC2WorldModel((3,), size, TINY, episode_length=200, action_classes=classes))
+    agent, z, heads = TDMPC2Agent(model, action_classes=classes), torch.randn(1, 16), torch.tensor([0, 1])
+    joint = [torch.cat(choice) for choice in itertools.product(*(torch.eye(n) for n in classes))]
+    values = agent._frozen_value(z.expand(len(joint), -1), torch.stack(joint), heads, None)
+    log_probs = torch.cat([part.log_softmax(-1) for part in model.policy(z)[0].split(classes)])
+    expected = (torch.stack([(action * log_probs).sum().exp() for action in joint]) * values).sum()
+    wanted = torch.autograd.grad(expected, model.policy[-1].bias)[0]
+    sample = model.sample_policy(z.expand(draws, 1, -1), torch.randn(draws, 1, size))
+    value, objective = agent._choice_values(z.expand(draws, 1, -1), sample, heads, None)
+    (gradient,) = torch.autograd.grad(objective.mean(), model.policy[-1].bias)
+    assert_close(gradient, wanted, rtol=0, atol=1e-6 if draws == 1 else 0.02 * wanted.abs().max().item())
+    drawn = agent._frozen_value(z, sample.action[:1, 0], heads, None)
+    assert_close(value[:1, 0], drawn)
 
 
 def test_discrete_plans_average_elites_and_keep_every_choice_possible():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from worldloom import functional as fn
 from worldloom.nets import flatten, load_flat
 from worldloom.optim import load_optimizer
 from worldloom.tdmpc2.planner import Planner
-from worldloom.tdmpc2.world_model import TDMPC2WorldModel
+from worldloom.tdmpc2.world_model import PolicySample, TDMPC2WorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
 
 NOT_EPISODIC = (
@@ -175,11 +175,34 @@ class TDMPC2Agent:
         """The loss, and means of value and entropy; the scale of values follows."""
         model, c = self.world_model, self.config
         sample = model.sample_policy(z, noise, mask)
-        logits = model.q(torch.cat([z, sample.action], -1), heads, keep, frozen=True)
-        value = fn.symlog_mean(logits, model.bins).mean(0)  # [B, H+1]
+        if model.action_classes:
+            value, objective = self._choice_values(z, sample, heads, keep)
+        else:
+            value = objective = self._frozen_value(z, sample.action, heads, keep)  # [B, H+1]
         self.scale.update(value[:, 0])
-        loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
+        loss = policy_loss(objective / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
         return loss, value.mean(), -sample.log_prob.mean()
+
+    def _frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, keep: Tensor | None) -> Tensor:
+        model = self.world_model
+        logits = model.q(torch.cat([z, action], -1), heads, keep, frozen=True)
+        return fn.symlog_mean(logits, model.bins).mean(0)
+
+    def _choice_values(
+        self, z: Tensor, sample: PolicySample, heads: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The value of drawn one-hot actions, and what a categorical policy maximises: [B, H+1] each.
+
+        That is the expected value over the choices of each part, the other parts as drawn, summed over the parts: its
+        gradient is that of the expected value (an extension of ours).
+        """
+        classes = self.world_model.action_classes
+        drawn = sample.action.detach()
+        others = alternatives(drawn, classes)  # [A, B, H+1, A]
+        wide = None if keep is None else keep.expand(len(others), *keep.shape)
+        values = self._frozen_value(z.expand(len(others), *z.shape), others, heads, wide).movedim(0, -1)
+        objective = (sample.log_std.exp() * values).sum(-1)
+        return (drawn * values)[..., : classes[0]].sum(-1), objective
 
     def _name_nan(self, metrics: Metrics) -> str:
         bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]
@@ -227,6 +250,17 @@ class TDMPC2Agent:
         self.updates = int(state["updates"])
         self._generator.set_state(state["generator"])
         self.acting_generator.set_state(state["acting_generator"])
+
+
+def alternatives(action: Tensor, classes: Sequence[int]) -> Tensor:
+    """[A, ..., A]: for every choice of every part of one-hot actions [..., A], the action with that choice instead."""
+    made, begin = [], 0
+    for count in classes:
+        for choice in torch.eye(count, device=action.device, dtype=action.dtype):
+            before, part, after = action.split([begin, count, action.shape[-1] - begin - count], -1)
+            made.append(torch.cat([before, choice.expand_as(part), after], -1))
+        begin += count
+    return torch.stack(made)
 
 
 def policy_loss(value: Tensor, scaled_entropy: Tensor, rho: float, entropy_coef: float) -> Tensor:

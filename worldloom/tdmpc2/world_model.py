@@ -405,7 +405,7 @@ def choose(log_probs: Tensor, noise: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) -> PolicySample:
-    """Independent choices with straight-through gradients (an extension of ours; no counterpart in the paper).
+    """Independent choices (an extension of ours; no counterpart in the paper).
 
     The entropy is exact, not that of the draw; `log_std` holds the log-probabilities.
     """
@@ -413,9 +413,8 @@ def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) ->
     probs, drawn = log_probs.exp(), choose(log_probs, noise, classes)
     likeliest = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in log_probs.split(tuple(classes), -1)]
     entropy = -(probs * log_probs).sum(-1)
-    action = drawn + probs - probs.detach()
     mean_action = torch.cat(likeliest, -1).to(logits.dtype)
-    return PolicySample(action, mean_action, log_probs, (drawn * log_probs).sum(-1), entropy)
+    return PolicySample(drawn, mean_action, log_probs, (drawn * log_probs).sum(-1), entropy)
 
 
 def _check_tasks(tasks: Sequence[Task], task_dim: int, action_dim: int) -> None:
