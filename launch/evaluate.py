@@ -26,11 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the environments and of acting")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    overrides = "fields of the agent that shape no parameter, each as --agent.NAME VALUE (--agent.num_samples 256)"
+    parser.add_argument("--agent", type=dict[str, Any], default={}, help=overrides)
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        agent = load_agent(options.run_dir, choose_device(options.device), options.seed)
+        agent = load_agent(options.run_dir, choose_device(options.device), options.seed, **options.agent)
         env = yaml.safe_load((Path(options.run_dir) / "config.yaml").read_text())["env"]
         suites: dict[str, Any] = {
             "atari": AtariConfig(**env["atari"]),

@@ -168,6 +168,13 @@ def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
         "eval_return_mean": 280.0, "eval_return_std": 0.0, "eval_episodes": 5
     }  # fmt: skip
 
+    assert evaluate.main(["--run-dir", str(run_dir), "--episodes", "1", "--agent.num_samples", "8"]) == 0
+    assert "return 280.0 ± 0.0 over 1 episodes" in capsys.readouterr().out
+    assert evaluate.main(["--run-dir", str(run_dir), "--agent.mlp_dim", "24"]) == 1
+    assert "size mismatch" in capsys.readouterr().err
+    assert evaluate.main(["--run-dir", str(run_dir), "--agent.num_sample", "8"]) == 1
+    assert "Did you mean 'num_samples'" in capsys.readouterr().err
+
     assert "already holds a run" in refusal(capsys, "--config", config, "--run-dir", str(run_dir))
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0
     assert json.loads((run_dir / "summary.json").read_text())["env_steps"] >= 400

@@ -228,9 +228,14 @@ def create_agent(
         return cast(Agent, FAMILIES[name].agent(world_model, seed, actions.classes))
 
 
-def agent_from_description(description: Mapping[str, Any], device: torch.device | str = "cpu", seed: int = 0) -> Agent:
+def agent_from_description(
+    description: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+) -> Agent:
     """An untrained agent as `Agent.describe` described it; `load_state_dict` or weights complete it."""
-    model = _from_description("the description", description, {}).to(device)
+    model = _from_description("the description", description, overrides or {}).to(device)
     classes = tuple(description.get("action_classes", ()))
     return cast(Agent, FAMILIES[description["family"]].agent(model, seed, classes))
 
@@ -241,9 +246,11 @@ def load_agent(
     seed: int = 0,
     episode_length: int | None = None,
     tasks: str | Sequence[Task] = (),
+    **overrides: Any,
 ) -> Agent:
     """A trained agent from a run directory (its newest checkpoint), from a model directory, or from a file that
     TD-MPC2's authors published; episode_length and tasks are of such a file (see `create_world_model`).
+    overrides: configuration fields that shape no parameter, such as num_samples=256 for half of TD-MPC2's planning.
 
         agent = load_agent("runs/pendulum")
         obs, act_state, is_first = env.reset(), None, np.ones(env.num_envs, bool)
@@ -252,13 +259,13 @@ def load_agent(
             step = env.step(actions)
             obs, is_first = step.obs, step.is_first
 
-    Raises FileNotFoundError if there is no checkpoint.
+    Raises FileNotFoundError if there is no checkpoint, ValueError for overrides that the parameters do not fit.
     """
     from worldloom.training.checkpoint import newest_checkpoint
 
     folder = Path(directory)
     if folder.is_file():
-        model = create_world_model(folder, device=device, episode_length=episode_length, tasks=tasks)
+        model = create_world_model(folder, device=device, episode_length=episode_length, tasks=tasks, **overrides)
         return cast(Agent, FAMILIES["tdmpc2"].agent(model, seed, ()))
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
@@ -266,7 +273,7 @@ def load_agent(
         raise FileNotFoundError(
             f"{directory} holds neither checkpoints nor a config.json, expected the directory of a run or of a model."
         )
-    agent = agent_from_description(read_description(folder), device, seed)
+    agent = agent_from_description(read_description(folder), device, seed, overrides)
     load_parameters(folder / "model.safetensors", agent.world_model)
     if agent.behaviour is not None:
         load_parameters(folder / "behaviour.safetensors", agent.behaviour)
