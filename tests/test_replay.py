@@ -189,6 +189,10 @@ def test_write_back_replaces_rows_and_skips_evicted_ones():
     written = np.isin(after["rows"], batch["rows"])
     assert written.any()
     np.testing.assert_array_equal(after["latent"][written][:, 0], after["rows"][written] + 100)
+    replay.write_back(np.array([[5, 6, 7]]), {"latent": np.full((1, 2, 2), -1.0)})  # of the last two rows
+    last = replay.draw(200)
+    assert (last["latent"][np.isin(last["rows"], (6, 7))] == -1).all()
+    assert (last["latent"][last["rows"] == 5] != -1).all()
 
 
 def test_recorded_episodes_line_up_actions_with_their_outcome(caplog):

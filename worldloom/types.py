@@ -185,7 +185,10 @@ class Agent(Protocol):
         through torch.compile. Raises ValueError for what the model cannot do."""
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """One learning step. Returns metrics and replay columns [B, T, ...] to write back (often none)."""
+        """One learning step. Returns metrics, and replay columns of the trained rows to write back (often none).
+
+        Raises FloatingPointError for a NaN loss, ValueError for a batch of other shapes.
+        """
 
     def acting_weights(self) -> Array:
         """What `act` needs and nothing more, as one flat float32 array."""

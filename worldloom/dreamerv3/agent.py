@@ -151,7 +151,8 @@ class DreamerV3Agent:
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """One update (the specification's contract): world model, imagination, behaviour, replay values; one backward.
 
-        Returns metrics, and fresh latents [B, T + 1, ...] for replay (row 0 as it was).
+        Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. Raises FloatingPointError for NaN in a
+        loss, ValueError for observations of other keys or shapes.
         """
         moved = {name: torch.as_tensor(value, device=self.device) for name, value in batch.items() if name != "obs"}
         obs = {name: torch.as_tensor(v, device=self.device) for name, v in _as_mapping(batch["obs"]).items()}
@@ -172,7 +173,7 @@ class DreamerV3Agent:
         metrics = dict(zip(scalars, values, strict=True))
         if metrics["loss"] != metrics["loss"]:
             raise FloatingPointError(self._name_nan(metrics))
-        return metrics, self._fresh_columns(batch, states)
+        return metrics, self._fresh_columns(states)
 
     def _context(self, rows: Mapping[str, Tensor]) -> RSSMState:
         """The state before the first trained row: as replay stored it, or zeros."""
@@ -181,15 +182,11 @@ class DreamerV3Agent:
             return self.world_model.rssm.initial(batch)
         return expand(rows["deter"][:, 0], rows["stoch"][:, 0], self.config.classes)
 
-    def _fresh_columns(self, batch: Batch, states: RSSMState) -> dict[str, Array]:
+    def _fresh_columns(self, states: RSSMState) -> dict[str, Array]:
+        """[B, T, ...]; the context row keeps what it has, which another window may have refreshed meanwhile."""
         if not self._stored:
             return {}
-        fresh = compact(RSSMState(states.deter.transpose(0, 1), states.stoch.transpose(0, 1)))
-        columns = {}
-        for name, value in fresh.items():
-            old = torch.as_tensor(cast(Mapping[str, Tensor], batch)[name])[:, :1].cpu().numpy()
-            columns[name] = torch.cat([torch.from_numpy(old), torch.from_numpy(value)], 1).numpy()
-        return columns
+        return compact(RSSMState(states.deter.transpose(0, 1), states.stoch.transpose(0, 1)))
 
     def _draw_noise(self, batch: int, steps: int) -> UpdateNoise:
         c, model, generator = self.config, self.world_model, self._generator

@@ -278,7 +278,11 @@ class ReplayBuffer:
         return as_batch({name: torch.from_numpy(c).to(device) for name, c in self.draw(batch_size).items()})
 
     def write_back(self, rows: Array, columns: Mapping[str, Array]) -> int:
-        """Replace entries of extra columns at row numbers [B, T]; evicted rows are skipped. Returns how many."""
+        """Replace entries of extra columns at row numbers [B, T]; evicted rows are skipped. Returns how many.
+
+        columns: [B, T', ...], of the last T' rows of each window.
+        """
+        rows = rows[:, -next(iter(columns.values())).shape[1] :]
         gone = rows < self._rows - self.capacity
         for name, values in columns.items():
             self._columns[name][rows[~gone] % self.capacity] = values[~gone]
