@@ -183,6 +183,9 @@ def test_pixel_files_hold_the_published_keys_and_load(tmp_path):
     [
         ({"action_classes": (4,)}, "discrete actions"),
         ({"obs_shape": (9, 64, 64)}, "projects images"),
+        ({"config": TDMPC2Config(**SMALL, simnorm_dim=4)}, "simplices of 4"),
+        ({"config": TDMPC2Config(**SMALL, bin_limit=8.0)}, "bins up to 8"),
+        ({"config": TDMPC2Config(**SMALL, log_std_max=1.5)}, r"log_std in \[-10, 1.5\]"),
         ({"obs_shape": (9, 80, 80), "config": TDMPC2Config()}, "images other than 64x64"),
     ],
 )
@@ -214,7 +217,10 @@ def test_files_that_are_cut_short_or_foreign_are_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_bytes(b"")
-    for name in ("cut.pt", "text.pt", "empty.pt"):
+    broken = [b"text file", b"state,action", b"\x80\x02}q", b"J\x00"]
+    for number, content in enumerate(broken):
+        (tmp_path / f"{number}.pt").write_bytes(content)
+    for name in ("cut.pt", "text.pt", "empty.pt", *(f"{number}.pt" for number in range(len(broken)))):
         with pytest.raises(ValueError, match=f"{name} is not a checkpoint of TD-MPC2"):
             load_official(tmp_path / name)
     with pytest.raises(ValueError, match=r'expected a mapping "model"'):
@@ -229,6 +235,9 @@ def test_files_that_are_cut_short_or_foreign_are_refused(tmp_path):
         less = {key: value for key, value in current.items() if key != lost}
         with pytest.raises(ValueError, match=f"lacks {lost}"):
             load_official(save(less, tmp_path / "less.pt"))
+    single = {**current, "_dynamics.0.weight": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=r"_dynamics\.0\.weight is a single number"):
+        load_official(save(single, tmp_path / "single.pt"))
     bent = {**current, "_reward.1.weight": torch.zeros(24, 23)}
     with pytest.raises(ValueError, match=r"_reward.1.weight is \(24, 23\), expected \(24, 24\)"):
         load_official(save(bent, tmp_path / "bent.pt"))
@@ -240,6 +249,7 @@ def test_sizes_that_contradict_the_file_are_named(tmp_path):
         create_world_model(tmp_path / "c.pt", obs_shape=(6,), action_dim=4)
     with pytest.raises(ValueError, match=r"action_dim=4, but action_dim=3 was asked for"):
         create_world_model(tmp_path / "c.pt", obs_shape=(5,), action_dim=3)
+    assert create_world_model(tmp_path / "c.pt", obs_shape=[5], action_dim=4).obs_shape == (5,)
 
 
 def test_an_official_file_becomes_an_agent_that_learns_on(tmp_path):

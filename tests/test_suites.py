@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from worldloom.envs import make_env
-from worldloom.suites import AtariConfig, DMCConfig
+from worldloom.suites import AtariConfig, DMCConfig, make_dm_control
 
 
 def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
@@ -24,6 +24,15 @@ def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
     step = env.step(np.zeros((1, 6), np.float32))
     assert step.truncated[0]
     assert not step.terminated[0]
+
+
+def test_dm_control_states_are_concatenated_in_its_own_order():
+    """As the authors of TD-MPC2 do: walker's orientations come before its height."""
+    env = make_dm_control("dm_control/walker-walk-v0", DMCConfig())
+    obs, _ = env.reset(seed=3)
+    own = env.unwrapped._env.task.get_observation(env.unwrapped._env.physics)
+    assert list(own) == ["orientations", "height", "velocity"]
+    np.testing.assert_allclose(obs, np.concatenate([np.ravel(part) for part in own.values()]), rtol=1e-5, atol=1e-6)
 
 
 renders = pytest.mark.skipif(

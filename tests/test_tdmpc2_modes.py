@@ -80,6 +80,15 @@ def test_actions_beyond_a_task_are_zero_and_its_own_discount_counts():
         [[0.99], [0.99], [0.95]]).expand(3, 3))  # fmt: skip
 
 
+def test_observations_of_smaller_tasks_are_padded_with_zeros():
+    model = tasks_model()
+    short, task = torch.randn(2, 2), torch.tensor([1, 2])
+    padded = torch.cat([short, torch.zeros(2, 1)], 1)
+    assert torch.equal(model.encode(short, task).deterministic, model.encode(padded, task).deterministic)
+    actions, _ = TDMPC2Agent(model).act(short.numpy(), None, np.ones(2, bool), task=task.numpy())
+    assert actions.shape == (2, 4)
+
+
 def test_planning_for_several_tasks_equals_planning_one_by_one():
     model = tasks_model()
     planner, task = Planner(model), torch.tensor([2, 0])
@@ -212,7 +221,7 @@ def test_pixel_encoder_is_four_convolutions_and_simnorm():
     assert x.shape == (2, 32, 4, 4)
     expected = x.flatten(1).view(2, 64, 8).softmax(-1).view(2, 512)
     assert_close(encoder(images), expected)
-    assert_close(encoder(images.float(), torch.full((2, 2), 3)), expected)  # a shift of 3 leaves images as they are
+    assert_close(encoder(images / 255, torch.full((2, 2), 3)), expected)  # a shift of 3 leaves images as they are
 
 
 def test_shifts_move_each_image_by_its_own_distance_and_repeat_the_border():

@@ -138,6 +138,10 @@ def create_world_model(
     know where actions are discrete. overrides: fields of the model's config. Raises ValueError or TypeError that names
     what was wrong, FileNotFoundError for a directory that holds no model.
     """
+    given = {"obs_classes": obs_classes, "tasks": tasks, "action_classes": action_classes}
+    foreign = {key for key, value in given.items() if value} - ({"tasks"} if Path(model).is_file() else set())
+    if foreign and Path(model).exists():
+        raise ValueError(f"{model} knows its own {', '.join(sorted(foreign))}. Leave them out.")
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
     if isinstance(tasks, str) and tasks not in TASK_SETS:
@@ -154,7 +158,7 @@ def create_world_model(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
     config = build_config(str(model), {**(multitask_sizes(size, task_set) if task_set else {}), **overrides})
-    given = {"obs_classes": obs_classes, "tasks": tasks, "action_classes": action_classes}
+    given["tasks"] = tasks
     options = {key: value for key, value in given.items() if value}
     if foreign := options.keys() - set(family.options):
         raise ValueError(f"{model} takes no {', '.join(foreign)}. {EXPLANATIONS[next(iter(foreign))]}")

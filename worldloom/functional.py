@@ -48,6 +48,15 @@ def two_hot(x: Tensor, bins: Tensor) -> Tensor:
     return target.scatter_(-1, lower.unsqueeze(-1) + 1, weight)
 
 
+def unit_pixels(image: Tensor) -> Tensor:
+    """uint8 images to floats in [0, 1], where floats are taken to be already. Raises ValueError for other integers."""
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if not image.is_floating_point():
+        raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, expected uint8, or floats in [0, 1].")
+    return image
+
+
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """-sum(target * log softmax(logits)) over the last axis; [..., K] and [..., K] to [...]."""
     return -(target * F.log_softmax(logits, dim=-1)).sum(-1)

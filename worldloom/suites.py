@@ -131,14 +131,33 @@ def make_atari(env_id: str, config: AtariConfig, action_repeat: int) -> gymnasiu
     return Atari(game, config, action_repeat)
 
 
+class States(gymnasium.ObservationWrapper[Array, Any, Any]):
+    """The states of a dm_control task in one vector [V], in its own order, as checkpoints expect them.
+
+    Gymnasium sorts the entries of a Dict space by name: flattening that would put walker's height before its
+    orientations.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        task: Any = env.unwrapped
+        self._names = list(task._env.observation_spec())  # shimmy keeps it there
+        spaces: Any = env.observation_space
+        size = sum(int(np.prod(spaces[name].shape)) for name in self._names)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def observation(self, observation: Any) -> Array:
+        return np.concatenate([np.ravel(observation[name]) for name in self._names]).astype(np.float32)
+
+
 def make_dm_control(env_id: str, config: DMCConfig, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
-    """A "dm_control/…-v0" task; the states of one vector are concatenated in order of name."""
+    """A "dm_control/…-v0" task; its states come as one vector in dm_control's order."""
     _render_without_display()
     import shimmy  # noqa: F401 - registers the ids
 
     if config.observations == "states":
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        return gymnasium.wrappers.FlattenObservation(gymnasium.make(env_id, disable_env_checker=True, **options))
+        return States(gymnasium.make(env_id, disable_env_checker=True, **options))
     camera = config.camera if config.camera is not None else 2 if "quadruped" in env_id else 0
     view = {"height": config.image_size, "width": config.image_size, "camera_id": camera}
     task = gymnasium.make(env_id, disable_env_checker=True, render_mode="rgb_array", render_kwargs=view)

@@ -151,14 +151,18 @@ class DreamerV3Agent:
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """One update (the specification's contract): world model, imagination, behaviour, replay values; one backward.
 
-        Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. Raises FloatingPointError for NaN in a
-        loss, ValueError for observations of other keys or shapes.
+        Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. Raises FloatingPointError for a
+        NaN loss, ValueError for a batch of other keys or shapes.
         """
         moved = {name: torch.as_tensor(value, device=self.device) for name, value in batch.items() if name != "obs"}
         obs = {name: torch.as_tensor(v, device=self.device) for name, v in _as_mapping(batch["obs"]).items()}
         context = self.windows.context
         rows = cast(Batch, {name: value[:, context:] for name, value in moved.items()})
         rows["obs"] = {name: value[:, context:] for name, value in obs.items()}
+        never = torch.zeros_like(rows["rewards"], dtype=torch.bool)
+        rows = cast(Batch, {"is_first": never, "terminated": never, "truncated": never, **rows})
+        if not self._stored:  # a window starts from nothing, the action before it included
+            rows["is_first"] = torch.cat([torch.ones_like(rows["is_first"][:, :1]), rows["is_first"][:, 1:]], 1)
         noise = self._draw_noise(*rows["rewards"].shape)
         loss, scalars, states = self._loss(rows, self._context(moved), noise)
         self._optimizer.zero_grad()
@@ -177,9 +181,13 @@ class DreamerV3Agent:
 
     def _context(self, rows: Mapping[str, Tensor]) -> RSSMState:
         """The state before the first trained row: as replay stored it, or zeros."""
-        batch = len(rows["rewards"])
         if not self._stored:
-            return self.world_model.rssm.initial(batch)
+            return self.world_model.rssm.initial(len(rows["rewards"]))
+        if missing := [name for name in self.columns if name not in rows]:
+            raise ValueError(
+                f"batch lacks {', '.join(missing)}, the stored latents. Sample it from a ReplayBuffer made with this "
+                "agent's columns, or set agent.replay_context to zeros."
+            )
         return expand(rows["deter"][:, 0], rows["stoch"][:, 0], self.config.classes)
 
     def _fresh_columns(self, states: RSSMState) -> dict[str, Array]:
@@ -286,7 +294,8 @@ class DreamerV3Agent:
         return fn.antisymmetric_mean(logits.float(), self.world_model.bins)
 
     def _name_nan(self, metrics: Metrics) -> str:
-        bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]
+        losses = [name for name in metrics if name.endswith("_loss") or name.startswith("reconstruction/")]
+        bad = [name for name in losses if metrics[name] != metrics[name]]
         return (
             f"update {self.updates}: NaN in {', '.join(bad) or 'loss'}. Look for huge rewards or observations; lower "
             "agent.lr, or go on from the last checkpoint with --resume."

@@ -81,6 +81,7 @@ class DreamerV3Config:
         for name in ("deter", "hidden", "units", "classes", "depth", "stoch", "blocks", "batch_size"):
             require(getattr(self, name) >= 1, name, "at least 1")
         require(self.deter % self.blocks == 0, "deter", f"a multiple of blocks={self.blocks}")
+        require(4 * self.depth % self.blocks == 0, "depth", f"such that 4 depth is a multiple of blocks={self.blocks}")
         require(self.batch_length >= 2, "batch_length", "at least 2")
         require(self.imagination_length >= 1, "imagination_length", "at least 1")
         require(self.classes <= 256, "classes", "at most 256: replay keeps class indices in a byte")

@@ -77,15 +77,10 @@ class Encoder(nn.Module):
         if self.vector is not None:
             parts.append(self.vector(flat_vectors(obs, self.vectors, self.classes)))
         if self.image is not None:
-            pixels = torch.cat([unit_pixels(obs[name]) for name in self.images], -3) - 0.5
+            pixels = torch.cat([fn.unit_pixels(obs[name]) for name in self.images], -3) - 0.5
             lead = pixels.shape[:-3]
             parts.append(self.image(pixels.reshape(-1, *pixels.shape[-3:])).view(*lead, -1))
         return torch.cat(parts, -1)
-
-
-def unit_pixels(image: Tensor) -> Tensor:
-    """uint8 to [0, 1]; floats are taken as they are."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def vector_sizes(shapes: ObsShapes, classes: Classes) -> dict[str, int]:
@@ -204,7 +199,7 @@ class Decoder(nn.Module):
                 chosen = log_probs.gather(-1, value.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
                 error = -chosen * (value >= 0)
             elif name in self.images:
-                error = (found - unit_pixels(value)).square()
+                error = (found - fn.unit_pixels(value)).square()
             else:
                 seen = value != MISSING
                 error = (found - fn.symlog(torch.where(seen, value, 0.0).float())).square() * seen

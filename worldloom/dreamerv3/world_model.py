@@ -102,7 +102,11 @@ class DreamerV3WorldModel(nn.Module):
     # WorldModel
 
     def encode(self, obs: Obs) -> LatentState:
-        """The posterior after seeing only obs, as at the start of an episode."""
+        """The posterior after seeing only obs [B, *obs_shape], as at the start of an episode.
+
+        Images are uint8, or floats in [0, 1]; a mapping of observations is given by key. Raises ValueError that names
+        the key of what is missing or of another shape or kind.
+        """
         tokens = self.encoder(self.as_mapping(obs, "encode", 1))
         state = self.rssm.initial(len(tokens))
         return self._observe(state, torch.zeros(len(tokens), self.action_dim, device=tokens.device), tokens)
@@ -113,7 +117,10 @@ class DreamerV3WorldModel(nn.Module):
 
     def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
         self._check_action("observe", action, (state.batch_size,))
-        return self._observe(self.as_rssm(state), action, self.encoder(self.as_mapping(obs, "observe", 1)))
+        tokens = self.encoder(self.as_mapping(obs, "observe", 1))
+        if len(tokens) != state.batch_size:
+            raise ValueError(f"observe: {len(tokens)} observations of {state.batch_size} states.")
+        return self._observe(self.as_rssm(state), action, tokens)
 
     def _observe(self, state: RSSMState, action: Tensor, tokens: Tensor) -> LatentState:
         embedded = self.rssm.embed_tokens(tokens)
@@ -183,6 +190,9 @@ class DreamerV3WorldModel(nn.Module):
         """The world model loss (eq. 5) of T rows from the state before the first; noise: [T, B, S, K]."""
         obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
         lead = (batch["actions"].shape[0], batch["actions"].shape[1])
+        for name, value in obs.items():
+            if tuple(value.shape[:2]) != lead:
+                raise ValueError(f"batch: obs {name!r} is {tuple(value.shape)} and actions [{lead[0]}, {lead[1]}, A].")
         actions, rewards, is_first, terminated = self._rows(batch, lead)
         seen = {name: value.transpose(0, 1) for name, value in obs.items()}
         posterior = self.rssm.observe(state, actions, self.encoder(seen), is_first, noise)
@@ -231,6 +241,9 @@ class DreamerV3WorldModel(nn.Module):
             terminated = batch["terminated"].float()
         else:
             terminated = 1 - batch["continues"] if "continues" in batch else torch.zeros_like(rewards)
+        for name, value in (("is_first", is_first), ("terminated", terminated)):
+            if tuple(value.shape) != lead:
+                raise ValueError(f"batch[{name!r}] is {tuple(value.shape)}, expected {lead}.")
         given = (batch["actions"].float(), rewards.float(), is_first, terminated)
         actions, rewards, is_first, terminated = (value.transpose(0, 1).contiguous() for value in given)
         return actions, rewards, is_first, terminated
@@ -255,6 +268,9 @@ class DreamerV3WorldModel(nn.Module):
     def _check_kind(self, where: str, name: str, value: Tensor) -> None:
         """Class indices and numbers are not mistaken for one another."""
         indices = not value.is_floating_point()
+        if name in self.encoder.images and indices and value.dtype != torch.uint8:
+            shape = tuple(value.shape)
+            raise ValueError(f"{where}: image {name!r} is {value.dtype} {shape}, expected uint8, or floats in [0, 1].")
         if name in self.obs_classes and not indices:
             raise ValueError(f"{where}: obs {name!r} is {value.dtype}, expected class indices (integers or bools).")
         if indices and name not in self.obs_classes and name not in self.encoder.images:

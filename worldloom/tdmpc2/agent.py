@@ -34,7 +34,7 @@ class RunningScale:
 
 
 class TDMPC2Agent:
-    """Acts on vector observations with continuous actions; see `worldloom.types.Agent` for the protocol."""
+    """Acts on vectors or images with continuous or one-hot actions; see `worldloom.types.Agent` for the protocol."""
 
     behaviour = None  # the world model holds policy and values
     random_warmup = True
@@ -89,7 +89,7 @@ class TDMPC2Agent:
         """
         numbers = None if task is None else torch.as_tensor(task, device=self.device).long()
         model, shown = self.world_model, torch.as_tensor(obs, device=self.device)
-        model.check_observation("act", shown, numbers)
+        shown = model.check_observation("act", shown, numbers)
         z = model.latent(shown, numbers, model.draw_eval_shifts(len(shown), self.acting_generator))
         noise = self.planner.draw_noise(len(z), self.acting_generator)
         mean = self._previous_mean(act_state, is_first, len(z))
@@ -119,6 +119,11 @@ class TDMPC2Agent:
         """One update: world model, then policy, then target values (algorithm 2 of the paper)."""
         batch = cast(Batch, {name: torch.as_tensor(value, device=self.device) for name, value in batch.items()})
         model, c = self.world_model, self.config
+        if batch["actions"].shape[1] != self.windows.length:
+            raise ValueError(
+                f"update: the batch has {batch['actions'].shape[1]} rows, expected {self.windows.length}: the steps of "
+                "agent.horizon and the row that they start from. Make the replay with windows=agent.windows."
+            )
         noise = model.draw_noise(len(batch["actions"]), batch["actions"].shape[1], self._generator)
         found = model.losses(batch, noise)
         self._model_optimizer.zero_grad()
@@ -141,7 +146,7 @@ class TDMPC2Agent:
         }
         values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
         metrics = dict(zip(scalars, values, strict=True))
-        if not metrics["loss"] == metrics["loss"]:
+        if any(metrics[name] != metrics[name] for name in ("loss", "policy_loss")):
             raise FloatingPointError(self._name_nan(metrics))
         return metrics, {}
 

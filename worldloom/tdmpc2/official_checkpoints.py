@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,18 @@ OURS = {  # prefixes of layout C and of our parameters
     "_target_Qs_params.2.": "target_q.output.",
 }
 PIXELS = (64, 64)  # height and width that the authors' image encoder takes
+UNREADABLE = (  # what torch.load raises for files that are not torch.save's, or not whole
+    pickle.UnpicklingError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 FLAT_Q = ("weight", "bias", "ln.weight", "ln.bias")  # the order of a value layer's tensors in layouts A and B
 LAYOUT_A_MLP = {"0": "0", "1": "0.ln", "3": "1", "4": "1.ln", "6": "2"}
 LAYOUT_A_DYNAMICS = {"0.0": "0", "0.1": "0.ln", "0.3": "1", "0.4": "1.ln", "0.6": "2", "1": "2.ln"}
@@ -74,7 +87,8 @@ def load_official(
         shape = (ours["encoder.convs.0.weight"].shape[1], *PIXELS)
     else:
         shape = (ours["encoder.0.weight"].shape[1] - fields["task_dim"],)
-    for name, wanted, found in (("obs_shape", obs_shape, shape), ("action_dim", action_dim, size)):
+    wanted_shape = tuple(obs_shape) if isinstance(obs_shape, Sequence) else obs_shape
+    for name, wanted, found in (("obs_shape", wanted_shape, shape), ("action_dim", action_dim, size)):
         if wanted is not None and wanted != found:
             raise ValueError(f"{path} holds a model with {name}={found}, but {name}={wanted} was asked for.")
     config = TDMPC2Config(**{**fields, "symlog_obs": symlog_obs, **(overrides or {})})
@@ -90,6 +104,9 @@ def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None
     c = model.config
     for holds, what in (
         (c.symlog_obs, "takes symlog of observations"),
+        (c.simnorm_dim != 8, f"has simplices of {c.simnorm_dim}"),
+        (c.bin_limit != 10, f"has bins up to {c.bin_limit:g}"),
+        ((c.log_std_min, c.log_std_max) != (-10, 2), f"has log_std in [{c.log_std_min:g}, {c.log_std_max:g}]"),
         (model.action_classes, "chooses discrete actions"),
         (model.pixels and model.obs_shape[1:] != PIXELS, "reads images other than 64x64"),
         (model.pixels and c.latent_dim != 512, "projects images"),
@@ -115,7 +132,7 @@ def read_official(path: str | os.PathLike[str]) -> State:
     """The tensors of a file by their names there. Raises ValueError; executes nothing."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is not a checkpoint of TD-MPC2, is cut short, or holds objects other than tensors, which are "
             "never loaded. Download it again, or check where it comes from."
@@ -208,6 +225,8 @@ def infer_sizes(ours: State, path: object = "the checkpoint") -> dict[str, Any]:
         raise ValueError(
             f"{path} lacks {', '.join(map(_official_name, missing))}: it is no checkpoint of TD-MPC2, or is cut short."
         )
+    if flat := [name for name, value in ours.items() if name.endswith("weight") and value.ndim == 0]:
+        raise ValueError(f"{path}: {', '.join(map(_official_name, flat))} is a single number, expected a matrix.")
     embedding = ours.get("task_embedding.weight")
     encoder = (
         {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from worldloom.tdmpc2.official_checkpoints import UNREADABLE
 
 COLUMNS = {"obs", "action", "reward"}
 
@@ -50,7 +50,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     try:
         with torch.serialization.safe_globals(known):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, KeyError, AttributeError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is no file of episodes that can be read safely: {reason}") from error
     columns = getattr(found, "columns", found)

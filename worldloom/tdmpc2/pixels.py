@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from worldloom import functional as fn
 from worldloom.nets import SimNorm
 
 PAD = 3  # pixels that an image may shift by
@@ -39,12 +40,12 @@ class PixelEncoder(nn.Module):
         self.norm = SimNorm(simnorm_dim)
 
     def forward(self, image: Tensor, shift: Tensor | None = None) -> Tensor:
-        """uint8 images, or floats on the same scale of 0 to 255; shift: [..., 2], see `draw_shifts`."""
+        """uint8 images, or floats in [0, 1]; shift: [..., 2], see `draw_shifts`."""
         lead = image.shape[:-3]
-        x = image.reshape(-1, *image.shape[-3:]).float()
+        x = fn.unit_pixels(image.reshape(-1, *image.shape[-3:]))
         if shift is not None:
             x = shifted(x, shift.reshape(-1, 2))
-        x = x / 255 - 0.5
+        x = x - 0.5
         for conv in self.convs[:-1]:
             x = F.relu(conv(x))
         x = self.convs[-1](x).flatten(1)

@@ -20,6 +20,8 @@ from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts
 from worldloom.tdmpc2.tasks import Task
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
 
+BRIGHT = 16.0  # no float image in [0, 1] reaches this, noisy ones included
+
 
 @dataclass(frozen=True)
 class PolicySample:
@@ -60,8 +62,8 @@ class TDMPC2WorldModel(nn.Module):
     obs_shape: (V,) float32 vectors, or (C, H, W) images, published as 9x64x64: three frames, the oldest first. Actions
     are continuous, in [-1, 1], or one-hot: action_classes then says how many choices each part has (an extension of
     ours). episode_length: agent steps, sets gamma.
-    tasks: what a multi-task model knows, in the order of their numbers; observations and actions are then padded with
-    zeros to the largest task's. Raises ValueError for other observations.
+    tasks: what a multi-task model knows, in the order of their numbers; what observations of smaller tasks lack of
+    obs_shape is filled with zeros, and so are actions beyond a task's own. Raises ValueError for other observations.
     """
 
     bins: Tensor
@@ -192,7 +194,7 @@ class TDMPC2WorldModel(nn.Module):
     # WorldModel
 
     def encode(self, obs: Obs, task: Tensor | None = None) -> LatentState:
-        """obs: [B, V] or [B, C, H, W] (uint8, or floats up to 255); task: [B] numbers, for a multi-task model."""
+        """obs: [B, V] or [B, C, H, W] (uint8, or floats in [0, 1]); task: [B] numbers, for a multi-task model."""
         shown = self.check_observation("encode", obs, task)
         return LatentState(self.latent(shown, task, self.draw_eval_shifts(len(shown))), task=task)
 
@@ -367,10 +369,17 @@ class TDMPC2WorldModel(nn.Module):
         return obs, actions[:, 1:].float(), rewards[:, 1:].float(), terminated[:, 1:]
 
     def check_observation(self, where: str, obs: Obs, task: Tensor | None) -> Tensor:
-        """obs [B, *obs_shape]. Raises ValueError for another shape, and where task [B] does not fit."""
+        """obs [B, *obs_shape], padded with zeros where a model of several tasks is given fewer numbers.
+
+        Raises ValueError for another shape, and where task [B] does not fit.
+        """
+        if self.tasks and isinstance(obs, Tensor) and obs.ndim == 2 and obs.shape[1] < self.obs_shape[0]:
+            obs = F.pad(obs, (0, self.obs_shape[0] - obs.shape[1]))
         if not isinstance(obs, Tensor) or tuple(obs.shape[1:]) != self.obs_shape:
             found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
             raise ValueError(f"{where}: obs is {found}, expected [B, {', '.join(map(str, self.obs_shape))}].")
+        if self.pixels and obs.is_floating_point() and obs.numel() and obs.max() > BRIGHT:
+            raise ValueError(f"{where}: images are floats up to {obs.max():.0f}, expected uint8, or floats in [0, 1].")
         self._check_task(where, task, len(obs))
         return obs
 

@@ -145,7 +145,13 @@ def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
 
 
 def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec) -> ReplayBuffer:
-    """Raises MemoryError if it does not fit, ValueError if it is shorter than a window."""
+    """Raises MemoryError if it does not fit, ValueError if it, or an episode, is shorter than a window."""
+    windows, longest = spec.windows, env.episode_length
+    if not windows.crosses_episodes and longest is not None and longest + 1 < windows.length:
+        raise ValueError(
+            f"{config.env.id} ends its episodes after {longest} steps, but {config.algorithm} learns from windows of "
+            f"{windows.length} rows, {windows.length - 1} steps. Lower agent.horizon or env.action_repeat."
+        )
     observations = observation_columns(env.observation_space)
     return ReplayBuffer(
         config.replay.capacity,
