@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from worldloom.catalog import create_agent
 from worldloom.envs import make_env
 from worldloom.suites import AtariConfig, DMCConfig, make_dm_control
 
@@ -124,3 +125,17 @@ def test_atari_pools_the_last_two_frames_and_repeats_rewards():
     assert reward == 4
     again, _ = env.reset()
     assert again[0, 0].tolist() == [0] * 4 + [200] * 4
+
+
+def test_box2d_episodes_end_truly_and_reach_td_mpc2():
+    env = make_env("LunarLanderContinuous-v3", num_envs=2)
+    agent = create_agent("tdmpc2:1m", env.observation_space, env.action_space, episodic=True, horizon=1, iterations=1)
+    obs, act_state, first = env.reset(), None, np.ones(2, bool)
+    ended = False
+    for _ in range(200):
+        if first.any():
+            _, act_state = agent.act(obs, act_state, first)
+        step = env.step(np.tile(np.float32([1, 0]), (2, 1)))  # full thrust flies off
+        obs, first, ended = step.obs, step.is_first, ended or step.terminated.any()
+    assert ended
+    assert obs.shape == (2, 8)
