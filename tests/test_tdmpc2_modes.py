@@ -305,6 +305,7 @@ def test_discrete_plans_average_elites_and_keep_every_choice_possible():
     actions = torch.tensor([[1.0, 0, 1, 0, 0], [0.0, 1, 1, 0, 0]]).view(1, 1, 2, 5)
     fitted = start.refit(torch.tensor([[0.25, 0.75]]), actions)
     assert_close(fitted.probs.flatten(), torch.tensor([0.325, 0.675, 0.8, 0.1, 0.1]))
+    assert fitted.settle(actions[0, :, 0]).tolist() == [[0, 1, 1, 0, 0]]  # though the other elite was drawn
 
 
 def test_discrete_planning_finds_the_better_choice():

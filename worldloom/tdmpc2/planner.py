@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel, choose
@@ -72,8 +73,7 @@ class Planner:
             proposal = proposal.refit(weight, elite_actions)
         chosen = (weight.log() + noise.choice).argmax(1)
         action = elite_actions[0, torch.arange(len(z), device=z.device), chosen]
-        if explore:
-            action = proposal.explore(action, noise.explore)
+        action = proposal.explore(action, noise.explore) if explore else proposal.settle(action)
         return action, proposal.plan
 
     def _first_proposal(self, shifted: Tensor, mask: Tensor | None) -> Gaussian | Categorical:
@@ -165,6 +165,10 @@ class Gaussian:
         """[E, A]"""
         return (action + self.std[0] * noise).clamp(-1, 1)
 
+    def settle(self, action: Tensor) -> Tensor:
+        """The action of the elite that was drawn, [E, A]."""
+        return action
+
     @property
     def plan(self) -> Tensor:
         """[E, H, A], what the next step starts from."""
@@ -204,6 +208,11 @@ class Categorical:
     def explore(self, action: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - drawn anew
         """[E, A], drawn from the first step's probabilities."""
         return choose(self.probs[0].log(), noise, self.classes)
+
+    def settle(self, action: Tensor) -> Tensor:  # noqa: ARG002 - a drawn elite may differ where values are close
+        """[E, A], the likeliest choice of each part in the first step."""
+        parts = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in self.probs[0].split(self.classes, -1)]
+        return torch.cat(parts, -1).to(self.probs.dtype)
 
     @property
     def plan(self) -> Tensor:
