@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.dreamerv3_models import MIXED, batch_of, tiny_agent
 from tests.tdmpc2_models import batch_of as tdmpc2_batch
 from tests.tdmpc2_models import tiny_model
-from tests.test_dreamerv3_agent import MIXED, batch_of, tiny_agent
 from worldloom import create_world_model
 from worldloom.tdmpc2 import TDMPC2Agent
 from worldloom.training.assembly import agent_spec, make_replay, probe_env

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.test_dreamerv3_agent import MIXED, batch_of, shake, tiny_agent
+from tests.dreamerv3_models import MIXED, batch_of, shake, tiny_agent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 
 pytestmark = pytest.mark.timeout(1500)  # compiling takes minutes on a busy machine

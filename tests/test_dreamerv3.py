@@ -6,53 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.dreamerv3_models import PIXELS, TOKEN, H, Z, close, fill
 from worldloom import functional as fn
 from worldloom.dreamerv3 import SIZES, DreamerV3Config, DreamerV3WorldModel
+from worldloom.dreamerv3.agent import Behaviour
 from worldloom.dreamerv3.encoder import Decoder, Encoder, ImageDecoder, ImageEncoder
-from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, RMSNorm
+from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, RMSNorm
 from worldloom.dreamerv3.rssm import RSSM, RSSMState, gru_gate, sample_one_hot
 from worldloom.optim import LaProp
 
-
-def close(actual, expected, tolerance=1e-6):
-    actual = (
-        actual.detach().double().flatten()
-        if isinstance(actual, torch.Tensor)
-        else torch.tensor(actual, dtype=torch.float64)
-    )
-    assert_close(actual, torch.tensor(expected, dtype=torch.float64).flatten(), rtol=tolerance, atol=tolerance)
-
-
-# The parity fixture: every kernel and bias is 0.3 sin(i) in the reference's layout, every norm 1 + 0.1 sin(i)
-
-
-def wave(*shape):
-    return 0.3 * torch.sin(torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).reshape(shape).float()
-
-
-@torch.no_grad()
-def fill(module):
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.weight.copy_(wave(layer.in_features, layer.out_features).T)
-            layer.bias.copy_(wave(layer.out_features))
-        elif isinstance(layer, Conv):
-            out, inputs, height, width = layer.weight.shape
-            layer.weight.copy_(wave(height, width, inputs, out).permute(3, 2, 0, 1))
-            layer.bias.copy_(wave(out))
-        elif isinstance(layer, BlockLinear):
-            inputs, blocks, out = layer.weight.shape
-            layer.weight.copy_(wave(blocks, inputs, out).transpose(0, 1))
-            layer.bias.copy_(wave(blocks * out))
-        elif isinstance(layer, RMSNorm):
-            layer.scale.copy_(1 + wave(len(layer.scale)) / 3)
-    return module
-
-
-H = 0.5 * torch.sin(torch.arange(1.0, 9))[None]
-Z = torch.tensor([[[1.0, 0, 0], [0, 0, 1]]])
-TOKEN = 0.5 * torch.sin(torch.arange(1.5, 6))[None]
-PIXELS = (37 * torch.arange(256) % 256).to(torch.uint8).view(1, 1, 16, 16)
+# The parity fixture
 
 
 def small_rssm():
@@ -110,8 +73,10 @@ def test_is_first_forgets_state_and_action():
 
 
 def test_image_encoder_equals_the_reference():
-    encoder = fill(ImageEncoder(1, 2, (2, 3)))
-    tokens = encoder(PIXELS.float() / 255 - 0.5)[0]
+    """As uint8 through the whole encoder, which scales them; only its network is made smaller than it allows."""
+    encoder = Encoder({"image": (1, 48, 48)}, {}, units=4, depth=1, layers=1)
+    encoder.image = fill(ImageEncoder(1, 2, (2, 3)))
+    tokens = encoder({"image": PIXELS})[0]
     assert tokens.shape == (96,)
     close(tokens[:6], [-0.1171804, 0.6369990, 1.0487943, 1.1014340, 0.1968554, -0.2726452], 1e-5)
     close(tokens.sum(), [36.454875], 1e-5)
@@ -124,11 +89,14 @@ def test_vector_encoder_equals_the_reference():
 
 
 def test_image_decoder_equals_the_reference():
-    decoder = fill(ImageDecoder(8, 6, (1, 16, 16), depth=2, units=4, blocks=2, multipliers=(2, 4)))
-    image = decoder(H, Z.flatten(1))
+    decoder = Decoder({"image": (1, 48, 48)}, {}, deter=8, stoch=6, units=4, depth=1, layers=1, blocks=2)
+    decoder.image = fill(ImageDecoder(8, 6, (1, 16, 16), depth=2, units=4, blocks=2, multipliers=(2, 4)))
+    decoder.images = {"image": (1, 16, 16)}
+    decoded = decoder(H, Z.flatten(1))
+    image = decoded["image"]
     close(image[0, 0, 0, :6], [0.6126313, 0.6160621, 0.3169763, 0.3150636, 0.3594085, 0.1910068], 1e-5)
     close(image.mean(), [0.5683545], 1e-5)
-    close((image - PIXELS.float() / 255).square().sum(), [27.459108], 1e-5)
+    close(decoder.losses(decoded, {"image": PIXELS})["image"], [27.459108], 1e-5)
 
 
 def test_vector_decoder_equals_the_reference():
@@ -146,6 +114,15 @@ def test_vector_decoder_equals_the_reference():
 
 def test_rmsnorm_equals_golden_values():
     close(RMSNorm(4)(torch.tensor([1.0, 2, 3, 4])), [0.365145937, 0.730291875, 1.095437812, 1.460583749])
+
+
+def test_layers_are_linear_then_rmsnorm_then_silu():
+    layer = NormedLinear(4, 4)
+    with torch.no_grad():
+        layer.linear.weight.copy_(torch.eye(4))
+    close(layer(torch.full((4,), 1e4)), [0.731058579] * 4)  # silu(1)
+    norm = torch.tensor([0.365145937, 0.730291875, 1.095437812, 1.460583749])
+    close(layer(torch.tensor([1.0, 2, 3, 4])), (norm / (1 + torch.exp(-norm))).tolist())
 
 
 @pytest.mark.parametrize(
@@ -203,6 +180,23 @@ def test_warm_up_starts_at_zero():
     assert moved[1:] == pytest.approx([-1.3107e-8, -3.5218e-8], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("p", "gradient", "expected"),
+    [
+        ((3, 4), (6, 8), (0.9, 1.2)),
+        ((3, 4), (0.3, 0.4), (0.3, 0.4)),
+        ((0, 0), (1, 0), (3e-4, 0)),  # a norm below 1e-3 counts as 1e-3
+    ],
+)
+def test_adaptive_clipping_equals_golden_values(p, gradient, expected):
+    """Where eps outweighs the gradient by far, and lr equals eps, a step is the clipped gradient itself."""
+    before = torch.tensor(p, dtype=torch.float64)
+    after = before.clone().requires_grad_()
+    after.grad = torch.tensor(gradient, dtype=torch.float64)
+    LaProp([after], lr=1e9, betas=(0.0, 0.999), eps=1e9, clip=0.3, warmup=0).step()
+    close(before - after, expected)
+
+
 def test_adaptive_clipping_with_laprop_equals_golden_values():
     p = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
     optimizer = LaProp([p], lr=0.1, warmup=0, clip=0.3)
@@ -226,41 +220,50 @@ def test_initial_kernels_have_the_references_spread(kind):
     assert not layer.bias.any()
 
 
-IMAGE_COUNTS = {  # enc, dyn, dec, rew, con for image (3, 64, 64) and 18 actions
-    "size1m": (14_304, 377_472, 80_595, 57_663, 41_153),
-    "size12m": (220_416, 5_982_720, 1_272_003, 721_407, 656_129),
-    "size25m": (493_824, 13_446_912, 2_857_635, 1_573_503, 1_475_713),
-    "size50m": (876_032, 23_892_992, 5_076_355, 2_753_279, 2_622_977),
-    "size100m": (1_966_848, 53_730_816, 11_413_059, 6_095_871, 5_900_545),
-    "size200m": (3_492_864, 95_496_192, 20_282_115, 10_749_183, 10_488_833),
-    "size400m": (7_850_496, 214_809_600, 45_617_283, 23_987_967, 23_597_569),
+IMAGE_COUNTS = {  # enc, dyn, dec, rew, con, pol, val, total for image (3, 64, 64) and 18 discrete actions
+    "size1m": (14_304, 377_472, 80_595, 57_663, 41_153, 50_706, 66_111, 688_004),
+    "size12m": (220_416, 5_982_720, 1_272_003, 721_407, 656_129, 792_594, 853_503, 10_498_772),
+    "size25m": (493_824, 13_446_912, 2_857_635, 1_573_503, 1_475_713, 1_778_706, 1_869_951, 23_496_244),
+    "size50m": (876_032, 23_892_992, 5_076_355, 2_753_279, 2_622_977, 3_158_034, 3_279_615, 41_659_284),
+    "size100m": (1_966_848, 53_730_816, 11_413_059, 6_095_871, 5_900_545, 7_096_338, 7_278_591, 93_482_068),
+    "size200m": (3_492_864, 95_496_192, 20_282_115, 10_749_183, 10_488_833, 12_607_506, 12_850_431, 165_967_124),
+    "size400m": (7_850_496, 214_809_600, 45_617_283, 23_987_967, 23_597_569, 28_348_434, 28_712_703, 372_924_052),
 }
-VECTOR_COUNTS = {  # enc, dyn, dec for 24 numbers in three keys and 6 actions
-    "size1m": (10_112, 364_416, 51_096),
-    "size12m": (138_752, 5_783_040, 794_136),
-    "size25m": (306_432, 12_999_936, 1_781_016),
-    "size50m": (539_648, 23_100_416, 3_161_112),
-    "size100m": (1_202_688, 51_952_128, 7_100_952),
-    "size200m": (2_127_872, 92_338_176, 12_613_656),
-    "size400m": (4_764_672, 207_713_280, 28_357_656),
+VECTOR_COUNTS = {  # enc, dyn, dec, pol, total for 24 numbers in three keys and 6 continuous actions
+    "size1m": (10_112, 364_416, 51_096, 50_316, 640_867),
+    "size12m": (138_752, 5_783_040, 794_136, 791_052, 9_738_019),
+    "size25m": (306_432, 12_999_936, 1_781_016, 1_776_396, 21_782_947),
+    "size50m": (539_648, 23_100_416, 3_161_112, 3_154_956, 38_612_003),
+    "size100m": (1_202_688, 51_952_128, 7_100_952, 7_091_724, 86_622_499),
+    "size200m": (2_127_872, 92_338_176, 12_613_656, 12_601_356, 153_769_507),
+    "size400m": (4_764_672, 207_713_280, 28_357_656, 28_339_212, 345_473_059),
 }
 WALKER = {"orientations": (14,), "height": (), "velocity": (9,)}
 
 
-def counts(shape, action_dim, size):
+def counts(shape, action_dim, size, classes=()):
+    """Of all parts, and their total: everything that learns, so without the slow critic."""
     with torch.device("meta"):
         model = DreamerV3WorldModel(shape, action_dim, DreamerV3Config(**SIZES[size]))
-    parts = (model.encoder, model.rssm, model.decoder, model.reward, model.continues)
-    return tuple(sum(p.numel() for p in part.parameters()) for part in parts)
+        behaviour = Behaviour(model, classes)
+    parts = (model.encoder, model.rssm, model.decoder, model.reward, model.continues, behaviour.policy, behaviour.value)
+    learned = [p for module in (model, behaviour) for p in module.parameters() if p.requires_grad]
+    return (*(sum(p.numel() for p in part.parameters()) for part in parts), sum(p.numel() for p in learned))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_equal_the_reference(size):
-    assert counts((3, 64, 64), 18, size) == IMAGE_COUNTS[size]
-    assert counts(WALKER, 6, size) == (*VECTOR_COUNTS[size], *IMAGE_COUNTS[size][3:])
+    assert counts((3, 64, 64), 18, size, (18,)) == IMAGE_COUNTS[size]
+    encoder, rssm, decoder, policy, total = VECTOR_COUNTS[size]
+    reward, continues, value = (IMAGE_COUNTS[size][i] for i in (3, 4, 6))
+    assert counts(WALKER, 6, size) == (encoder, rssm, decoder, reward, continues, policy, value, total)
 
 
 def test_parameter_counts_of_other_observations_equal_the_reference():
-    assert counts((1, 96, 96), 18, "size12m")[:3] == (218_816, 6_310_400, 2_256_001)
-    assert counts((4,), 2, "size12m")[:3] == (133_632, 5_782_016, 788_996)
-    assert counts({**WALKER, "image": (3, 64, 64)}, 6, "size12m")[:3] == (359_168, 6_045_184, 2_066_139)
+    gray = counts((1, 96, 96), 18, "size12m", (18,))
+    assert (gray[:3], gray[-1]) == ((218_816, 6_310_400, 2_256_001), 11_808_850)
+    assert counts((1, 96, 96), 18, "size200m", (18,))[-1] == 186_936_082
+    cartpole = counts((4,), 2, "size12m", (2,))
+    assert (cartpole[:3], cartpole[5], cartpole[-1]) == ((133_632, 5_782_016, 788_996), 788_482, 9_724_165)
+    both = counts({**WALKER, "image": (3, 64, 64)}, 6, "size12m")
+    assert (both[:3], both[-1]) == ((359_168, 6_045_184, 2_066_139), 11_492_582)

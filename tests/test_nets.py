@@ -60,10 +60,12 @@ def test_normed_linear_is_linear_then_layernorm_then_mish():
     assert_close(out, torch.tensor([-0.30609324, -0.20466678, 0.32911763, 1.23113757]), rtol=0, atol=1e-5)
 
 
-def member(ensemble: Ensemble, n: int, x: torch.Tensor) -> torch.Tensor:
+def member(ensemble: Ensemble, n: int, x: torch.Tensor, dropout: torch.Tensor | None = None) -> torch.Tensor:
     """The n-th member, one plain layer after the other."""
     for layer in (ensemble.first, ensemble.second, ensemble.output):
         x = F.linear(x, layer.weight[n], layer.bias[n])
+        if dropout is not None and layer is ensemble.first:
+            x = x * dropout
         if layer.ln is not None:
             x = F.mish(F.layer_norm(x, x.shape[-1:], layer.ln.weight[n], layer.ln.bias[n]))
     return x
@@ -83,6 +85,14 @@ def test_ensemble_equals_its_members_one_by_one(ensemble):
     expected = torch.stack([member(ensemble, n, x) for n in range(3)])
     assert_close(ensemble(x), expected, rtol=1e-5, atol=1e-5)
     assert_close(ensemble(x, torch.tensor([2, 0])), expected[[2, 0]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_ensemble_drops_entries_of_each_members_first_layer_before_its_norm(ensemble, frozen):
+    x, heads = torch.randn(5, 6), [2, 0]
+    dropout = 2.0 * torch.randint(2, (5, 2, 16))  # of each head its own
+    expected = torch.stack([member(ensemble, n, x, dropout[:, i]) for i, n in enumerate(heads)])
+    assert_close(ensemble(x, torch.tensor(heads), dropout, frozen), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_ensemble_passes_gradients_to_its_input_only(ensemble):

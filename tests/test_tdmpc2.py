@@ -1,6 +1,7 @@
 """TD-MPC2 against golden numbers of the authors' code and against hand-worked values."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from worldloom import create_world_model
 from worldloom.catalog import build_config
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 from worldloom.tdmpc2.agent import RunningScale, policy_loss
-from worldloom.tdmpc2.planner import Gaussian, Planner, PlanNoise, elite_weights
 from worldloom.tdmpc2.world_model import squashed_sample
 
 COUNTS = [  # size, obs, A, episodic, total, encoder, dynamics, reward, policy, q
@@ -86,31 +86,6 @@ def test_squashed_sample_equals_golden_values():
     assert sample.scaled_entropy.item() == pytest.approx(3.9257540, abs=1e-6)  # -A g with g = -1.9628770
 
 
-def test_mppi_update_equals_golden_values():
-    value, actions = torch.tensor([[4.0, 3, 2]]), torch.tensor([0.9, 0.4, 0.1]).view(1, 1, 3, 1)
-    weight = elite_weights(value, 0.5)
-    assert_close(weight[0], torch.tensor([0.50648039, 0.30719589, 0.18632372]))
-    zeros = torch.zeros(1, 1, 1)
-    fitted = Gaussian(zeros, zeros, None, 0.05, 2.0).refit(weight, actions)
-    assert_close((fitted.mean.item(), fitted.std.item()), (0.5973431, 0.3231794), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("end", "expected"), [(None, 15.62329), (2, 2.98), (3, 5.9203)])
-def test_sequence_value_equals_golden_values(end, expected):
-    """Rewards 1, 2, 3, a value of 10 and gamma 0.99; the episode ends after step `end`."""
-    model = tiny_model(action=1, discount=0.99, episodic=True)
-    model.next_latent = lambda z, action: z + 1  # z counts steps
-    model.predict_reward = lambda z, action: z[:, 0] + 1
-    model.values = lambda z, action, heads: torch.full((2, len(z)), 10.0)
-    model.terminates = lambda z: (z[:, 0] == end).float() if end else torch.zeros(len(z))
-    model.sample_policy = lambda z, noise, mask: squashed_sample(noise, noise, noise)
-    zeros = torch.zeros(3, 1, 1, 1)
-    value = Planner(model).sequence_value(
-        torch.zeros(1, 1), zeros, torch.zeros(1, 1, 1), torch.arange(2), torch.tensor([0.99])
-    )
-    assert value.item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_policy_loss_equals_golden_value():
     value = torch.tensor([1.0, 2, 3, 4]).expand(6, 4)
     assert policy_loss(value, torch.zeros(6, 4), 0.5, 1e-4).item() == pytest.approx(-0.8125)
@@ -152,6 +127,22 @@ def test_td_target_takes_the_smaller_of_two_target_heads_and_stops_at_true_ends(
     assert_close(target[:, :2], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_hidden_weights_start_as_untruncated_normals_of_std_002_values_included():
+    torch.manual_seed(0)
+    model = create_world_model("tdmpc2:5m", (39,), 4)
+    zeroed, normal = ("reward.2.weight", "q.output.weight", "target_q.output.weight"), []
+    for name, parameter in model.named_parameters():
+        if name.endswith("ln.weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias") or name in zeroed:
+            assert not parameter.any(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.04), name
+            normal.append(parameter.flatten())
+    outside = torch.cat(normal).abs() > 0.04
+    assert outside.float().mean().item() == pytest.approx(0.0455, abs=1e-3)  # of a normal, beyond two sigma
+
+
 def test_initial_reward_and_value_are_zero():
     model = tiny_model()
     z, action = torch.rand(5, 16), torch.rand(5, 2)
@@ -181,6 +172,105 @@ def test_world_model_losses_leave_the_policy_and_targets_alone():
         assert untouched == name.startswith(("policy", "target_q")), name
 
 
+def calls_of(ensemble):
+    """The arguments, by name, of every evaluation from here on."""
+    forward, seen = ensemble.forward, []
+
+    def spy(*args, **kwargs):
+        seen.append(inspect.signature(forward).bind(*args, **kwargs).arguments)
+        return forward(*args, **kwargs)
+
+    ensemble.forward = spy
+    return seen
+
+
+def test_dropout_is_for_online_and_frozen_values_in_learning_and_never_for_targets():
+    model = shake(tiny_model(dropout=0.2))
+    agent = TDMPC2Agent(model)
+    online, target = calls_of(model.q), calls_of(model.target_q)
+    agent.update(batch_of(model))
+    assert [call.get("dropout") for call in target] == [None]
+    assert [call.get("frozen", False) for call in online] == [False, True]  # the value loss, then the policy's
+    assert [tuple(call["dropout"].shape) for call in online] == [(8, 3, 3, 24), (8, 4, 2, 24)]  # every head its own
+    for call in online:
+        dropout = call["dropout"]
+        assert_close(dropout.unique(), torch.tensor([0.0, 1.25]))
+        assert (dropout > 0).float().mean().item() == pytest.approx(0.8, abs=0.04)
+        assert not torch.equal(dropout[..., 0, :], dropout[..., 1, :])
+    online.clear()
+    agent.act(np.zeros((2, 3), np.float32), None, np.array([True, True]))
+    assert [call.get("dropout") for call in online] == [None] * model.config.iterations
+
+
+def test_each_part_follows_an_adam_of_its_own():
+    model = shake(tiny_model(episodic=True))
+    agent = TDMPC2Agent(model)
+    settings = {"encoder": (9e-5, 1e-8), "policy": (3e-4, 1e-5)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
+    for step in (1, 2, 3):
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        agent.update(batch_of(model, terminated=True))
+        if step == 1:  # or eps would not show
+            assert any((p.grad.abs() < 1e-4).any() for p in model.policy.parameters())
+        for name, p in trained.items():
+            lr, eps = settings.get(name.split(".")[0], (3e-4, 1e-8))
+            mean, square = moments[name]
+            mean.mul_(0.9).add_(0.1 * p.grad)
+            square.mul_(0.999).add_(0.001 * p.grad.square())
+            expected = lr * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + eps)
+            assert_close(before[name] - p.detach(), expected, rtol=1e-3, atol=3e-7)
+
+
+def test_gradients_are_clipped_to_a_norm_of_twenty_the_policys_apart():
+    model = shake(tiny_model(consistency_coef=600.0, entropy_coef=1e6))
+    agent = TDMPC2Agent(model)
+    for _ in range(2):  # by the second, the policy has a gradient of its own left
+        metrics, _ = agent.update(batch_of(model))
+    policy = list(model.policy.parameters())
+    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("policy")]
+    for found, parameters in (("grad_norm", rest), ("policy_grad_norm", policy)):
+        assert metrics[found] > 25
+        norm = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
+        assert norm == pytest.approx(20, rel=1e-4)
+
+
+def test_the_policy_learns_on_every_rolled_out_state_with_values_after_their_step():
+    model = shake(tiny_model())
+    agent, batch = TDMPC2Agent(model), batch_of(model)
+    with torch.no_grad():
+        latents = [model.encoder(batch["obs"][:, 0])]
+        for t in range(3):
+            latents.append(model.next_latent(latents[-1], batch["actions"][:, t + 1]))
+    before, update, seen = model.q.first.weight.clone(), agent._update_policy, []
+
+    def spy(z, mask):
+        seen.append((z, model.q.first.weight.clone()))
+        return update(z, mask)
+
+    agent._update_policy = spy
+    agent.update(batch)
+    ((z, weight),) = seen
+    assert_close(z, torch.stack(latents, 1))  # H + 1 states
+    assert not z.requires_grad
+    assert not torch.equal(weight, before)
+    assert torch.equal(weight, model.q.first.weight)
+
+
+def test_the_value_scale_follows_the_first_state_and_divides_values_but_not_entropies():
+    agent = TDMPC2Agent(tiny_model(entropy_coef=1.0))
+    first, later = torch.linspace(0, 70, 8), torch.linspace(0, 1000, 24).view(8, 3)
+    value = torch.cat([first[:, None], later], 1)
+    agent._frozen_value = lambda *_: value
+    z, noise = torch.rand(8, 4, 16), torch.randn(8, 4, 2)
+    loss, _, _ = agent._policy_loss(z, noise, torch.arange(2), None, None)
+    scale = 1.62  # 1 + 0.01 (66.5 - 3.5 - 1), the percentiles of `first`
+    assert agent.scale.value.item() == pytest.approx(scale, rel=1e-6)
+    entropy = agent.world_model.sample_policy(z, noise).scaled_entropy
+    expected = -((value / scale + entropy).mean(0) * torch.tensor([1, 0.5, 0.25, 0.125])).mean()
+    assert_close(loss, expected)
+
+
 def test_updates_reduce_the_loss_on_a_fixed_batch():
     model = tiny_model(lr=1e-3)
     agent = TDMPC2Agent(model)
@@ -196,66 +286,6 @@ def test_nan_in_an_update_is_refused_by_name():
     batch["rewards"][0, 1] = float("nan")
     with pytest.raises(FloatingPointError, match="reward_loss"):
         agent.update(batch)
-
-
-def single(noise, e):
-    return PlanNoise(
-        policy=noise.policy[:, e : e + 1],
-        samples=noise.samples[:, :, e : e + 1],
-        terminal=noise.terminal[:, e : e + 1],
-        heads=noise.heads,
-        choice=noise.choice[e : e + 1],
-        explore=noise.explore[e : e + 1],
-    )
-
-
-@pytest.mark.parametrize("explore", [True, False])
-@pytest.mark.parametrize("episodic", [True, False])
-def test_planning_for_several_environments_equals_planning_one_by_one(explore, episodic):
-    model = shake(tiny_model(episodic=episodic))
-    planner = Planner(model)
-    noise = planner.draw_noise(4)
-    z, previous = model.encoder(torch.randn(4, 3)), torch.rand(4, 3, 2) - 0.5
-    with torch.no_grad():
-        actions, means = planner.plan(z, previous, noise, explore)
-        for e in range(4):
-            action, mean = planner.plan(z[e : e + 1], previous[e : e + 1], single(noise, e), explore)
-            assert_close(action[0], actions[e], rtol=1e-4, atol=1e-4)
-            assert_close(mean[0], means[e], rtol=1e-4, atol=1e-4)
-    assert actions.abs().max() <= 1
-
-
-def test_planning_finds_the_better_action():
-    """The reward is the first action dimension: plans must go to its end."""
-    model = tiny_model()
-    model.predict_reward = lambda z, action: action[:, 0]
-    model.values = lambda z, action, heads: torch.zeros(2, len(z))
-    planner = Planner(model)
-    with torch.no_grad():
-        actions, _ = planner.plan(torch.rand(4, 16), torch.zeros(4, 3, 2), planner.draw_noise(4), explore=False)
-    assert (actions[:, 0] > 0.6).all()
-
-
-def test_warm_start_shifts_the_previous_plan_and_is_reset_by_is_first():
-    agent = TDMPC2Agent(shake(tiny_model()))
-    seen = []
-    plan = agent.planner.plan
-
-    def spy(z, previous, *rest):
-        seen.append(previous.clone())
-        return plan(z, previous, *rest)
-
-    agent.planner.plan = spy
-    obs = np.zeros((2, 3), np.float32)
-    _, state = agent.act(obs, None, np.array([True, True]))
-    agent.act(obs, state, np.array([False, True]))
-    assert_close(seen[1][0], state["mean"][0])
-    assert not seen[1][1].any()
-
-
-def test_more_iterations_for_twenty_actions():
-    assert Planner(tiny_model(action=19)).iterations == 3
-    assert Planner(tiny_model(action=20)).iterations == 5
 
 
 def test_acting_weights_carry_the_policy_to_another_agent():
