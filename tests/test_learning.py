@@ -32,7 +32,15 @@ def test_tdmpc2_learns_to_copy_its_observation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
-@pytest.mark.parametrize(("preset", "enough"), [("tdmpc2_pendulum", -250), ("dreamerv3_cartpole", 400)])
+@pytest.mark.parametrize(
+    ("preset", "enough"),
+    [
+        ("tdmpc2_pendulum", -250),
+        ("tdmpc2_inverted_pendulum", 900),
+        ("tdmpc2_cartpole", 450),
+        ("dreamerv3_cartpole", 400),
+    ],
+)
 def test_presets_learn_their_tasks(tmp_path, kind, preset, enough):
     parser = run_parser("test", "")
     config = run_config(parser, parser.parse_args(["--config", f"configs/{preset}.yaml"]))

@@ -64,7 +64,7 @@ def test_any_number_of_env_actors_trains_to_the_end(actors, tmp_path):
 @pytest.mark.parametrize("env", ["Counting", "Screen", "Mixed"])
 def test_dreamerv3_trains_on_ray_and_writes_its_latents_back(env, tmp_path):
     runtime = RuntimeConfig(kind="ray", env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1)
-    steps = TrainConfig(total_steps=1000 if env == "Counting" else 500, learning_starts=100, train_ratio=4)
+    steps = TrainConfig(total_steps=500 if env == "Mixed" else 1000, learning_starts=100, train_ratio=4)
     config = dreamer_config(env, runtime=runtime, train=steps)
     summary, accepted = run(config, tmp_path)
     assert steps.total_steps <= summary["env_steps"] == accepted.steps
