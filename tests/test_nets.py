@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from worldloom.nets import Ensemble, NormedLinear, SimNorm, mish
+from worldloom.nets import Ensemble, NormedLinear, SimNorm, mish, mlp, mlp_of_pair
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,10 @@ def test_frozen_ensemble_passes_gradients_to_its_input_only(ensemble):
     ensemble(x, torch.tensor([0, 1]), frozen=True).sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in ensemble.parameters())
+
+
+def test_one_latent_serves_many_actions_as_if_it_were_repeated():
+    torch.manual_seed(0)
+    network = mlp([7, 16, 16], 3)
+    z, action = torch.randn(2, 1, 5), torch.randn(2, 4, 2)
+    assert_close(mlp_of_pair(network, z, action), network(torch.cat([z.expand(-1, 4, -1), action], -1)))

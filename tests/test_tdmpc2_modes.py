@@ -311,7 +311,7 @@ def test_discrete_plans_average_elites_and_keep_every_choice_possible():
 def test_discrete_planning_finds_the_better_choice():
     torch.manual_seed(0)
     model = TDMPC2WorldModel((3,), 3, TINY, episode_length=200, action_classes=(3,))
-    model.predict_reward = lambda z, action: action[:, 1] - action[:, 0]
+    model.predict_reward = lambda z, action: action[..., 1] - action[..., 0]
     agent = TDMPC2Agent(model, action_classes=(3,))
     actions, state = agent.act(np.zeros((20, 3), np.float32), None, np.ones(20, bool), explore=False)
     assert (actions.argmax(1) == 1).all()

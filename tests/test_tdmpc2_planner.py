@@ -35,9 +35,9 @@ def test_sequence_value_equals_golden_values(end, expected):
     """Rewards 1, 2, 3, a value of 10 and gamma 0.99; the episode ends after step `end`."""
     model = tiny_model(action=1, discount=0.99, episodic=True)
     model.next_latent = lambda z, action: z + 1  # z counts steps
-    model.predict_reward = lambda z, action: z[:, 0] + 1
-    model.values = lambda z, action, heads: torch.full((2, len(z)), 10.0)
-    model.terminates = lambda z: (z[:, 0] == end).float() if end else torch.zeros(len(z))
+    model.predict_reward = lambda z, action: z[..., 0] + 1
+    model.values = lambda z, action, heads: torch.full((2, *z.shape[:-1]), 10.0)
+    model.terminates = lambda z: (z[..., 0] == end).float() if end else torch.zeros(z.shape[:-1])
     model.sample_policy = lambda z, noise, mask: squashed_sample(noise, noise, noise)
     zeros = torch.zeros(3, 1, 1, 1)
     value = Planner(model).sequence_value(
@@ -48,8 +48,8 @@ def test_sequence_value_equals_golden_values(end, expected):
 
 def test_the_value_at_the_horizon_is_that_of_a_sampled_action_of_the_policy():
     model = shake(tiny_model())
-    model.predict_reward = lambda z, action: torch.zeros(len(z))
-    model.values = lambda z, action, heads: action[:, 0].expand(2, -1)
+    model.predict_reward = lambda z, action: torch.zeros(action.shape[:-1])
+    model.values = lambda z, action, heads: action[..., 0].expand(2, -1, -1)
     z, actions, terminal = torch.rand(1, 16), torch.rand(3, 1, 5, 2) * 2 - 1, torch.randn(1, 5, 2)
     with torch.no_grad():
         value = Planner(model).sequence_value(z, actions, terminal, torch.arange(2), torch.tensor([0.9]))
@@ -105,8 +105,8 @@ def test_planning_for_several_environments_equals_planning_one_by_one(explore, e
 def test_planning_finds_the_better_action():
     """The reward is the first action dimension: plans must go to its end."""
     model = tiny_model()
-    model.predict_reward = lambda z, action: action[:, 0]
-    model.values = lambda z, action, heads: torch.zeros(2, len(z))
+    model.predict_reward = lambda z, action: action[..., 0]
+    model.values = lambda z, action, heads: torch.zeros(2, *z.shape[:-1])
     planner = Planner(model)
     with torch.no_grad():
         actions, _ = planner.plan(torch.rand(4, 16), torch.zeros(4, 3, 2), planner.draw_noise(4), explore=False)

@@ -36,7 +36,7 @@ class _CpuMish(torch.autograd.Function):
         ctx.save_for_backward(x)
         s = torch.sigmoid(x)
         u = (2 - s).mul_(s)
-        return u.div_(2 - u).mul_(x)
+        return u.div_(s.fill_(2).sub_(u)).mul_(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -78,6 +78,18 @@ def mlp(
     else:
         layers.append(NormedLinear(sizes[-1], outputs, output_activation))
     return nn.Sequential(*layers)
+
+
+def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
+    """`network`, made by `mlp`, on the concatenation of z [..., D] and action [..., A].
+
+    Where one z serves many actions (z [E, 1, D], action [E, S, A]), the first layer's product with z is computed once.
+    """
+    if z.shape[:-1] == action.shape[:-1]:
+        return cast(Tensor, network(torch.cat([z, action], -1)))
+    first, width = cast(NormedLinear, network[0]), z.shape[-1]
+    x = F.linear(action, first.weight[:, width:]) + F.linear(z, first.weight[:, :width], first.bias)
+    return cast(Tensor, network[1:](first.activation(first.ln(x))))
 
 
 class EnsembleLinear(nn.Module):

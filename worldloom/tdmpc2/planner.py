@@ -104,20 +104,17 @@ class Planner:
         After a predicted end (chance over one half) later rewards and the value no longer count.
         """
         model = self.model
-        horizon, envs, samples, size = actions.shape
-        latent = z.unsqueeze(1).expand(-1, samples, -1).flatten(0, 1)
-        total = torch.zeros(envs * samples, device=z.device)
-        alive, rate = torch.ones_like(total), discount.repeat_interleave(samples)
-        for t in range(horizon):
-            action = actions[t].reshape(-1, size)
+        latent = z.unsqueeze(1)  # [E, 1, D + T], one for all samples until they part
+        total = torch.zeros(actions.shape[1:3], device=z.device)  # [E, S]
+        alive, rate = torch.ones_like(total), discount.unsqueeze(1)
+        for t, action in enumerate(actions):
             total = total + rate**t * alive * model.predict_reward(latent, action)
             latent = model.next_latent(latent, action)
             if model.termination is not None:
                 alive = alive * (model.terminates(latent) <= 0.5)
-        repeated = None if mask is None else mask.repeat_interleave(samples, 0)
-        last = model.sample_policy(latent, terminal.reshape(-1, size), repeated).action
+        last = model.sample_policy(latent, terminal, None if mask is None else mask.unsqueeze(1)).action
         value = model.values(latent, last, heads).mean(0)
-        return (total + rate**horizon * alive * value).view(envs, samples)
+        return total + rate ** len(actions) * alive * value
 
     def _policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """The policy's own actions along its own rollout: [H, E, P, A]."""

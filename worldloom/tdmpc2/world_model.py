@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.nets import Ensemble, SimNorm, mlp
+from worldloom.nets import Ensemble, SimNorm, mlp, mlp_of_pair
 from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts
@@ -139,8 +139,9 @@ class TDMPC2WorldModel(nn.Module):
         if self.task_embedding is not None:
             nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
 
-    # The networks on latents z [..., D + T] and actions [..., A]. In a multi-task model a latent carries the embedding
-    # of its task in its last T entries, as every network reads it; with a single task T is 0.
+    # The networks on latents z [..., D + T] and actions [..., A]; one latent [E, 1, D + T] may serve [E, S, A].
+    # In a multi-task model a latent carries the embedding of its task in its last T entries, as every network reads it;
+    # with a single task T is 0.
 
     @property
     def pixels(self) -> bool:
@@ -159,8 +160,10 @@ class TDMPC2WorldModel(nn.Module):
 
     def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
         """[..., D + T]"""
-        new: Tensor = self.dynamics(torch.cat([z, action], -1))
-        return new if self.task_embedding is None else torch.cat([new, z[..., self.config.latent_dim :]], -1)
+        new = mlp_of_pair(self.dynamics, z, action)
+        if self.task_embedding is None:
+            return new
+        return torch.cat([new, z[..., self.config.latent_dim :].expand(*new.shape[:-1], -1)], -1)
 
     def action_mask(self, task: Tensor | None) -> Tensor | None:
         """[..., A], 1 for the action dimensions that each task [...] uses; None for a single task."""
@@ -168,7 +171,7 @@ class TDMPC2WorldModel(nn.Module):
 
     def predict_reward(self, z: Tensor, action: Tensor) -> Tensor:
         """[...], of the move out of z."""
-        return fn.symlog_mean(self.reward(torch.cat([z, action], -1)), self.bins)
+        return fn.symlog_mean(mlp_of_pair(self.reward, z, action), self.bins)
 
     def values(self, z: Tensor, action: Tensor, heads: Tensor | None = None) -> Tensor:
         """[N, ...], of the online heads without dropout; only `heads` [N'] where given."""
