@@ -59,11 +59,29 @@ def test_uint8_and_unit_floats_are_the_same_image():
 
 def test_an_agent_learns_from_rows_without_ends_but_not_without_its_latents():
     agent = tiny_agent()
-    batch = batch_of(agent)
+    batch = batch_of(agent)  # whose ends are all false
     bare = {k: v for k, v in batch.items() if k not in ("is_first", "terminated", "truncated")}
-    assert agent.update(bare)[0]["loss"] > 0
+    assert agent.update(bare)[0] == tiny_agent().update(batch)[0]
     with pytest.raises(ValueError, match="batch lacks deter, stoch, the stored latents"):
         agent.update({k: v for k, v in batch.items() if k not in ("deter", "stoch")})
+
+
+def test_without_stored_latents_a_window_starts_from_nothing_the_action_before_it_included():
+    batch = batch_of(tiny_agent(replay_context="zeros"))
+    other = {**batch, "actions": batch["actions"].clone()}
+    other["actions"][:, 0] *= -1
+    losses = [tiny_agent(replay_context="zeros").update(rows)[0]["loss"] for rows in (batch, other)]
+    assert losses[0] == losses[1]
+    other["actions"][:, 1] *= -1
+    assert tiny_agent(replay_context="zeros").update(other)[0]["loss"] != losses[0]
+
+
+def test_a_nan_in_the_policy_loss_alone_is_named():
+    agent = TDMPC2Agent(tiny_model())
+    whole = agent._policy_loss
+    agent._policy_loss = lambda *given: (whole(*given)[0] * float("nan"), *whole(*given)[1:])
+    with pytest.raises(FloatingPointError, match="NaN in policy_loss"):
+        agent.update(tdmpc2_batch(agent.world_model))
 
 
 def test_tdmpc2_refuses_windows_of_another_length_than_its_horizon():
