@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 from tests.tdmpc2_models import TINY, batch_of, shake
 from worldloom import create_world_model
+from worldloom import functional as fn
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel, read_official_episodes
-from worldloom.tdmpc2.agent import alternatives
+from worldloom.tdmpc2.agent import boltzmann
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Planner, PlanNoise
-from worldloom.tdmpc2.world_model import categorical_sample, choose
+from worldloom.tdmpc2.world_model import LossNoise, alternatives, categorical_sample, choose, cut_windows
 from worldloom.training.replay import ReplayBuffer
 
 # Several tasks
@@ -280,23 +281,75 @@ def test_alternatives_change_one_part_at_a_time():
 
 
 @pytest.mark.parametrize("classes", [(3,), (2, 3)])
-def test_the_categorical_policy_follows_the_gradient_of_its_expected_value(classes):
-    """Against the expectation over every joint action, enumerated."""
+def test_the_policy_that_discrete_updates_aim_at_is_the_best_for_value_and_entropy(classes):
+    torch.manual_seed(0)
+    values, temperature = torch.randn(sum(classes)), torch.tensor(0.7)
+
+    def worth(logits):
+        parts = [part.log_softmax(-1) for part in logits.split(classes, -1)]
+        chances, logs = torch.cat(parts, -1).exp(), torch.cat(parts, -1)
+        return (chances * values).sum(-1) - temperature * (chances * logs).sum(-1)
+
+    best = boltzmann(values, temperature, classes)
+    assert_close(torch.stack([part.sum() for part in best.split(classes)]), torch.ones(len(classes)))
+    logits = best.log().requires_grad_()
+    (gradient,) = torch.autograd.grad(worth(logits), logits)
+    assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
+    assert (worth(best.log() + 0.1 * torch.randn(500, len(best))) <= worth(best.log()) + 1e-6).all()
+
+
+def test_a_policy_that_is_sure_of_the_wrong_choice_finds_back():
+    torch.manual_seed(0)
+    model = TDMPC2WorldModel((3,), 3, dataclasses.replace(TINY, lr=3e-3), episode_length=200, action_classes=(3,))
+    agent = TDMPC2Agent(model, action_classes=(3,))
+    with torch.no_grad():
+        model.policy[-1].bias.copy_(torch.tensor([40.0, 0, 0]))
+        model.q.output.bias[:] = 0
+    agent._frozen_value = lambda z, action, heads, keep: action[..., 2]
+    z = torch.randn(64, 4, 16)
+    before = model.policy(z).softmax(-1)[..., 0].min()
+    for _ in range(600):
+        agent._update_policy(z, None)
+    assert before > 0.99
+    assert model.policy(z).softmax(-1)[..., 2].mean() > 0.9
+
+
+@pytest.mark.parametrize("classes", [(3,), (2, 3)])
+def test_the_value_of_a_discrete_policy_is_its_expectation(classes):
+    """Against all joint actions, enumerated; with several parts only the mean over draws is exact."""
     torch.manual_seed(0)
     size, draws = sum(classes), 1 if len(classes) == 1 else 40_000
     model = shake(TDMPC2WorldModel((3,), size, TINY, episode_length=200, action_classes=classes))
-    agent, z, heads = TDMPC2Agent(model, action_classes=classes), torch.randn(1, 16), torch.tensor([0, 1])
-    joint = [torch.cat(choice) for choice in itertools.product(*(torch.eye(n) for n in classes))]
-    values = agent._frozen_value(z.expand(len(joint), -1), torch.stack(joint), heads, None)
+    z, heads = torch.randn(1, 16), torch.tensor([0, 1])
+
+    def value(actions):
+        return model.values(z.expand(*actions.shape[:-1], -1), actions, heads).amin(0)
+
+    joint = torch.stack([torch.cat(choice) for choice in itertools.product(*(torch.eye(n) for n in classes))])
     log_probs = torch.cat([part.log_softmax(-1) for part in model.policy(z)[0].split(classes)])
-    expected = (torch.stack([(action * log_probs).sum().exp() for action in joint]) * values).sum()
-    wanted = torch.autograd.grad(expected, model.policy[-1].bias)[0]
-    sample = model.sample_policy(z.expand(draws, 1, -1), torch.randn(draws, 1, size))
-    value, objective = agent._choice_values(z.expand(draws, 1, -1), sample, heads, None)
-    (gradient,) = torch.autograd.grad(objective.mean(), model.policy[-1].bias)
-    assert_close(gradient, wanted, rtol=0, atol=1e-6 if draws == 1 else 0.02 * wanted.abs().max().item())
-    drawn = agent._frozen_value(z, sample.action[:1, 0], heads, None)
-    assert_close(value[:1, 0], drawn)
+    expected = ((joint * log_probs).sum(-1).exp() * value(joint)).sum()
+    sample = model.sample_policy(z.expand(draws, -1), torch.randn(draws, size))
+    spread = value(joint).std().item()
+    found = model.policy_value(sample, value).mean()
+    assert_close(found, expected, rtol=0, atol=1e-6 if draws == 1 else 0.02 * spread)
+
+
+def test_targets_and_plans_weigh_the_choices_of_a_discrete_policy():
+    torch.manual_seed(0)
+    model = shake(TDMPC2WorldModel((3,), 3, TINY, episode_length=200, action_classes=(3,)))
+    z, heads = torch.randn(2, 4, 16), torch.tensor([0, 1])
+    noise = [LossNoise(torch.randn(2, 4, 3), heads, None) for _ in range(2)]
+    zero = torch.zeros(2, 4)
+    found = [model.td_target(z, zero, zero, draw) for draw in noise]
+    assert_close(found[0], found[1])  # whatever was drawn
+    chances = model.policy(z).softmax(-1)
+    logits = [model.target_q(torch.cat([z, choice.expand(2, 4, 3)], -1), heads) for choice in torch.eye(3)]
+    all_values = torch.stack([fn.symlog_mean(one, model.bins).amin(0) for one in logits], -1)
+    assert_close(found[0], model.discount * (chances * all_values).sum(-1))
+    actions = torch.nn.functional.one_hot(torch.randint(3, (2, 4, 5)), 3).float()  # [H, E, S, A]
+    planner, rate = Planner(model), torch.full((4,), model.discount)
+    totals = [planner.sequence_value(z[0], actions, torch.randn(4, 5, 3), heads, rate) for _ in range(2)]
+    assert_close(totals[0], totals[1])
 
 
 def test_discrete_plans_average_elites_and_keep_every_choice_possible():
@@ -328,3 +381,12 @@ def test_discrete_updates_move_the_policy_towards_the_better_choice():
     for _ in range(150):
         agent.update(batch)
     assert (model.policy(model.latent(batch["obs"][:, 0])).argmax(-1) == 2).float().mean() > 0.9
+
+
+def test_long_sequences_are_cut_into_windows_that_share_their_end_rows():
+    rows = torch.arange(20).view(2, 10)
+    batch = {"obs": rows[..., None].float(), "actions": rows[..., None].float(), "task": torch.tensor([4, 7])}
+    cut = cut_windows(batch, 4)
+    assert cut["obs"][..., 0].tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [10, 11, 12, 13, 14], [14, 15, 16, 17, 18]]
+    assert cut["task"].tolist() == [4, 4, 7, 7]
+    assert cut_windows(batch, 9) is batch

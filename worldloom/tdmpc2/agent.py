@@ -12,7 +12,7 @@ from worldloom import functional as fn
 from worldloom.nets import flatten, load_flat
 from worldloom.optim import load_optimizer
 from worldloom.tdmpc2.planner import Planner
-from worldloom.tdmpc2.world_model import PolicySample, TDMPC2WorldModel
+from worldloom.tdmpc2.world_model import TDMPC2WorldModel, alternatives
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
 
 NOT_EPISODIC = (
@@ -131,8 +131,7 @@ class TDMPC2Agent:
         grad_norm = torch.nn.utils.clip_grad_norm_(self._model_parameters, c.grad_clip)
         self._model_optimizer.step()
         policy = self._update_policy(found.latents.detach(), model.action_mask(model.batch_task(batch)))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(model.target_q.parameters()), list(model.q.parameters()), c.tau)
+        model.update_targets()
         self.updates += 1
         scalars = {
             "loss": found.loss,
@@ -181,11 +180,16 @@ class TDMPC2Agent:
         model, c = self.world_model, self.config
         sample = model.sample_policy(z, noise, mask)
         if model.action_classes:
-            value, objective = self._choice_values(z, sample, heads, keep)
+            values = self._choice_values(z, sample.action, heads, keep)  # [B, H+1, A]
+            value = (sample.log_std.exp() * values).sum(-1).detach() / len(model.action_classes)
         else:
-            value = objective = self._frozen_value(z, sample.action, heads, keep)  # [B, H+1]
+            value = self._frozen_value(z, sample.action, heads, keep)  # [B, H+1]
         self.scale.update(value[:, 0])
-        loss = policy_loss(objective / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
+        if model.action_classes:
+            target = boltzmann(values, self.scale.value * c.entropy_coef, model.action_classes)
+            loss = discounted_mean(-(target * sample.log_std).sum(-1), c.rho)
+        else:
+            loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
         return loss, value.mean(), -sample.log_prob.mean()
 
     def _frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, keep: Tensor | None) -> Tensor:
@@ -193,21 +197,12 @@ class TDMPC2Agent:
         logits = model.q(torch.cat([z, action], -1), heads, keep, frozen=True)
         return fn.symlog_mean(logits, model.bins).mean(0)
 
-    def _choice_values(
-        self, z: Tensor, sample: PolicySample, heads: Tensor, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The value of drawn one-hot actions, and what a categorical policy maximises: [B, H+1] each.
-
-        That is the expected value over the choices of each part, the other parts as drawn, summed over the parts: its
-        gradient is that of the expected value (an extension of ours).
-        """
-        classes = self.world_model.action_classes
-        drawn = sample.action.detach()
-        others = alternatives(drawn, classes)  # [A, B, H+1, A]
+    @torch.no_grad()
+    def _choice_values(self, z: Tensor, drawn: Tensor, heads: Tensor, keep: Tensor | None) -> Tensor:
+        """[B, H+1, A]: the value of every choice of every part, the other parts as `drawn`."""
+        others = alternatives(drawn, self.world_model.action_classes)  # [A, B, H+1, A]
         wide = None if keep is None else keep.expand(len(others), *keep.shape)
-        values = self._frozen_value(z.expand(len(others), *z.shape), others, heads, wide).movedim(0, -1)
-        objective = (sample.log_std.exp() * values).sum(-1)
-        return (drawn * values)[..., : classes[0]].sum(-1), objective
+        return self._frozen_value(z.expand(len(others), *z.shape), others, heads, wide).movedim(0, -1)
 
     def _name_nan(self, metrics: Metrics) -> str:
         bad = [name for name, value in metrics.items() if name.endswith("_loss") and value != value]
@@ -257,18 +252,22 @@ class TDMPC2Agent:
         self.acting_generator.set_state(state["acting_generator"])
 
 
-def alternatives(action: Tensor, classes: Sequence[int]) -> Tensor:
-    """[A, ..., A]: for every choice of every part of one-hot actions [..., A], the action with that choice instead."""
-    made, begin = [], 0
-    for count in classes:
-        for choice in torch.eye(count, device=action.device, dtype=action.dtype):
-            before, part, after = action.split([begin, count, action.shape[-1] - begin - count], -1)
-            made.append(torch.cat([before, choice.expand_as(part), after], -1))
-        begin += count
-    return torch.stack(made)
+def boltzmann(values: Tensor, temperature: Tensor, classes: Sequence[int]) -> Tensor:
+    """[..., A]: chances of the choices of each part by their values [..., A].
+
+    Of all categorical policies these maximise expected value plus temperature times entropy; a policy that follows
+    them by cross-entropy finds back from a wrong certainty, where the gradient of its own expected value is zero.
+    """
+    parts = (values / temperature).split(tuple(classes), -1)
+    return torch.cat([part.softmax(-1) for part in parts], -1)
+
+
+def discounted_mean(loss: Tensor, rho: float) -> Tensor:
+    """Mean over t of rho^t times the mean over B, of [B, T]."""
+    weight = rho ** torch.arange(loss.shape[1], device=loss.device)
+    return (loss.mean(0) * weight).mean()
 
 
 def policy_loss(value: Tensor, scaled_entropy: Tensor, rho: float, entropy_coef: float) -> Tensor:
     """-mean over t of rho^t mean over B of (value + entropy bonus); value is already scaled. [B, H+1] each."""
-    weight = rho ** torch.arange(value.shape[1], device=value.device)
-    return -((value + entropy_coef * scaled_entropy).mean(0) * weight).mean()
+    return -discounted_mean(value + entropy_coef * scaled_entropy, rho)

@@ -112,8 +112,12 @@ class Planner:
             latent = model.next_latent(latent, action)
             if model.termination is not None:
                 alive = alive * (model.terminates(latent) <= 0.5)
-        last = model.sample_policy(latent, terminal, None if mask is None else mask.unsqueeze(1)).action
-        value = model.values(latent, last, heads).mean(0)
+        policy = model.sample_policy(latent, terminal, None if mask is None else mask.unsqueeze(1))
+
+        def average(action: Tensor) -> Tensor:
+            return model.values(latent.expand(*action.shape[:-1], -1), action, heads).mean(0)
+
+        value = model.policy_value(policy, average)
         return total + rate ** len(actions) * alive * value
 
     def _policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -194,6 +194,17 @@ class TDMPC2WorldModel(nn.Module):
             mean, log_std, noise = mean * mask, log_std * mask, noise * mask
         return squashed_sample(mean, log_std, noise, mask)
 
+    def policy_value(self, policy: PolicySample, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the policy is worth, [...], with value(actions [..., A]) -> [...].
+
+        The value of the drawn action; discrete policies are weighed exactly: the expected value over the choices of
+        each part, the other parts as drawn, averaged over the parts (an extension of ours).
+        """
+        if not self.action_classes:
+            return value(policy.action)
+        values = value(alternatives(policy.action, self.action_classes)).movedim(0, -1)  # [..., A]
+        return (policy.log_std.exp() * values).sum(-1) / len(self.action_classes)
+
     # WorldModel
 
     def encode(self, obs: Obs, task: Tensor | None = None) -> LatentState:
@@ -250,8 +261,11 @@ class TDMPC2WorldModel(nn.Module):
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` and its parts `consistency_loss`, `reward_loss`, `value_loss`, `termination_loss`.
 
-        batch: T >= 2 rows; the policy has a loss of its own (`TDMPC2Agent.update`).
+        batch: T >= 2 rows of one episode each; more than horizon + 1 are cut into windows of that many, which share
+        their end rows. The policy has a loss of its own (`TDMPC2Agent.update`); after a step of an optimiser on this
+        one, call `update_targets`.
         """
+        batch = cut_windows(batch, self.config.horizon)
         found = self.losses(batch, self.draw_noise(*batch["actions"].shape[:2]))
         names = [field.name for field in dataclasses.fields(found) if field.name != "latents"]
         return {name: getattr(found, name) for name in names}
@@ -285,6 +299,11 @@ class TDMPC2WorldModel(nn.Module):
         }
 
     # Learning
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Move the target value heads towards the online ones, by config.tau."""
+        torch._foreach_lerp_(list(self.target_q.parameters()), list(self.q.parameters()), self.config.tau)
 
     def draw_noise(self, batch_size: int, length: int, generator: Generator | None = None) -> LossNoise:
         """For `losses` of [B, T] rows."""
@@ -343,9 +362,13 @@ class TDMPC2WorldModel(nn.Module):
     ) -> Tensor:
         """r + gamma (1 - terminated) min over two random target heads of Q(z', a' ~ policy): [B, H]."""
         mask = self.action_mask(None if task is None else task[:, None])
-        action = self.sample_policy(next_z, noise.target_action, mask).action
-        logits = self.target_q(torch.cat([next_z, action], -1), noise.target_heads)
-        value = fn.symlog_mean(logits, self.bins).amin(0)
+        policy = self.sample_policy(next_z, noise.target_action, mask)
+
+        def least(action: Tensor) -> Tensor:
+            joint = torch.cat([next_z.expand(*action.shape[:-1], -1), action], -1)
+            return fn.symlog_mean(self.target_q(joint, noise.target_heads), self.bins).amin(0)
+
+        value = self.policy_value(policy, least)
         discount = self.discount if task is None else self.discounts[task][:, None]
         return rewards + discount * (1 - terminated) * value
 
@@ -408,6 +431,24 @@ class TDMPC2WorldModel(nn.Module):
             raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
 
 
+def cut_windows(batch: Batch, horizon: int) -> Batch:
+    """[B, T, ...] as [B W, horizon + 1, ...]: W = (T - 1) // horizon windows, as they are where T <= horizon + 1.
+
+    Rows that fill no window are left out. A window whose steps cross into another episode keeps its flags.
+    """
+    rows = batch["actions"].shape[1]
+    if rows <= horizon + 1:
+        return batch
+    index = torch.arange((rows - 1) // horizon)[:, None] * horizon + torch.arange(horizon + 1)  # [W, horizon + 1]
+
+    def cut(value: Tensor) -> Tensor:
+        if value.ndim < 2 or value.shape[1] != rows:
+            return value.repeat_interleave(len(index), 0)  # one entry for a sequence, such as its task
+        return value[:, index.to(value.device)].flatten(0, 1)
+
+    return cast(Batch, {name: cut(cast(Tensor, value)) for name, value in batch.items()})
+
+
 def choose(log_probs: Tensor, noise: Tensor, classes: Sequence[int]) -> Tensor:
     """One-hot draws [..., A], part by part; noise: [..., A] standard normal, made Gumbel by its quantiles."""
     uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
@@ -427,6 +468,17 @@ def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) ->
     entropy = -(probs * log_probs).sum(-1)
     mean_action = torch.cat(likeliest, -1).to(logits.dtype)
     return PolicySample(drawn, mean_action, log_probs, (drawn * log_probs).sum(-1), entropy)
+
+
+def alternatives(action: Tensor, classes: Sequence[int]) -> Tensor:
+    """[A, ..., A]: for every choice of every part of one-hot actions [..., A], the action with that choice instead."""
+    made, begin = [], 0
+    for count in classes:
+        for choice in torch.eye(count, device=action.device, dtype=action.dtype):
+            before, part, after = action.split([begin, count, action.shape[-1] - begin - count], -1)
+            made.append(torch.cat([before, choice.expand_as(part), after], -1))
+        begin += count
+    return torch.stack(made)
 
 
 def _check_tasks(tasks: Sequence[Task], task_dim: int, action_dim: int) -> None:
