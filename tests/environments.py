@@ -20,7 +20,7 @@ class Counting(gym.Env):
     def _obs(self, action):
         return np.array([self.count, action, self.tag], np.float32)
 
-    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count, self.tag = 0, (seed or 0) % 1000
         return self._obs(0.0), {}
@@ -73,7 +73,7 @@ class Picture(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (8, 6, 3), np.uint8)
     action_space = gym.spaces.Discrete(4, start=3)
 
-    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count = 0
         return np.zeros((8, 6, 3), np.uint8), {}
@@ -91,7 +91,7 @@ class Screen(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     action_space = gym.spaces.Discrete(2)
 
-    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count = 0
         return np.zeros((64, 64, 3), np.uint8), {}
@@ -125,7 +125,7 @@ class Mixed(gym.Env):
             "touch": np.array([self.count % 2, 1], np.int8),
         }
 
-    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count = 0
         return self._obs(), {}
@@ -191,7 +191,7 @@ class Target(gym.Env):
         self.target = self.np_random.uniform(-1, 1, 1).astype(np.float32)
         return self.target
 
-    def reset(self, *, seed=None, options=None):  # noqa: ARG002
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count = 0
         return self._obs(), {}

@@ -281,7 +281,7 @@ class Echo:
         self.columns = {"mark": ColumnSpec((1,), "float32")}
         self.acting_generator = torch.Generator()
 
-    def act(self, obs, act_state, is_first, explore=True):  # noqa: ARG002
+    def act(self, obs, act_state, is_first, explore=True):
         return obs[:, :1] / 100, {"obs": obs}
 
     def replay_columns(self, act_state):
@@ -326,11 +326,11 @@ class Choices(Echo):
         super().__init__()
         self.columns = {}
 
-    def act(self, obs, act_state, is_first, explore=True):  # noqa: ARG002
+    def act(self, obs, act_state, is_first, explore=True):
         assert set(obs) == {"camera", "phase", "state", "touch"}
         return action_rows(np.random.default_rng(int(obs["phase"].sum())), len(is_first), 5, (2, 3)), {}
 
-    def replay_columns(self, act_state):  # noqa: ARG002
+    def replay_columns(self, act_state):
         return {}
 
 

@@ -108,12 +108,12 @@ def test_atari_pools_the_last_two_frames_and_repeats_rewards():
             frame[:, half] = 200
             return frame
 
-        def reset(self, *, seed=None, options=None):  # noqa: ARG002
+        def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
             self.count = 0
             return self._frame(), {}
 
-        def step(self, action):  # noqa: ARG002
+        def step(self, action):
             self.count += 1
             return self._frame(), 1.0, False, False, {}
 

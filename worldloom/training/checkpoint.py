@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+
+from torch import nn
 
 from worldloom.pretrained import read_description, save_model, save_parameters
 from worldloom.training.codec import pack, unpack
@@ -88,18 +90,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 # The parts; each is written by whoever holds it
 
 
+def check_finite(modules: Sequence[nn.Module]) -> None:
+    """Raises FloatingPointError rather than let parameters be saved that are NaN or infinite."""
+    if not all(p.isfinite().all() for module in modules for p in module.parameters()):
+        raise FloatingPointError(
+            "parameters are NaN or infinite, so no checkpoint was written. Lower the learning rate (agent.lr), or go "
+            "on from the last checkpoint with --resume."
+        )
+
+
 def save_agent(folder: Path, agent: Agent) -> None:
     """Raises FloatingPointError rather than save parameters that are NaN or infinite."""
     modules = [agent.world_model, *([] if agent.behaviour is None else [agent.behaviour])]
-    if not all(p.isfinite().all() for module in modules for p in module.parameters()):
-        raise FloatingPointError(
-            f"after update {agent.updates} parameters are NaN or infinite, so no checkpoint was written. Lower "
-            "agent.lr, or go on from the last checkpoint with --resume."
-        )
+    check_finite(modules)
     save_model(folder / "agent", agent.describe(), agent.world_model)
     if agent.behaviour is not None:
         save_parameters(folder / "agent" / "behaviour.safetensors", agent.behaviour)
-    _write(folder / "learner.msgpack", agent.state_dict())
+    write_msgpack(folder / "learner.msgpack", agent.state_dict())
 
 
 def load_agent_state(folder: Path, agent: Agent) -> None:
@@ -111,7 +118,7 @@ def load_agent_state(folder: Path, agent: Agent) -> None:
     try:
         if {**saved, "config": None} != {**expected, "config": None}:
             raise ValueError("made for another task")
-        agent.load_state_dict(_read(folder / "learner.msgpack"))
+        agent.load_state_dict(read_msgpack(folder / "learner.msgpack"))
     except (RuntimeError, ValueError) as error:  # parameters of other shapes or names
         raise CheckpointError(
             f"{folder} is of another model: {_difference(saved, expected)}. Resume with its own config."
@@ -146,17 +153,17 @@ class ReplayStore:
         step = max(SEGMENT_BYTES // (replay.nbytes // replay.capacity), 1)
         for first in range(begin, end, step):
             last = min(first + step, end)
-            _write(self._folder / self._name(first, last), replay.rows_between(first, last))
+            write_msgpack(self._folder / self._name(first, last), replay.rows_between(first, last))
             self._saved.append((first, last))
-        _write(folder / "replay.msgpack", replay.state_dict())
+        write_msgpack(folder / "replay.msgpack", replay.state_dict())
         return [self._name(*segment) for segment in self._saved]
 
     def load(self, folder: Path, replay: ReplayBuffer) -> None:
         """Fill `replay` from a checkpoint. Raises CheckpointError, naming the file that is missing or damaged."""
         names = read_manifest(folder)["rows"]
-        segments = [_read(self._folder / name) for name in names]
+        segments = [read_msgpack(self._folder / name) for name in names]
         try:
-            replay.load_state_dict(_read(folder / "replay.msgpack"), segments)
+            replay.load_state_dict(read_msgpack(folder / "replay.msgpack"), segments)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         self._saved = [cast(tuple[int, int], tuple(int(n) for n in Path(name).stem.split("-"))) for name in names]
@@ -166,7 +173,7 @@ class ReplayStore:
         return f"{first:012d}-{last:012d}.msgpack"
 
 
-def _write(path: Path, value: Any) -> None:
+def write_msgpack(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         file.write(pack(value))
@@ -175,7 +182,7 @@ def _write(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _read(path: Path) -> Any:
+def read_msgpack(path: Path) -> Any:
     try:
         return unpack(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -22,11 +23,9 @@ class Standing:
 class Display:
     """Follows a run of `total` steps that began at step `start`. Without rich it prints plain lines."""
 
-    def __init__(self, total: int, start: int) -> None:
-        self._total = total
-        self._live: Any = None
-        if sys.stdout.isatty():
-            self._live = _live_line(total, start)
+    def __init__(self, total: int, start: int, unit: str = "steps") -> None:
+        self._total, self._unit = total, unit
+        self._live: Any = _live_line(total, start) if sys.stdout.isatty() and find_spec("rich") else None
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -37,16 +36,26 @@ class Display:
 
     def show(self, standing: Standing) -> None:
         """Refresh the live line (does nothing without a terminal)."""
-        if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=standing.env_steps, status=_status(standing))
+        self._refresh(standing.env_steps, _status(standing))
 
     def line(self, standing: Standing) -> None:
         """A plain line of progress (does nothing on a terminal)."""
+        self._print(standing.env_steps, standing.steps_per_second, _status(standing))
+
+    def progress(self, done: int, rate: float, status: str) -> None:
+        """The live line on a terminal, a plain one elsewhere; rate: units per second."""
+        self._refresh(done, status)
+        self._print(done, rate, status)
+
+    def _refresh(self, done: int, status: str) -> None:
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], completed=done, status=status)
+
+    def _print(self, done: int, rate: float, status: str) -> None:
         if self._live is None:
-            rate = standing.steps_per_second
-            left = max(self._total - standing.env_steps, 0) / rate if rate else 0.0
-            share = f"{standing.env_steps:,}/{self._total:,} steps ({standing.env_steps / self._total:.0%})"
-            print(f"{share} · ETA {_clock(left)} · {_status(standing)}", flush=True)
+            left = max(self._total - done, 0) / rate if rate else 0.0
+            share = f"{done:,}/{self._total:,} {self._unit} ({done / self._total:.0%})"
+            print(f"{share} · ETA {_clock(left)} · {status}", flush=True)
 
     def close(self) -> None:
         if self._live is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import logging
 import os
+import zipfile
+import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +19,14 @@ import numpy as np
 import torch
 
 from worldloom.training.chunk import Chunk, base_columns, row_bytes
+from worldloom.training.codec import pack, unpack
+from worldloom.training.episodes import Episode
 from worldloom.training.windows import Stream, WindowIndex
-from worldloom.types import Array, Batch, ColumnSpec, ObsShape, WindowSpec, join_obs, split_obs
+from worldloom.types import Array, Batch, ColumnSpec, ObsShape, WindowSpec, is_image, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 1  # of saved buffers
 RECORDED = -1  # the actor number of episodes that a user added
 
 
@@ -37,9 +44,10 @@ class Acceptance:
 class ReplayBuffer:
     """The last `capacity` rows, and windows of consecutive rows drawn uniformly from them.
 
-    capacity: rows. obs_shape, obs_dtype: of one observation, or mappings of them. windows: length, context and
-    whether they may cross is_first rows; by default single-episode windows of 50 rows. columns: extra columns that an
-    agent declares. Raises MemoryError if the ring would not fit in memory, ValueError if it is shorter than a window.
+    capacity: rows. obs_shape, obs_dtype: of one observation, or mappings of them; obs_dtype None takes uint8 for
+    images (three axes) and float32 for vectors. windows: length, context and whether they may cross is_first rows; by
+    default single-episode windows of 50 rows (fewer if capacity is smaller). columns: extra columns that an agent
+    declares. Raises MemoryError if the ring would not fit in memory, ValueError if it is shorter than a window.
     """
 
     def __init__(
@@ -48,12 +56,14 @@ class ReplayBuffer:
         obs_shape: Sequence[int] | Mapping[str, tuple[int, ...]],
         action_dim: int,
         *,
-        obs_dtype: str | Mapping[str, str] = "float32",
+        obs_dtype: str | Mapping[str, str] | None = None,
         windows: WindowSpec | None = None,
         columns: Mapping[str, ColumnSpec] | None = None,
         seed: int = 0,
     ) -> None:
-        self.windows = windows or WindowSpec(length=50, context=0, crosses_episodes=False)
+        if capacity < 1 or action_dim < 1:
+            raise ValueError(f"ReplayBuffer: capacity is {capacity} and action_dim {action_dim}, expected at least 1.")
+        self.windows = windows or WindowSpec(length=min(50, capacity), context=0, crosses_episodes=False)
         if capacity < self.windows.length:
             raise ValueError(
                 f"replay.capacity is {capacity}, expected at least one window of {self.windows.length} rows. "
@@ -62,7 +72,10 @@ class ReplayBuffer:
         self.capacity, self.action_dim = capacity, action_dim
         self.obs_shape: ObsShape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
         shapes = split_obs(self.obs_shape)
-        dtypes = split_obs(obs_dtype) if isinstance(obs_dtype, Mapping) else dict.fromkeys(shapes, obs_dtype)
+        for name, shape in shapes.items():
+            if not all(isinstance(size, int) and size >= 1 for size in shape):
+                raise ValueError(f"ReplayBuffer: {name} has shape {shape}, expected whole numbers of at least 1.")
+        dtypes = observation_dtypes(shapes, obs_dtype)
         base = base_columns({name: ColumnSpec(shape, dtypes[name]) for name, shape in shapes.items()}, action_dim)
         if taken := base.keys() & (columns or {}).keys():
             raise ValueError(f"replay columns {sorted(taken)} are taken. Rename the agent's columns.")
@@ -78,6 +91,7 @@ class ReplayBuffer:
         self._streams: dict[tuple[int, int], Stream] = {}
         self._last: dict[tuple[int, int], int] = {}  # row number of each stream's last row
         self._sequence: dict[int, tuple[int, int]] = {}  # actor -> last accepted (incarnation, sequence)
+        self._lengths: dict[int, tuple[int, Array]] = {}  # starts of windows of other lengths
         self._rows = self._steps = self._episodes = self._chunks = self._duplicates = 0
         self._recorded = 0
 
@@ -130,9 +144,10 @@ class ReplayBuffer:
         """Add a recorded episode of L actions in Gymnasium's order: actions[t] was taken at obs[t].
 
         obs: [L + 1, *obs_shape], or [L, ...] where the outcome of the last action was not recorded: that action is
-        then dropped. actions: [L, A] in [-1, 1] or one-hot. rewards, dones: [L]; a done may only be the last, and
-        means a true end. truncated: the episode was cut short by a time limit. columns: values of the agent's extra
-        columns, the same for all rows (task=3); zeros where not given. Raises ValueError before anything is changed.
+        then dropped. actions: [L, A] in [-1, 1] or one-hot, or [L] integers below A, which become one-hot. rewards,
+        dones: [L]; a done may only be the last, and means a true end. truncated: the episode was cut short by a time
+        limit. columns: values of the agent's extra columns, the same for all rows (task=3); zeros where not given.
+        Raises ValueError before anything is changed.
         """
         if unknown := columns.keys() - self._extra.keys():
             raise ValueError(f"add_episode: {sorted(unknown)} are no extra columns, expected {sorted(self._extra)}.")
@@ -160,6 +175,8 @@ class ReplayBuffer:
                 f"add_episode: {' and '.join(map(str, counts))} observations, {length} actions, {len(rewards)} rewards "
                 f"and {len(dones)} dones; expected L actions, rewards and dones, and L + 1 observations (or L)."
             )
+        if actions.ndim == 1 and actions.dtype.kind in "iu":
+            actions = one_hot(actions, self.action_dim)
         if actions.shape != (length, self.action_dim):
             raise ValueError(f"add_episode: actions are {actions.shape}, expected ({length}, {self.action_dim}).")
         if np.any(dones[:-1]):
@@ -243,20 +260,21 @@ class ReplayBuffer:
 
     # Out
 
-    def draw(self, batch_size: int) -> dict[str, Array]:
+    def draw(
+        self, batch_size: int, seq_len: int | None = None, rng: np.random.Generator | None = None
+    ) -> dict[str, Array]:
         """One batch as numpy: every column [B, T, ...] (`as_batch` joins those of a mapping), `continues`, and the
-        row numbers `rows`.
+        row numbers `rows`. seq_len: T; None takes that of `windows`. rng: None draws with the buffer's own.
 
-        Raises ValueError while no window is complete.
+        Raises ValueError where no episode holds seq_len rows.
         """
-        if not self._index.count:
-            raise ValueError(
-                f"replay holds {len(self)} rows but no complete window of {self.windows.length}. "
-                "Collect more, or shorten the windows."
-            )
-        positions = np.empty((batch_size, self.windows.length), np.int64)
-        positions[:, 0] = self._draw_starts(batch_size)
-        for t in range(1, self.windows.length):
+        if batch_size < 1:
+            raise ValueError(f"sample: batch_size is {batch_size}, expected at least 1.")
+        length = self.windows.length if seq_len is None else seq_len
+        self.check_length(length)
+        positions = np.empty((batch_size, length), np.int64)
+        positions[:, 0] = self._draw_starts(batch_size, length, rng)
+        for t in range(1, length):
             positions[:, t] = self._next[positions[:, t - 1]]
         batch = {name: column.take(positions, axis=0) for name, column in self._columns.items()}
         batch["continues"] = (~batch["terminated"]).astype(np.float32)
@@ -264,18 +282,62 @@ class ReplayBuffer:
         batch["rows"] = self._rows - 1 - age
         return batch
 
-    def _draw_starts(self, batch_size: int) -> Array:
+    def _draw_starts(self, batch_size: int, length: int, rng: np.random.Generator | None) -> Array:
         """Ring positions [B]: fresh windows first, each once, then uniform."""
+        rng = rng or self._rng
+        if length != self.windows.length:
+            return rng.choice(self._starts_of(length), batch_size)
         fresh: list[int] = []
         while self._online and len(fresh) < batch_size:
             start = self._online.popleft()
             if start >= self._rows - self.capacity:
                 fresh.append(start % self.capacity)
-        return np.concatenate([np.array(fresh, np.int64), self._index.draw(self._rng, batch_size - len(fresh))])
+        return np.concatenate([np.array(fresh, np.int64), self._index.draw(rng, batch_size - len(fresh))])
 
-    def sample(self, batch_size: int, device: torch.device | str = "cpu") -> Batch:
-        """One batch as tensors, [B, T, ...]; see `worldloom.types.Batch`."""
-        return as_batch({name: torch.from_numpy(c).to(device) for name, c in self.draw(batch_size).items()})
+    def check_length(self, seq_len: int) -> None:
+        """Raises ValueError where no window of that many rows can be drawn."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len is {seq_len}, expected at least 1.")
+        if self._index.count if seq_len == self.windows.length else len(self._starts_of(seq_len)):
+            return
+        longest = bisect.bisect_left(range(1, len(self) + 1), True, key=lambda n: not len(self._find_starts(n)))
+        raise ValueError(
+            f"replay holds {len(self)} rows but no complete window of {seq_len}: the longest has {longest}. "
+            "Collect more, or shorten the sequences."
+        )
+
+    def _starts_of(self, length: int) -> Array:
+        """Ring positions that start a window of `length` rows, in order of age; kept until rows arrive."""
+        rows, starts = self._lengths.get(length, (-1, np.empty(0, np.int64)))
+        if rows != self._rows:
+            starts = self._find_starts(length)
+            self._lengths[length] = (self._rows, starts)
+        return starts
+
+    def _find_starts(self, length: int) -> Array:
+        """By doubling: `hop` leads 1, 2, 4, … rows ahead, or to -1 where the window would end."""
+        live = np.arange(max(self._rows - self.capacity, 0), self._rows) % self.capacity
+        hop = self._next.copy()
+        if not self.windows.crosses_episodes:
+            hop[(hop >= 0) & self._columns["is_first"][hop]] = -1
+        at, left = live, length - 1
+        while left:
+            if left & 1:
+                at = np.where(at >= 0, hop[at], -1)
+            hop = np.where(hop >= 0, hop[hop], -1)
+            left >>= 1
+        return live[at >= 0]
+
+    def sample(
+        self,
+        batch_size: int,
+        seq_len: int | None = None,
+        device: torch.device | str = "cpu",
+        rng: np.random.Generator | None = None,
+    ) -> Batch:
+        """One batch as tensors, [B, T, ...]; see `draw` for the arguments and `worldloom.types.Batch`."""
+        columns = self.draw(batch_size, seq_len, rng)
+        return as_batch({name: torch.from_numpy(column).to(device) for name, column in columns.items()})
 
     def write_back(self, rows: Array, columns: Mapping[str, Array]) -> int:
         """Replace entries of extra columns at row numbers [B, T]; evicted rows are skipped. Returns how many.
@@ -335,6 +397,84 @@ class ReplayBuffer:
         self._online.extend(state["online"])
         self._rng.bit_generator.state = state["rng"]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything into one npz file, whole or not at all; no entry is pickled."""
+        final = Path(path)
+        begin = max(self._rows - self.capacity, 0)
+        columns = self.rows_between(begin, self._rows) if begin else self._live_columns()
+        about = {
+            "format": FORMAT,
+            "capacity": self.capacity,
+            "action_dim": self.action_dim,
+            "windows": dataclasses.asdict(self.windows),
+            "extra": {name: [list(spec.shape), spec.dtype] for name, spec in self._extra.items()},
+            "state": self.state_dict(),
+        }
+        partial = final.with_name(final.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, about=np.frombuffer(pack(about), np.uint8), **columns)
+        partial.replace(final)
+
+    def _live_columns(self) -> dict[str, Array]:
+        """All rows of a ring that never wrapped, not copied."""
+        return {**{n: c[: self._rows] for n, c in self._columns.items()}, "origin": self._origin[: self._rows]}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ReplayBuffer:
+        """A buffer as `save` wrote it: the same draws follow. Raises ValueError for a file of another kind, or cut
+        short; FileNotFoundError without one."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                columns = {name: file[name] for name in file.files}
+            about = unpack(columns.pop("about").tobytes())
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is no replay buffer, expected a file that ReplayBuffer.save wrote.") from error
+        if about["format"] > FORMAT:
+            raise ValueError(f"{path} is of format {about['format']}, expected at most {FORMAT}. Update WorldLoom.")
+        specs = {name: ColumnSpec(tuple(shape), dtype) for name, (shape, dtype) in about["state"]["specs"].items()}
+        buffer = cls(
+            about["capacity"],
+            join_obs({name: spec.shape for name, spec in specs.items()}),
+            about["action_dim"],
+            obs_dtype=join_obs({name: spec.dtype for name, spec in specs.items()}),
+            windows=WindowSpec(**about["windows"]),
+            columns={name: specs[name] for name in about["extra"]},
+        )
+        buffer.load_state_dict(about["state"], [columns])
+        return buffer
+
+    @classmethod
+    def from_trajectories(
+        cls,
+        trajectories: Iterable[Any],
+        *,
+        capacity: int | None = None,
+        obs_shape: Sequence[int] | Mapping[str, tuple[int, ...]] | None = None,
+        action_dim: int | None = None,
+        action_range: tuple[Any, Any] | None = None,
+        **options: Any,
+    ) -> ReplayBuffer:
+        """A buffer filled with recorded episodes, of `worldloom.training.read_episodes`, Minari, or your own.
+
+        trajectories: mappings or objects with observations (or obs), actions, rewards, and terminations (or dones)
+        and truncations; see `worldloom.training.episodes.Episode` for every name that is read. Shapes come from the
+        first episode, the number of choices of integer actions from all. action_range: (low, high) of continuous
+        actions that are to be scaled to [-1, 1]. capacity: rows; None takes what the episodes fill. options: of
+        ReplayBuffer. Raises ValueError, naming the episode.
+        """
+        episodes = [Episode.read(item, number, action_range) for number, item in enumerate(trajectories)]
+        if not episodes:
+            raise ValueError("from_trajectories: no episodes were given, expected at least one.")
+        shape = obs_shape if obs_shape is not None else episodes[0].obs_shape
+        size = action_dim if action_dim is not None else max(episode.action_dim for episode in episodes)
+        buffer = cls(capacity or sum(episode.rows for episode in episodes), shape, size, **options)
+        for number, episode in enumerate(episodes):
+            try:
+                buffer.add_episode(**episode.fields())
+            except ValueError as error:
+                raise ValueError(f"episode {number}: {error}") from error
+        return buffer
+
     def _restore(self, segment: Mapping[str, Array]) -> None:
         """Append saved rows, one run of a single stream after the other."""
         origin = segment["origin"]
@@ -343,6 +483,23 @@ class ReplayBuffer:
         for begin, end in pairwise(bounds):
             run = {name: segment[name][begin:end] for name in self.specs}
             self._append((int(origin[begin][0]), int(origin[begin][1])), run)
+
+
+def one_hot(choices: Array, count: int) -> Array:
+    """[L, count] float32 of integers [L]. Raises ValueError for integers outside [0, count)."""
+    if len(choices) and not (choices.min() >= 0 and choices.max() < count):
+        raise ValueError(
+            f"add_episode: actions run from {choices.min()} to {choices.max()}, expected integers from 0 to "
+            f"{count - 1}: action_dim is the number of choices."
+        )
+    return np.eye(count, dtype=np.float32)[choices]
+
+
+def observation_dtypes(shapes: Mapping[str, Any], given: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The dtype of each observation column: as given, or by its kind."""
+    if isinstance(given, Mapping):
+        return split_obs(given)
+    return {name: given or ("uint8" if is_image(shape) else "float32") for name, shape in shapes.items()}
 
 
 def as_batch(columns: Mapping[str, torch.Tensor]) -> Batch:

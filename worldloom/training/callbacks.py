@@ -1,0 +1,218 @@
+"""What goes on beside offline training: logging, checkpoints, early stopping, progress, and a user's own."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worldloom.training.display import Display
+from worldloom.training.logger import MetricsLogger
+
+if TYPE_CHECKING:
+    from worldloom.training.trainer import Trainer
+
+EVENTS = ("on_train_begin", "on_step", "on_log", "on_evaluate", "on_checkpoint", "on_train_end")
+
+
+class CallbackError(RuntimeError):
+    """A callback raised; its own error is the cause."""
+
+
+class Callback:
+    """Override what you need. Metrics are means since the last log (`on_log`) or of one update (`on_step`).
+
+    A callback may end the training with `trainer.stop()`. What it raises ends the training as `CallbackError`.
+    """
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first update of `Trainer.train`."""
+
+    def on_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """After each update; trainer.step counts it."""
+
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Every config.log_interval updates, and after the last one."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Every config.eval_interval updates where there is validation data; names begin with "eval/"."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """After a checkpoint was written."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last update, an early stop, Ctrl-C, or an error of the training itself."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raises TypeError for what is no callback, ValueError for a method that looks like an event but is none."""
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, type) or not isinstance(callback, Callback):
+            shown = f"the class {callback.__name__}" if isinstance(callback, type) else f"a {name}"
+            raise TypeError(f"callbacks holds {shown}, expected instances of worldloom.training.Callback.")
+        for event in dir(callback):
+            if event.startswith("on_") and event not in EVENTS:
+                near = difflib.get_close_matches(event, EVENTS, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(EVENTS)}."
+                raise ValueError(f"callback {name} has {event}, which is no event. {hint}")
+
+
+class LoggingCallback(Callback):
+    """Metrics as plain lines (console) and into a directory: metrics.jsonl, metrics.csv and TensorBoard events.
+
+    directory: None writes no files. TensorBoard events need tensorboardX, from worldloom[training].
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None, *, console: bool = True) -> None:
+        self.directory = None if directory is None else Path(directory)
+        self.console = console
+        self._logger: MetricsLogger | None = None
+        self._begun = time.monotonic()
+
+    def on_train_begin(self, trainer: Trainer) -> None:  # noqa: ARG002
+        self._begun = time.monotonic()
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._logger = MetricsLogger(self.directory)
+
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        self._write(trainer, metrics)
+
+    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        self._write(trainer, metrics)
+
+    def on_train_end(self, trainer: Trainer) -> None:  # noqa: ARG002
+        if self._logger is not None:
+            self._logger.close()
+            self._logger = None
+
+    def _write(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        if self.console:
+            print(f"step {trainer.step:,}: " + " · ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
+        if self._logger is not None and self.directory is not None:
+            self._logger.write(0, trainer.step, time.monotonic() - self._begun, metrics)
+            append_csv(self.directory / "metrics.csv", {"step": trainer.step, **metrics})
+
+
+def append_csv(path: Path, row: Mapping[str, float]) -> None:
+    """Add a row; columns that are new widen the table, and cells without a value stay empty."""
+    rows: list[Mapping[str, object]] = []
+    header: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            if not row.keys() <= set(header):
+                rows = list(reader)
+    if header and row.keys() <= set(header):
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, header).writerow(row)
+        return
+    header += [name for name in row if name not in header]
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    partial.replace(path)
+
+
+class CheckpointCallback(Callback):
+    """Saves every `interval` updates and at the end: directory/step-N, the newest `keep` of them, and directory/best.
+
+    interval: None takes config.save_interval. best: the lowest `monitor` of all evaluations, or of all logged means
+    where there is no validation data ("eval/loss" falls back to "loss").
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        interval: int | None = None,
+        *,
+        keep: int = 3,
+        monitor: str = "eval/loss",
+    ) -> None:
+        if keep < 1 or (interval is not None and interval < 1):
+            raise ValueError(f"CheckpointCallback: interval is {interval} and keep {keep}, expected at least 1.")
+        self.directory, self.interval, self.keep, self.monitor = Path(directory), interval, keep, monitor
+        self.best = math.inf
+        self._evaluates = False
+
+    def on_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
+        interval = self.interval or trainer.config.save_interval
+        if interval and trainer.step % interval == 0:
+            self._save(trainer)
+
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        if not self._evaluates:
+            self._keep_best(trainer, metrics.get(self.monitor, metrics.get(self.monitor.removeprefix("eval/"))))
+
+    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        if not self._evaluates and self.monitor in metrics:
+            self._evaluates, self.best = True, math.inf
+        self._keep_best(trainer, metrics.get(self.monitor))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._save(trainer)
+
+    def _keep_best(self, trainer: Trainer, value: float | None) -> None:
+        if value is not None and value < self.best:
+            trainer.save_checkpoint(self.directory / "best")
+            self.best = value
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.directory / f"step-{trainer.step:09d}")
+        for old in sorted(path for path in self.directory.glob("step-*") if not path.suffix)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+class EarlyStoppingCallback(Callback):
+    """Ends the training when `monitor` has not fallen by more than `min_delta` in `patience` evaluations in a row."""
+
+    def __init__(self, monitor: str = "eval/loss", *, patience: int = 5, min_delta: float = 0.0) -> None:
+        if patience < 1 or min_delta < 0:
+            raise ValueError(
+                f"EarlyStoppingCallback: patience is {patience} and min_delta {min_delta}, expected at least 1 and 0."
+            )
+        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+        self.best, self.waited = math.inf, 0
+
+    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        if self.monitor not in metrics:
+            raise ValueError(f"EarlyStoppingCallback monitors {self.monitor!r}, expected one of {sorted(metrics)}.")
+        if metrics[self.monitor] < self.best - self.min_delta:
+            self.best, self.waited = metrics[self.monitor], 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            trainer.stop()
+
+
+class ProgressCallback(Callback):
+    """A live bar with rate, ETA and loss on a terminal; elsewhere a line at every log."""
+
+    def __init__(self) -> None:
+        self._display: Display | None = None
+        self._begun, self._start = time.monotonic(), 0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._begun, self._start = time.monotonic(), trainer.step
+        self._display = Display(trainer.config.total_steps, trainer.step, unit="updates")
+
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        rate = (trainer.step - self._start) / max(time.monotonic() - self._begun, 1e-9)
+        if self._display is not None:
+            status = f"{rate:.1f} updates/s · loss {metrics.get('loss', math.nan):.4g}"
+            self._display.progress(trainer.step, rate, status)
+
+    def on_train_end(self, trainer: Trainer) -> None:  # noqa: ARG002
+        if self._display is not None:
+            self._display.close()
+            self._display = None

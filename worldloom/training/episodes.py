@@ -1,0 +1,175 @@
+"""Recorded episodes from elsewhere: Minari and Gymnasium style, D4RL's flat files, HDF5 and npz."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.types import Array, ObsShape
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "obs": ("obs", "observations", "observation"),
+    "actions": ("actions", "action"),
+    "rewards": ("rewards", "reward"),
+    "dones": ("terminations", "terminated", "terminals", "dones"),
+    "truncated": ("truncations", "truncated", "timeouts"),
+}
+NEXT_OBS = ("next_observations", "next_obs")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """L actions in Gymnasium's order; obs [L + 1, …] (or L), or a mapping of such; dones and truncated [L]."""
+
+    obs: Any
+    actions: Array
+    rewards: Array
+    dones: Array
+    truncated: bool
+
+    @classmethod
+    def read(cls, item: Any, number: int = 0, action_range: tuple[Any, Any] | None = None) -> Episode:
+        """From a mapping or an object, by the names in NAMES; ends may be one flag or one for each step.
+
+        Raises ValueError for a missing entry, naming the episode by its number.
+        """
+        obs, actions, rewards = (_entry(item, part, number) for part in ("obs", "actions", "rewards"))
+        actions, rewards = np.asarray(actions), np.asarray(rewards).reshape(-1)
+        if action_range is not None:
+            low, high = (np.asarray(bound, np.float32) for bound in action_range)
+            if not np.all(low < high):
+                raise ValueError(f"action_range is {action_range}, expected low < high.")
+            actions = (2 * (actions - low) / (high - low) - 1).astype(np.float32)
+        length = len(actions)
+        dones = _flags(_entry(item, "dones", number), length)
+        truncated = bool(_flags(_entry(item, "truncated", number, False), length)[-1:].any())
+        return cls(_arrays(obs), actions, rewards, dones, truncated)
+
+    @property
+    def rows(self) -> int:
+        return 1 + len(self.actions)
+
+    @property
+    def obs_shape(self) -> ObsShape:
+        if isinstance(self.obs, Mapping):
+            return {name: part.shape[1:] for name, part in self.obs.items()}
+        shape: tuple[int, ...] = self.obs.shape[1:]
+        return shape
+
+    @property
+    def action_dim(self) -> int:
+        """The width of actions [L, A]; for integers [L] one more than the largest."""
+        return int(self.actions.max()) + 1 if self.actions.ndim == 1 else self.actions.shape[1]
+
+    def fields(self) -> dict[str, Any]:
+        """As `ReplayBuffer.add_episode` takes them."""
+        return dict(vars(self))
+
+
+def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The episodes of an npz or HDF5 file, or of every npz file in a directory, in order.
+
+    Understood are one episode's arrays; a flat file of many, cut where a step is terminal or timed out (D4RL; its
+    next_observations give the last observation); and HDF5 groups episode_0, episode_1, … (Minari). HDF5 needs h5py,
+    from worldloom[data]. Raises ValueError for other files, FileNotFoundError without one.
+    """
+    found = Path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"{path} does not exist, expected a file or directory of recorded episodes.")
+    if found.is_dir():
+        files = sorted(found.glob("*.npz"))
+        if not files:
+            raise ValueError(f"{path} holds no .npz file, expected one for each episode.")
+        for file in files:
+            yield from read_episodes(file)
+    elif found.suffix == ".npz":
+        try:
+            with np.load(found, allow_pickle=False) as archive:
+                columns = {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read: {error}. Expected an npz file of plain arrays.") from error
+        yield from _split(columns, str(path))
+    elif found.suffix in (".hdf5", ".h5"):
+        yield from _read_hdf5(found)
+    else:
+        raise ValueError(f"{path} ends in {found.suffix!r}, expected .npz, .hdf5, .h5 or a directory of .npz files.")
+
+
+def _read_hdf5(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(f"{path} is an HDF5 file: install h5py (pip install 'worldloom[data]').") from None
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Expected an HDF5 file.") from error
+    with file:
+        groups = [name for name in file if name.startswith("episode_")]
+        for name in sorted(groups, key=lambda name: int(name.removeprefix("episode_"))):
+            yield {key: _tree(value) for key, value in file[name].items() if key != "infos"}
+        if not groups:
+            yield from _split({k: np.asarray(v) for k, v in file.items() if isinstance(v, h5py.Dataset)}, str(path))
+
+
+def _tree(node: Any) -> Any:
+    """A dataset as an array; a group (a mapping of observations) as a dict of them."""
+    return {key: _tree(value) for key, value in node.items()} if hasattr(node, "items") else np.asarray(node)
+
+
+def _split(columns: Mapping[str, Array], source: str) -> Iterator[dict[str, Any]]:
+    """One episode, or many in a row, each cut after the step that ended it."""
+    found = {part: next((columns[n] for n in names if n in columns), None) for part, names in NAMES.items()}
+    if found["obs"] is None or found["actions"] is None or found["rewards"] is None:
+        raise ValueError(
+            f"{source} holds {sorted(columns)}, expected at least observations, actions and rewards (or obs, …)."
+        )
+    count = len(found["actions"])
+    none = np.zeros(count, bool)
+    dones = none if found["dones"] is None else _flags(found["dones"], count)
+    timeouts = none if found["truncated"] is None else _flags(found["truncated"], count)
+    ends = np.flatnonzero(dones | timeouts)
+    cuts = [0, *(ends + 1).tolist(), *([count] if not len(ends) or ends[-1] != count - 1 else [])]
+    following = next((columns[name] for name in NEXT_OBS if name in columns), None)
+    whole = len(cuts) == 2 and len(found["obs"]) == count + 1
+    for begin, end in pairwise(cuts):
+        obs = found["obs"] if whole else found["obs"][begin:end]
+        if following is not None and not whole:
+            obs = np.concatenate([obs, following[end - 1 : end]])
+        yield {
+            "observations": obs,
+            "actions": found["actions"][begin:end],
+            "rewards": found["rewards"][begin:end],
+            "terminations": dones[begin:end],
+            "truncations": timeouts[begin:end],
+        }
+
+
+def _entry(item: Any, part: str, number: int, default: Any = None) -> Any:
+    for name in NAMES[part]:
+        value = item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
+        if value is not None:
+            return value
+    if default is None:
+        raise ValueError(f"episode {number} has no {part}, expected one of {', '.join(NAMES[part])}.")
+    return default
+
+
+def _flags(value: Any, length: int) -> Array:
+    """[L]: as given; one flag is that of the last step."""
+    flags = np.asarray(value).astype(bool)
+    if flags.ndim == 0:
+        flags = np.arange(length) == length - 1 if flags else np.zeros(length, bool)
+    return flags.reshape(-1)
+
+
+def _arrays(obs: Any) -> Any:
+    if isinstance(obs, Mapping):
+        return {name: np.asarray(part) for name, part in obs.items()}
+    return np.asarray(obs)

@@ -1,0 +1,201 @@
+"""Training from recorded data: a world model alone, or a whole agent, without an environment and without Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldloom.training.callbacks import Callback, CallbackError, ProgressCallback, check_callbacks
+from worldloom.training.checkpoint import CheckpointError, read_msgpack, write_msgpack
+from worldloom.training.interrupt import GracefulStop
+from worldloom.training.learners import make_learner
+from worldloom.training.replay import ReplayBuffer
+from worldloom.training.training_config import TrainingConfig
+from worldloom.types import Agent, WorldModel
+
+LEARNING, EVALUATION = 0, 1  # purposes of randomness
+
+
+class Trainer:
+    """Trains a world model on recorded episodes, by `compute_loss` and AdamW; or an agent, by its own `update`.
+
+    An agent (`create_agent`, `load_agent`) learns as published, its policy and values included: batch size, window
+    length and optimiser are then its own, and of `config` only steps, intervals, device and seed count. Make its
+    buffer with `ReplayBuffer(…, windows=agent.windows, columns=agent.columns)`.
+
+    The same seed, model and buffer give the same training; a loaded checkpoint goes on exactly where it was saved.
+    callbacks: None shows progress. Raises TypeError or ValueError for what is no model and for bad callbacks.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel | Agent,
+        config: TrainingConfig | None = None,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        self.config = config or TrainingConfig()
+        self.callbacks = [ProgressCallback()] if callbacks is None else list(callbacks)
+        check_callbacks(self.callbacks)
+        self.step = 0
+        self._learner = make_learner(model, self.config)
+        self._stopping = False
+
+    @property
+    def model(self) -> WorldModel:
+        return self._learner.model
+
+    @property
+    def device(self) -> torch.device:
+        return self._learner.device
+
+    def train(self, buffer: ReplayBuffer, validation: ReplayBuffer | None = None) -> dict[str, float]:
+        """Update until config.total_steps, an early stop or Ctrl-C; the means of the last log, "eval/…" included.
+
+        validation: held-out episodes for `evaluate`. Raises ValueError if a buffer does not fit the model or holds
+        no sequence that is long enough, before anything is trained; FloatingPointError for a NaN loss;
+        CallbackError for a failing callback.
+        """
+        for checked in (buffer, validation):
+            if checked is not None:
+                self._learner.check(checked)
+        self._stopping = False
+        last: dict[str, float] = {}
+        with GracefulStop() as stop:
+            try:
+                self._call("on_train_begin")
+                sums: dict[str, list[float]] = defaultdict(list)
+                while self.step < self.config.total_steps and not (self._stopping or stop.requested):
+                    metrics = self._update(buffer)
+                    for name, value in metrics.items():
+                        sums[name].append(value)
+                    self._call("on_step", metrics)
+                    last.update(self._report(sums, validation))
+            except BaseException:
+                self._end(quietly=True)
+                raise
+            self._end()
+        return last
+
+    def _update(self, buffer: ReplayBuffer) -> dict[str, float]:
+        with self._randomness(LEARNING, self.step) as draws:
+            metrics = self._learner.update(buffer, draws, self.step)
+        self.step += 1
+        return metrics
+
+    def _report(self, sums: dict[str, list[float]], validation: ReplayBuffer | None) -> dict[str, float]:
+        """Log and evaluate where it is time to: what was told."""
+        c, told, done = self.config, {}, self.step >= self.config.total_steps
+        if done or self.step % c.log_interval == 0:
+            means = {name: float(np.mean(values)) for name, values in sums.items()}
+            sums.clear()
+            self._call("on_log", means)
+            told.update(means)
+        if validation is not None and (done or (c.eval_interval and self.step % c.eval_interval == 0)):
+            found = {f"eval/{name}": value for name, value in self.evaluate(validation).items()}
+            self._call("on_evaluate", found)
+            told.update(found)
+        return told
+
+    def evaluate(self, buffer: ReplayBuffer, batches: int | None = None) -> dict[str, float]:
+        """Mean losses over so many batches (None: config.eval_batches), without learning.
+
+        The same sequences and noise every time, so that two evaluations differ by the model alone.
+        """
+        self._learner.check(buffer)
+        count = self.config.eval_batches if batches is None else batches
+        if count < 1:
+            raise ValueError(f"evaluate: batches is {count}, expected at least 1.")
+        with self._randomness(EVALUATION, 0) as draws, torch.no_grad():
+            losses = [self._learner.losses(buffer, draws) for _ in range(count)]
+        return {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
+
+    @contextmanager
+    def _randomness(self, purpose: int, step: int) -> Iterator[np.random.Generator]:
+        """A generator for drawing sequences, and torch seeded for the model's noise; both depend on the seed and the
+        step alone, so that a checkpoint needs to save neither."""
+        entropy = [self.config.seed, purpose, step]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+            yield np.random.default_rng(entropy)
+
+    def stop(self) -> None:
+        """End the training after the update under way."""
+        self._stopping = True
+
+    def save_checkpoint(self, directory: str | os.PathLike[str]) -> Path:
+        """Write model, optimiser, step and generators; `create_world_model(directory)` reads the model alone.
+
+        Either all of it is written or nothing: an earlier checkpoint there stays until the new one is complete.
+        Raises FloatingPointError rather than save parameters that are NaN or infinite.
+        """
+        final = Path(directory)
+        partial = final.with_name(final.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self._learner.check_finite()
+        partial.mkdir(parents=True)
+        self._learner.save(partial)
+        write_msgpack(partial / "trainer.msgpack", {"step": self.step, "learner": self._learner.state_dict()})
+        self.config.save(partial / "training.json")
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        self._call("on_checkpoint", final)
+        return final
+
+    def load_checkpoint(self, directory: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint of the same model; the config stays this trainer's.
+
+        Raises CheckpointError if it is missing, damaged or of another model.
+        """
+        folder = Path(directory)
+        if not (folder / "trainer.msgpack").is_file():
+            raise CheckpointError(f"{folder} holds no checkpoint of a Trainer, expected what save_checkpoint wrote.")
+        state = read_msgpack(folder / "trainer.msgpack")
+        self._learner.load(folder, state["learner"])
+        self.step = int(state["step"])
+
+    def _end(self, quietly: bool = False) -> None:
+        """Let every callback end; quietly where an error is already under way, which is the one to tell."""
+        for callback in self.callbacks:
+            try:
+                self._call("on_train_end", only=callback)
+            except CallbackError:
+                if not quietly:
+                    raise
+
+    def _call(self, event: str, *arguments: Any, only: Callback | None = None) -> None:
+        for callback in self.callbacks if only is None else [only]:
+            try:
+                getattr(callback, event)(self, *arguments)
+            except CallbackError:
+                raise
+            except Exception as error:
+                name = type(callback).__name__
+                raise CallbackError(
+                    f"callback {name} failed in {event} after update {self.step}: {type(error).__name__}: {error}"
+                ) from error
+
+
+def train(
+    model: WorldModel | Agent,
+    buffer: ReplayBuffer,
+    validation: ReplayBuffer | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    **fields: Any,
+) -> Trainer:
+    """Train a model on recorded episodes in one line: train(model, buffer, total_steps=10_000).
+
+    fields: of TrainingConfig. Returns the trainer, for evaluate and save_checkpoint. Raises as Trainer.train does.
+    """
+    trainer = Trainer(model, TrainingConfig(**fields), callbacks)
+    trainer.train(buffer, validation)
+    return trainer
