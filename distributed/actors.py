@@ -28,6 +28,7 @@ from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_ag
 from worldloom.training.chunk import Chunk, ChunkInfo
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation, Evaluator
+from worldloom.training.pictures import sequence_picture
 from worldloom.training.replay import Acceptance, as_batch
 from worldloom.training.rollout import Rollout
 from worldloom.types import Array, Batch, Metrics, Weights
@@ -59,7 +60,7 @@ class EnvActor:
         seed = config.train.seed
         self._config = config
         self._agent = agent_from_description(description, seed=seed)
-        env = make_run_env(config, config.env.num_envs, actor_seed(config, index, incarnation))
+        env = make_run_env(config.env, config.env.num_envs, actor_seed(config, index, incarnation))
         self._rollout = Rollout(env, self._agent, seed, actor=index, incarnation=incarnation)
         self._evaluator: Evaluator | None = None
         self._name = f"env/{index:03d}"
@@ -107,6 +108,9 @@ class ReplayActor:
 
     def sample(self, batches: int) -> Batches:
         return [self._replay.draw(self._batch_size) for _ in range(batches)]
+
+    def draw_sequence(self, rows: int, seed: int) -> dict[str, Array] | None:
+        return self._replay.draw_sequence(rows, np.random.default_rng(seed))
 
     def write_back(self, updated: list[WrittenColumns]) -> int:
         """Fresh replay columns from the learner; returns how many rows were already gone."""
@@ -158,6 +162,9 @@ class LearnerActor:
     def publish(self) -> Weights:
         self._version += 1
         return Weights(self._version, self._agent.acting_weights())
+
+    def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
+        return sequence_picture(self._agent.world_model, sequence, title)
 
     def save(self, folder: Path) -> None:
         save_agent(folder, self._agent)

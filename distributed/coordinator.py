@@ -30,6 +30,7 @@ from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
+from worldloom.training.pictures import PICTURE_ROWS
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import Run
 
@@ -133,7 +134,9 @@ class Coordinator:
             torch.set_num_threads(1)
             seed = self.config.train.seed
             agent = agent_from_description(self._spec.description, seed=seed)
-            env = make_run_env(self.config, self.config.env.num_envs, actor_seed(self.config, 0, self.run.incarnation))
+            env = make_run_env(
+                self.config.env, self.config.env.num_envs, actor_seed(self.config, 0, self.run.incarnation)
+            )
             self._own = Rollout(env, agent, seed, incarnation=self.run.incarnation)
         where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
         self.run.recorder.say(
@@ -352,6 +355,8 @@ class Coordinator:
         run, steps = self.run, self.run.limiter.env_steps
         if run.log_clock.due(steps):
             run.recorder.log()
+        if run.picture_clock.due(steps) and not run.finished:
+            self._picture()
         if run.eval_clock.due(steps) and not run.finished:
             self._evaluation_due = steps
         if run.checkpoint_clock.due(steps) and not run.finished:
@@ -388,6 +393,11 @@ class Coordinator:
     def _collecting(self) -> bool:
         return any(c.task is not None and c.chunk is not EVALUATION for c in self.collectors)
 
+    def _picture(self) -> None:
+        sequence = self.replay.draw_sequence.remote(PICTURE_ROWS, self.run.limiter.env_steps)
+        picture = self.learner.picture.remote(sequence, self.run.title())
+        self.run.recorder.picture(self._of_actor(picture, "learner"))
+
     def save(self) -> None:
         """Write a checkpoint of everything; call `_settle` before."""
         partial = begin_checkpoint(self.run.dir.resolve(), self.run.limiter.env_steps)
@@ -399,6 +409,7 @@ class Coordinator:
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         self._settle(collects=True)
         self.save()
+        self._picture()
         finished = self.run.finished and self._final_evaluation(stop)
         evaluation = self.run.recorder.last_evaluation if finished else None
         return self.run.recorder.summarise("completed" if finished else "interrupted", self._spec.device, evaluation)

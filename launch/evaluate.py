@@ -1,28 +1,31 @@
-"""Evaluate a trained run: python -m launch.evaluate --run-dir DIR --episodes 10"""
+"""Evaluate a trained run: python -m launch.evaluate --run-dir DIR --episodes 10 --video out.mp4"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 
+from launch.runs import FAILURES, env_config, run_envs
 from worldloom import load_agent
-from worldloom.envs import EnvironmentFailed, make_env
-from worldloom.suites import AtariConfig, DMCConfig
 from worldloom.training.assembly import choose_device
-from worldloom.training.checkpoint import CheckpointError
-from worldloom.training.evaluation import evaluate
+from worldloom.training.config import EnvConfig
+from worldloom.training.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
+from worldloom.types import Agent, Array
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="launch.evaluate", description="Play whole episodes without exploration noise.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
     parser.add_argument("--episodes", type=int, default=10)
+    video = f"film the first environment's episodes (one in {ENVS_AT_ONCE} at most): a .mp4 or .gif file"
+    parser.add_argument("--video", type=str, default=None, help=video)
     parser.add_argument("--seed", type=int, default=0, help="of the environments and of acting")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
@@ -33,26 +36,50 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         agent = load_agent(options.run_dir, choose_device(options.device), options.seed, **options.agent)
-        env = yaml.safe_load((Path(options.run_dir) / "config.yaml").read_text())["env"]
-        suites: dict[str, Any] = {
-            "atari": AtariConfig(**env["atari"]),
-            "dmc": DMCConfig(**env["dmc"]),
-            "frame_stack": env["frame_stack"],
-        }
-        make = lambda count: make_env(env["id"], count, options.seed, env["action_repeat"], **suites)  # noqa: E731
-        result = evaluate(agent, make, options.episodes, options.seed)
-    except (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed) as error:
+        env = env_config(Path(options.run_dir))
+        result = play(agent, env, options.episodes, options.seed, options.video)
+    except FAILURES as error:
         print(f"launch.evaluate: {error}", file=sys.stderr)
         return 1
     for number, (total, length) in enumerate(zip(result.returns, result.lengths, strict=True), 1):
         print(f"episode {number}: return {total:.1f} in {length} steps")
-    print(f"return {result.mean:.1f} ± {result.std:.1f} over {len(result.returns)} episodes of {env['id']}")
+    print(f"return {result.mean:.1f} ± {result.std:.1f} over {len(result.returns)} episodes of {env.id}")
+    if options.video:
+        print(f"video: {options.video}")
     print(
         json.dumps(
             {"eval_return_mean": result.mean, "eval_return_std": result.std, "eval_episodes": len(result.returns)}
         )
     )
     return 0
+
+
+def play(agent: Agent, env: EnvConfig, episodes: int, seed: int, video: str | None) -> Evaluation:
+    """Evaluate, filming the first environment where `video` names a file."""
+    evaluator = start_evaluation(agent, lambda count: run_envs(env, count, seed, bool(video)), episodes, seed)
+    with film_to(video, evaluator.frames_per_second) if video else nullcontext() as film:
+        return evaluator.finish(on_frame=film.append_data if film else None)
+
+
+@contextmanager
+def film_to(path: str, fps: float) -> Iterator[Any]:
+    """A writer of frames [H, W, 3]. Raises ValueError for a file of another kind."""
+    import imageio.v2 as imageio
+
+    kind = Path(path).suffix
+    if kind not in (".mp4", ".gif"):
+        raise ValueError(f"--video is {path!r}, expected a file that ends in .mp4 or .gif.")
+    Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"fps": fps, "macro_block_size": 2} if kind == ".mp4" else {"duration": 1000 / fps}
+    with imageio.get_writer(path, **options) as writer:
+        yield writer
+
+
+def save_frames(path: str, frames: Array, fps: float) -> None:
+    """Write frames [T, H, W, 3]."""
+    with film_to(path, fps) as film:
+        for frame in frames:
+            film.append_data(frame)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,12 @@ def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
     return train(config, run_dir, resume)
 
 
+def _results(run_dir: Path) -> Path:
+    """What to look at: the page, or where it could not be written the numbers."""
+    page = run_dir / "report.html"
+    return page if page.is_file() else run_dir / "summary.json"
+
+
 def _resume_command(run_dir: Path) -> str:
     return f"python -m launch.train --resume --run-dir {run_dir}"
 
@@ -100,7 +106,7 @@ def _conclude(summary: dict[str, Any], run_dir: Path) -> int:
     print(
         f"\n{summary['algorithm']} on {summary['env_id']}: return {summary['eval_return_mean']:.1f} ± "
         f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes after {summary['env_steps']:,} "
-        f"steps in {summary['wall_seconds'] / 60:.1f} minutes\n{run_dir / 'summary.json'}"
+        f"steps in {summary['wall_seconds'] / 60:.1f} minutes\n{_results(run_dir)}"
     )
     return 0
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -88,8 +89,15 @@ class Picture(gym.Env):
 class Screen(gym.Env):
     """Images [64, 64, 3], as bright as the step; two discrete actions. Reward = action; 9 steps."""
 
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 20}
     observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((64, 64, 3), 20 * self.count, np.uint8)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -99,6 +107,15 @@ class Screen(gym.Env):
     def step(self, action):
         self.count += 1
         return np.full((64, 64, 3), 20 * self.count, np.uint8), float(action), self.count >= 9, False, {}
+
+
+def screen(render_mode=None):
+    """A factory, as "tests.environments:screen" names it."""
+    return Screen(render_mode)
+
+
+def no_environment():
+    return 3
 
 
 class Mixed(gym.Env):

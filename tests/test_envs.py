@@ -4,7 +4,7 @@ import pytest
 
 from tests import environments  # noqa: F401 - registers the test environments
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env
-from worldloom.spaces import ObservationCodec, observation_classes, observation_columns
+from worldloom.spaces import ObservationCodec, observation_classes, observation_columns, resize_image
 from worldloom.types import ColumnSpec
 
 
@@ -159,3 +159,59 @@ def test_wrong_actions_and_names_are_refused():
         make_env("no_such_module:Thing-v0")
     with pytest.raises(TypeError, match=r"the observation is Tuple.*expected numbers"):
         make_env("Blackjack-v1")
+
+
+# Environments by factory, images of another size
+
+
+def test_a_function_or_class_makes_the_environment():
+    for name in ("tests.environments:screen", "tests.environments:Screen"):
+        env = make_env(name, num_envs=2, render_mode="rgb_array")
+        env.reset()
+        assert env.observation_space.shape == (3, 64, 64)
+        step = env.step(np.eye(2, dtype=np.float32))
+        assert step.rewards.tolist() == [0, 1]
+        assert (env.render() == 20).all()
+        assert env.frames_per_second == 20
+    assert make_env("tests.environments:Screen", action_repeat=2).frames_per_second == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("tests.environments:no_environment", TypeError, "returned a int, expected a gymnasium.Env"),
+        ("tests.environments:absent", ValueError, "has no function or class 'absent'"),
+        ("tests.environments:os", ValueError, "has no function or class 'os'"),
+        ("absent_module:make", ValueError, "cannot be imported"),
+    ],
+)
+def test_factories_that_are_none_are_refused(name, error, words):
+    with pytest.raises(error, match=words):
+        make_env(name)
+
+
+def test_images_are_resized_on_request():
+    env = make_env("tests.environments:Picture-v0", image_size=16, frame_stack=2)  # 8 x 6, channels last
+    assert env.observation_space.shape == (6, 16, 16)
+    env.reset()
+    step = env.step(np.eye(4, dtype=np.float32)[:1])
+    newest = step.obs[0, 3:]
+    assert (newest[:2] == 1).all()
+    assert (newest[2] == 3).all()
+    assert (step.obs[0, :3] == 0).all()
+    mixed = make_env("tests.environments:Mixed-v0", image_size=32).observation_space
+    assert mixed["camera"].shape == (3, 32, 32)
+    assert mixed["state"].shape == (4,)
+    assert make_env("tests.environments:Screen-v0", image_size=64).observation_space.shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="env.image_size is 0"):
+        make_env("tests.environments:Screen-v0", image_size=0)
+
+
+def test_resized_images_keep_their_mean_and_their_place():
+    image = np.zeros((1, 8, 8), np.uint8)
+    image[:, :4] = 200
+    small = resize_image(image, 4)
+    assert small.dtype == np.uint8
+    assert abs(small.mean() - 100) < 1
+    assert (small[0, 0] > 190).all()
+    assert (small[0, -1] < 10).all()

@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.arguments import dump_config, run_config, run_parser
 from launch.train import main
@@ -161,6 +164,8 @@ def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
         "seed", "device",
     }  # fmt: skip
     assert expected <= summary.keys()
+    assert "280.0 ± 0.0" in (run_dir / "report.html").read_text()
+    assert (run_dir / "imagined.png").is_file()
 
     assert evaluate.main(["--run-dir", str(run_dir), "--episodes", "5"]) == 0
     printed = capsys.readouterr().out
@@ -180,6 +185,42 @@ def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
     assert json.loads((run_dir / "summary.json").read_text())["env_steps"] >= 400
     assert main(["--resume", "--run-dir", str(run_dir), "--agent.mlp_dim", "24"]) == 1
     assert "mlp_dim is 16 there, 24 here" in capsys.readouterr().err
+
+
+def test_a_run_is_filmed_and_its_imagination_shown(tmp_path, capsys):
+    from launch import evaluate, imagine
+
+    run_dir, small = tmp_path / "run", ["deter=32", "hidden=8", "units=8", "stoch=4", "classes=4", "depth=4"]
+    arguments = ["--algorithm", "dreamerv3:size1m", "--env.id", "tests.environments:screen", "--env.num_envs", "1",
+                 "--runtime", "inline", "--train.total_steps", "30", "--train.learning_starts", "29", "--eval.episodes",
+                 "2", "--log.picture_interval", "10", "--agent.batch_size", "2", "--agent.batch_length", "6",
+                 "--env.image_size", "48", "--replay.capacity", "200"]  # fmt: skip
+    for field in small:
+        name, value = field.split("=")
+        arguments += [f"--agent.{name}", value]
+    assert main([*arguments, "--run-dir", str(run_dir)]) == 0
+    assert imageio.imread(run_dir / "imagined.png").ndim == 3
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("imagination")] == [10, 20, 30]
+
+    film = tmp_path / "new" / "film.mp4"
+    assert evaluate.main(["--run-dir", str(run_dir), "--episodes", "2", "--video", str(film)]) == 0
+    frames = imageio.imread(film)
+    assert frames.shape == (9, 64, 64, 3)  # the first environment plays one episode of 9 steps
+    assert abs(frames[:, 32, 32, 0].astype(int) - 20 * np.arange(9)).max() < 8
+    assert evaluate.main(["--run-dir", str(run_dir), "--video", "film.txt"]) == 1
+    assert "expected a file that ends in .mp4 or .gif" in capsys.readouterr().err
+
+    imagined = tmp_path / "imagined.gif"
+    assert imagine.main(["--run-dir", str(run_dir), "--out", str(imagined), "--steps", "8"]) == 0
+    assert "5 steps observed, 3 imagined" in capsys.readouterr().out
+    assert imageio.imread(imagined).shape == (8, 3 * 50, 3 * 3 * 50, 3)
+    assert imagine.main(["--run-dir", str(run_dir), "--out", str(tmp_path / "a.png")]) == 0
+    for bad, words in [(["--out", "a.txt"], "ends in .gif"), (["--steps", "5"], "observed is 5 of 5 rows")]:
+        assert imagine.main(["--run-dir", str(run_dir), *bad]) == 1
+        assert words in capsys.readouterr().err
+    assert imagine.main(["--run-dir", str(tmp_path)]) == 1
 
 
 def test_resume_and_evaluate_without_a_run_are_refused(tmp_path, capsys):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args, get_origin, get_type_hints, overload
 
 import torch
 
@@ -33,13 +33,30 @@ class Family:
     model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
     agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
     options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks, action_classes
+    description: str = ""  # one sentence
+    default_obs: str = "vector"  # what its published settings observe: vector or image
 
 
 FAMILIES: dict[str, Family] = {
     "dreamerv3": Family(
-        DreamerV3Config, dreamerv3.SIZES, "size12m", DreamerV3WorldModel, DreamerV3Agent, ("obs_classes",)
+        DreamerV3Config,
+        dreamerv3.SIZES,
+        "size12m",
+        DreamerV3WorldModel,
+        DreamerV3Agent,
+        ("obs_classes",),
+        "DreamerV3 (Hafner et al. 2025): a recurrent state-space model with a decoder; it learns to act in imagination",
+        "image",
     ),
-    "tdmpc2": Family(TDMPC2Config, tdmpc2.SIZES, "5m", TDMPC2WorldModel, TDMPC2Agent, ("tasks", "action_classes")),
+    "tdmpc2": Family(
+        TDMPC2Config,
+        tdmpc2.SIZES,
+        "5m",
+        TDMPC2WorldModel,
+        TDMPC2Agent,
+        ("tasks", "action_classes"),
+        "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
+    ),
 }
 ALIASES: dict[str, str] = {
     "dreamer": "dreamerv3:size12m",
@@ -67,9 +84,43 @@ def register_model(name: str, family: Family) -> None:
     FAMILIES[name] = family
 
 
-def list_models() -> list[str]:
-    """Every preset, as create_world_model takes it."""
-    return [f"{name}:{size}" for name, family in FAMILIES.items() for size in family.sizes]
+class ModelInfo(TypedDict):
+    """What there is to know of a preset before a model is made."""
+
+    description: str
+    family: str
+    parameters: str  # the published count, such as "12M"; yours depends on observations and actions
+    default_obs: str  # vector or image
+
+
+@overload
+def list_models(verbose: Literal[False] = False) -> list[str]: ...
+@overload
+def list_models(verbose: Literal[True]) -> dict[str, ModelInfo]: ...
+def list_models(verbose: bool = False) -> list[str] | dict[str, ModelInfo]:
+    """Every preset, as create_world_model takes it; verbose: with what `get_model_info` says of each."""
+    presets = [f"{name}:{size}" for name, family in FAMILIES.items() for size in family.sizes]
+    return {preset: get_model_info(preset) for preset in presets} if verbose else presets
+
+
+def get_model_info(model: str) -> ModelInfo:
+    """Description, family, parameter count and observation kind of a preset or alias. Raises ValueError for others."""
+    name, size = resolve(model)
+    family = FAMILIES[name]
+    return {
+        "description": family.description,
+        "family": name,
+        "parameters": size.removeprefix("size").upper(),
+        "default_obs": family.default_obs,
+    }
+
+
+def get_config(model: str, **overrides: Any) -> Any:
+    """The configuration of a preset or alias, single fields replaced: a frozen dataclass of the family's own.
+
+    Raises ValueError for an unknown model or field, TypeError for a value of another type.
+    """
+    return build_config(model, overrides)
 
 
 def resolve(model: str) -> tuple[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,13 +42,14 @@ class Environment:
         action_repeat: int = 1,
         episode_length: int | None = None,
         frame_stack: int = 1,
+        image_size: int | None = None,
     ) -> None:
         if action_repeat < 1:
             raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
         self._env, self._repeat = env, action_repeat
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._actions = ActionCodec(self.name, env.action_space)
-        self._observations = ObservationCodec(self.name, env.observation_space, frame_stack)
+        self._observations = ObservationCodec(self.name, env.observation_space, frame_stack, image_size)
         self.action_dim, self.action_classes = self._actions.size, self._actions.classes
         self.action_space, self.observation_space = self._actions.space, self._observations.space
         limit = env.spec.max_episode_steps if env.spec else None
@@ -77,6 +81,11 @@ class Environment:
     def render(self) -> Array:
         """An RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
         return np.asarray(self._env.render())
+
+    @property
+    def frames_per_second(self) -> float:
+        """Steps a second in the environment's own time; 30 where it does not say."""
+        return float(self._env.metadata.get("render_fps") or 30) / self._repeat
 
     def close(self) -> None:
         self._env.close()
@@ -162,6 +171,10 @@ class VectorEnv:
         """The first environment's frame [H, W, 3] uint8."""
         return self._envs[0].render()
 
+    @property
+    def frames_per_second(self) -> float:
+        return self._envs[0].frames_per_second
+
     def close(self) -> None:
         for env in self._envs:
             env.close()
@@ -205,25 +218,54 @@ def make_environment(
     atari: AtariConfig | None = None,
     dmc: DMCConfig | None = None,
     frame_stack: int = 1,
+    image_size: int | None = None,
 ) -> Environment:
     """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
     try:
         if env_id.startswith("ALE/"):  # frames are repeated and pooled together
-            game = make_atari(env_id, atari or AtariConfig(), action_repeat)
+            game = make_atari(env_id, atari or AtariConfig(), action_repeat, render_mode)
             length = (atari or AtariConfig()).max_frames // action_repeat
-            return Environment(game, episode_length=length, frame_stack=frame_stack)
+            return Environment(game, episode_length=length, frame_stack=frame_stack, image_size=image_size)
         if env_id.startswith("dm_control/"):
             task = make_dm_control(env_id, dmc or DMCConfig(), render_mode)
-            return Environment(task, action_repeat, math.ceil(DM_CONTROL_STEPS / action_repeat), frame_stack)
+            length = math.ceil(DM_CONTROL_STEPS / action_repeat)
+            return Environment(task, action_repeat, length, frame_stack, image_size)
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        made = gymnasium.make(env_id, disable_env_checker=True, **options)
-        return Environment(made, action_repeat, frame_stack=frame_stack)
+        factory = _factory(env_id)
+        if factory is not None:
+            made = _call(factory, env_id, options)
+        else:
+            made = gymnasium.make(env_id, disable_env_checker=True, **options)
+        return Environment(made, action_repeat, frame_stack=frame_stack, image_size=image_size)
     except gymnasium.error.Error as error:
         raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {error} {_nearest(env_id)}") from error
     except ModuleNotFoundError as error:
         raise ValueError(
             f"env.id is {env_id!r}, which cannot be imported: {error} Install that module, or correct the id."
         ) from error
+
+
+def _factory(env_id: str) -> Callable[..., Any] | None:
+    """What "module:name" names; None for ids, of which "module:Name-v0" says where they are registered."""
+    module, _, name = env_id.partition(":")
+    if not name or re.search(r"-v\d+$", name):
+        return None
+    found = getattr(importlib.import_module(module), name, None)
+    if not callable(found):
+        raise ValueError(
+            f"env.id is {env_id!r}, but {module} has no function or class {name!r}. Expected module:factory, which "
+            "returns a gymnasium.Env, or the id of a registered environment."
+        )
+    return cast(Callable[..., Any], found)
+
+
+def _call(factory: Callable[..., Any], env_id: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    """factory(), with render_mode where it takes one."""
+    taken = {name: value for name, value in options.items() if name in inspect.signature(factory).parameters}
+    made = factory(**taken)
+    if not isinstance(made, gymnasium.Env):
+        raise TypeError(f"{env_id} returned a {type(made).__name__}, expected a gymnasium.Env.")
+    return made
 
 
 def make_env(
@@ -235,15 +277,20 @@ def make_env(
     atari: AtariConfig | None = None,
     dmc: DMCConfig | None = None,
     frame_stack: int = 1,
+    image_size: int | None = None,
 ) -> VectorEnv:
-    """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0"), of Atari ("ALE/Pong-v5") or of
-    DeepMind Control ("dm_control/walker-walk-v0"; atari and dmc say how these look).
+    """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0"), of a function or class that makes
+    one ("module:factory"), of Atari ("ALE/Pong-v5") or of DeepMind Control ("dm_control/walker-walk-v0"; atari and dmc
+    say how these look).
 
-    Rewards are summed over action_repeat; images come with the frame_stack - 1 before them, the oldest first. Raises
-    ValueError for an unknown id, TypeError for spaces that `worldloom.spaces` cannot convert.
+    Rewards are summed over action_repeat; images come with the frame_stack - 1 before them, the oldest first, resized
+    to squares of side image_size. Raises ValueError for an unknown id, TypeError for spaces that `worldloom.spaces`
+    cannot convert.
     """
     return VectorEnv(
-        lambda: make_environment(env_id, action_repeat, render_mode, atari, dmc, frame_stack), num_envs, seed
+        lambda: make_environment(env_id, action_repeat, render_mode, atari, dmc, frame_stack, image_size),
+        num_envs,
+        seed,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 
 from worldloom.types import Array, ColumnSpec, ObsArray, ObsShape, is_image, join_obs, split_obs
@@ -17,11 +19,12 @@ MAPPINGS_HINT = "Wrap it (gymnasium.wrappers.FlattenObservation turns nested spa
 class ObservationEntry:
     """One observation: images become channel-first uint8, other numbers float32 vectors, choices class indices.
 
-    space: what comes out. Raises TypeError for spaces that are none of these.
+    space: what comes out. image_size: images are resized to squares of that side. Raises TypeError for spaces that are
+    none of these.
     """
 
-    def __init__(self, owner: str, space: spaces.Space[Any]) -> None:
-        self._owner = owner
+    def __init__(self, owner: str, space: spaces.Space[Any], image_size: int | None = None) -> None:
+        self._owner, self._side = owner, image_size
         self._start: Array = np.zeros((), np.int32)
         self._channels_last = False
         self.classes = 0  # of each entry; 0 for numbers and images
@@ -30,7 +33,10 @@ class ObservationEntry:
         if isinstance(space, spaces.Box) and is_image(space.shape) and space.dtype == np.uint8:
             self._channels_last = space.shape[-1] < space.shape[0]
             channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
-            self.space = spaces.Box(0, 255, (int(channels), int(height), int(width)), np.uint8)
+            if (height, width) == (image_size, image_size):
+                self._side = None  # as it is
+            sides = (image_size, image_size) if image_size else (int(height), int(width))
+            self.space = spaces.Box(0, 255, (int(channels), *sides), np.uint8)
         elif isinstance(space, spaces.Box):
             self.space = spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),), np.float32)
         elif isinstance(space, spaces.Discrete):
@@ -57,7 +63,8 @@ class ObservationEntry:
         if array.shape != self._raw_shape:
             raise ValueError(f"{self._owner} came with shape {array.shape}, expected {self._raw_shape}.")
         if self.space.dtype == np.uint8:
-            return np.ascontiguousarray(np.moveaxis(array, -1, 0) if self._channels_last else array, np.uint8)
+            image = np.ascontiguousarray(np.moveaxis(array, -1, 0) if self._channels_last else array, np.uint8)
+            return resize_image(image, self._side) if self._side else image
         if self.classes:
             indices = array.reshape(self.space.shape or ()).astype(np.int32) - self._start
             if (indices < 0).any() or (indices >= self.classes).any():
@@ -72,26 +79,40 @@ class ObservationEntry:
         return vector
 
 
+def resize_image(image: Array, side: int) -> Array:
+    """[C, side, side] uint8 of [C, H, W] uint8, bilinear with antialiasing."""
+    resized = F.interpolate(torch.from_numpy(image)[None].float(), (side, side), mode="bilinear", antialias=True)
+    return resized[0].round().clamp(0, 255).to(torch.uint8).numpy()
+
+
 class ObservationCodec:
     """An environment's observations: one array, or a mapping of them in order of name.
 
     frame_stack: images carry the frames before them in their channels, the oldest first; the first frame of an episode
-    stands for those before it. Raises TypeError for mappings within mappings and for spaces that `ObservationEntry`
-    cannot take.
+    stands for those before it. image_size: side that images are resized to; None leaves them. Raises TypeError for
+    mappings within mappings and for spaces that `ObservationEntry` cannot take.
     """
 
-    def __init__(self, name: str, space: spaces.Space[Any], frame_stack: int = 1) -> None:
+    def __init__(
+        self, name: str, space: spaces.Space[Any], frame_stack: int = 1, image_size: int | None = None
+    ) -> None:
         if frame_stack < 1:
             raise ValueError(f"env.frame_stack is {frame_stack}, expected at least 1.")
+        if image_size is not None and image_size < 1:
+            raise ValueError(
+                f"env.image_size is {image_size}, expected at least 1, or null to leave images as they are."
+            )
         self._name = name
         self._mapping = isinstance(space, spaces.Dict)
         self._frames: dict[str, deque[Array]] = {}
         if isinstance(space, spaces.Dict):
             given = {key: space.spaces[key] for key in sorted(space.spaces)}
-            self._entries = {key: ObservationEntry(f"{name}: observation {key!r}", s) for key, s in given.items()}
+            self._entries = {
+                key: ObservationEntry(f"{name}: observation {key!r}", part, image_size) for key, part in given.items()
+            }
             self.space: spaces.Space[Any] = spaces.Dict({k: entry.space for k, entry in self._entries.items()})
         else:
-            self._entries = {"obs": ObservationEntry(f"{name}: the observation", space)}
+            self._entries = {"obs": ObservationEntry(f"{name}: the observation", space, image_size)}
             self.space = self._entries["obs"].space
         if frame_stack > 1:
             self._stack_images(frame_stack)

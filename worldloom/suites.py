@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-import torch
-import torch.nn.functional as F
 from gymnasium import spaces
 
+from worldloom.spaces import resize_image
 from worldloom.types import Array
 
 DM_CONTROL_STEPS = 1000  # the time limit of every task of the suite
@@ -109,13 +108,13 @@ class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
     def _image(self) -> Array:
         """[C, side, side] uint8, bilinear with antialiasing."""
         frame = np.maximum.reduce(list(self._frames))
-        planes = torch.from_numpy(frame if frame.ndim == 3 else frame[..., None]).permute(2, 0, 1).unsqueeze(0).float()
-        side = self._config.image_size
-        resized = F.interpolate(planes, (side, side), mode="bilinear", antialias=True)
-        return resized[0].round().clamp(0, 255).to(torch.uint8).numpy()
+        planes = np.moveaxis(frame if frame.ndim == 3 else frame[..., None], -1, 0)
+        return resize_image(np.ascontiguousarray(planes), self._config.image_size)
 
 
-def make_atari(env_id: str, config: AtariConfig, action_repeat: int) -> gymnasium.Env[Any, Any]:
+def make_atari(
+    env_id: str, config: AtariConfig, action_repeat: int, render_mode: str | None = None
+) -> gymnasium.Env[Any, Any]:
     """An "ALE/…-v5" game, by these settings alone: the id's own frame skip and stickiness are switched off."""
     import ale_py
 
@@ -127,6 +126,7 @@ def make_atari(env_id: str, config: AtariConfig, action_repeat: int) -> gymnasiu
         frameskip=1,
         repeat_action_probability=config.sticky,
         full_action_space=config.full_actions,
+        render_mode=render_mode,
     )
     return Atari(game, config, action_repeat)
 

@@ -17,7 +17,7 @@ from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, 
 from worldloom.spaces import observation_columns
 from worldloom.training.chunk import base_columns
 from worldloom.training.clock import RateLimiter
-from worldloom.training.config import RunConfig
+from worldloom.training.config import EnvConfig, RunConfig
 from worldloom.training.evaluation import Evaluator, start_evaluation
 from worldloom.training.replay import ReplayBuffer
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
@@ -56,7 +56,7 @@ class AgentSpec:
 def probe_env(config: RunConfig) -> EnvSpec:
     """Make one environment to see its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
     c = config.env
-    env = make_environment(c.id, c.action_repeat, atari=c.atari, dmc=c.dmc, frame_stack=c.frame_stack)
+    env = make_environment(c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
     try:
         _try_out(env)
         return EnvSpec(env.observation_space, env.action_space, env.action_dim, env.episode_length)
@@ -103,16 +103,17 @@ def _can_compile(device: str) -> bool:
     return False
 
 
-def make_run_env(config: RunConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
-    env = config.env
-    return make_env(env.id, num_envs, seed, env.action_repeat, render_mode, env.atari, env.dmc, env.frame_stack)
+def make_run_env(env: EnvConfig, num_envs: int, seed: int, render_mode: str | None = None) -> VectorEnv:
+    return make_env(
+        env.id, num_envs, seed, env.action_repeat, render_mode, env.atari, env.dmc, env.frame_stack, env.image_size
+    )
 
 
 def start_run_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
     """An evaluation that is about to begin; the same seed and weights play the same episodes."""
 
     def make(num_envs: int) -> VectorEnv:
-        return make_run_env(config, num_envs, EVAL_SEED + config.train.seed)
+        return make_run_env(config.env, num_envs, EVAL_SEED + config.train.seed)
 
     return start_evaluation(agent, make, config.eval.episodes, EVAL_SEED)
 

@@ -18,10 +18,11 @@ class EnvConfig:
     """The task.
 
     Args:
-        id: Gymnasium id, or module:id
+        id: Gymnasium id, module:id, or module:factory, a function or class that makes the environment
         num_envs: environments per env actor
         action_repeat: environment frames per agent step; rewards are summed
         frame_stack: images carry so many frames in their channels, the oldest first
+        image_size: images are resized to squares of that side; null leaves them (atari and dmc have their own)
         atari: frames and actions of ALE/ ids; others ignore it
         dmc: observations of dm_control/ ids; others ignore it
     """
@@ -30,6 +31,7 @@ class EnvConfig:
     num_envs: int = 4
     action_repeat: int = 1
     frame_stack: int = 1
+    image_size: int | None = None
     atari: AtariConfig = field(default_factory=AtariConfig)
     dmc: DMCConfig = field(default_factory=DMCConfig)
 
@@ -157,11 +159,14 @@ class LogConfig:
 
     Args:
         interval: environment steps between two lines of metrics
+        picture_interval: environment steps between two pictures of imagination in TensorBoard; 0 draws the last only
     """
 
     interval: int = 1_000
+    picture_interval: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.picture_interval >= 0, "log.picture_interval", self.picture_interval, "0 or more")
         _require(self.interval >= 1, "log.interval", self.interval, "at least 1")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from worldloom.envs import VectorEnv
-from worldloom.types import ActState, Agent, Array
+from worldloom.types import ActState, Agent, Array, join_obs, split_obs
 
 ENVS_AT_ONCE = 16
 
@@ -49,8 +50,14 @@ class Evaluator:
         self._obs, self._is_first = env.reset(), np.ones(count, bool)
         self._generator = torch.Generator(agent.acting_generator.device).manual_seed(seed).get_state()
 
+    @property
+    def frames_per_second(self) -> float:
+        """At which what `on_frame` gets plays as fast as the environment runs."""
+        return self._env.frames_per_second
+
     def play(self, seconds: float = float("inf"), on_frame: Callable[[Array], None] | None = None) -> Evaluation | None:
-        """Go on for `seconds`; None while episodes are left to play. on_frame gets each frame of the first one."""
+        """Go on for `seconds`; None while episodes are left to play. on_frame gets each frame of the first environment
+        while it plays its share; make the environments with render_mode="rgb_array"."""
         generator, begun = self._agent.acting_generator, time.monotonic()
         before = generator.get_state()
         generator.set_state(self._generator)
@@ -73,9 +80,9 @@ class Evaluator:
 
     def _step(self, on_frame: Callable[[Array], None] | None) -> None:
         actions, self._act_state = self._agent.act(self._obs, self._act_state, self._is_first, explore=False)
-        step = self._env.step(actions)
-        if on_frame:
+        if on_frame and self._left[0]:  # before the step, which starts the next episode where one ends
             on_frame(self._env.render())
+        step = self._env.step(actions)
         self._returns += step.rewards
         self._lengths += 1
         for e in np.flatnonzero((step.terminated | step.truncated) & (self._left > 0)):
@@ -83,6 +90,26 @@ class Evaluator:
             self._left[e] -= 1
         self._obs, self._is_first = step.obs, step.is_first
         self._returns[self._is_first], self._lengths[self._is_first] = 0.0, 0
+
+
+def record_episode(agent: Agent, env: VectorEnv, rows: int, seed: int) -> tuple[Any, Array, Array]:
+    """Play one episode without exploration, for at most so many rows: obs [T, ...] (or a mapping), actions [T, A] and
+    rewards [T], aligned as rows (`worldloom.types`). Closes `env`."""
+    agent.acting_generator.manual_seed(seed)
+    seen, act_state, is_first = env.reset(), None, np.ones(1, bool)
+    obs, actions, rewards = [split_obs(seen)], [np.zeros((1, env.action_dim), np.float32)], [0.0]
+    while len(obs) < rows:
+        action, act_state = agent.act(seen, act_state, is_first, explore=False)
+        step = env.step(action)
+        obs.append(split_obs(step.final_obs))
+        actions.append(action)
+        rewards.append(float(step.rewards[0]))
+        if step.is_first[0]:
+            break
+        seen, is_first = step.obs, step.is_first
+    env.close()
+    columns = {name: np.concatenate([each[name] for each in obs]) for name in obs[0]}
+    return join_obs(columns), np.concatenate(actions), np.array(rewards, np.float32)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from worldloom.envs import EnvironmentFailed
@@ -29,6 +30,7 @@ from worldloom.training.checkpoint import (
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
+from worldloom.training.pictures import PICTURE_ROWS, sequence_picture
 from worldloom.training.rollout import Rollout
 from worldloom.training.run import Run
 
@@ -50,7 +52,7 @@ class InlineTrainer:
         if self.run.checkpoint:
             load_agent_state(self.run.checkpoint, self.agent)
             self.store.load(self.run.checkpoint, self.replay)
-        envs = make_run_env(config, config.env.num_envs, actor_seed(config, 0, self.run.incarnation))
+        envs = make_run_env(config.env, config.env.num_envs, actor_seed(config, 0, self.run.incarnation))
         self.rollout = Rollout(envs, self.agent, seed, incarnation=self.run.incarnation)
 
     def train(self) -> dict[str, Any]:
@@ -65,6 +67,8 @@ class InlineTrainer:
                     self._learn(stop)
                     if run.log_clock.due(limiter.env_steps):
                         run.recorder.log()
+                    if run.picture_clock.due(limiter.env_steps) and not run.finished:
+                        self._picture()
                     if run.eval_clock.due(limiter.env_steps) and not run.finished:
                         run.recorder.evaluated(limiter.env_steps, self._evaluate())
                     if run.checkpoint_clock.due(limiter.env_steps):
@@ -92,6 +96,10 @@ class InlineTrainer:
     def _evaluate(self) -> Evaluation:
         return start_run_evaluation(self.config, self.agent).finish()
 
+    def _picture(self) -> None:
+        sequence = self.replay.draw_sequence(PICTURE_ROWS, np.random.default_rng(self.run.limiter.env_steps))
+        self.run.recorder.picture(sequence_picture(self.agent.world_model, sequence, self.run.title()))
+
     def save(self) -> None:
         """Write a checkpoint of everything."""
         partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
@@ -104,5 +112,6 @@ class InlineTrainer:
         evaluation = None if interrupted else self._evaluate()
         if evaluation:
             self.run.recorder.evaluated(self.run.limiter.env_steps, evaluation)
+        self._picture()
         status = "interrupted" if interrupted else "completed"
         return self.run.recorder.summarise(status, self.run.spec.device, evaluation)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from worldloom.types import Array
+
 
 class MetricsLogger:
     """Appends to both; a run that resumes goes on in the same files. Without tensorboardX only the first is written."""
@@ -26,6 +28,11 @@ class MetricsLogger:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, env_steps)
+
+    def picture(self, env_steps: int, name: str, image: Array) -> None:
+        """image: [H, W, 3] uint8, for TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, env_steps, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()

@@ -17,7 +17,8 @@ from worldloom.training.config import RunConfig
 from worldloom.training.display import Display, Standing
 from worldloom.training.evaluation import Evaluation
 from worldloom.training.logger import MetricsLogger
-from worldloom.types import Metrics
+from worldloom.training.report import PICTURE, write_report
+from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20
 COUNTERS = ("episodes", "true_ends", "env_failures", "actor_restarts", "env_steps_discarded", "updates_lost")
@@ -49,6 +50,7 @@ class Recorder:
         self.busy_seconds = 0.0  # seconds of learning, since the start
         self._held = 0.0  # seconds in which collecting had to wait for the learner
         self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
+        self._limits: dict[str, float] = defaultdict(float)  # seconds by what held the run up
         self._true_ends_hint = true_ends_hint
 
     @property
@@ -100,6 +102,15 @@ class Recorder:
             f"{evaluation.mean:.1f} ± {evaluation.std:.1f}"
         )
 
+    def picture(self, image: Array | None) -> None:
+        """What the world model imagines, [H, W, 3] uint8: for TensorBoard, and the newest for the report."""
+        if image is None:
+            return
+        import imageio.v3 as imageio
+
+        self._logger.picture(self._limiter.env_steps, "imagination", image)
+        imageio.imwrite(self._run_dir / PICTURE, image)
+
     def log(self) -> None:
         """Write a line of metrics over the time since the last."""
         now, limiter = time.monotonic(), self._limiter
@@ -120,6 +131,7 @@ class Recorder:
             metrics[f"learner/{name}"] = total / self._learner_updates
         self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics)
         self._display.line(self._standing())
+        self._limits[self.limited_by()] += span
         self._learner_metrics.clear()
         self._learner_updates = 0
         self._mark = (now, limiter.env_steps, limiter.updates, self.busy_seconds, self._held)
@@ -184,13 +196,23 @@ class Recorder:
             "train_ratio_target": limiter.train_ratio,
             "train_ratio_actual": round(limiter.actual, 4),
             "weight_staleness_p95": self._staleness_p95(),
+            "limited_by": {n: round(s / sum(self._limits.values()), 3) for n, s in self._limits.items()},
             **self.counters,
             "seed": self._config.train.seed,
             "device": device,
             "runtime": self._config.runtime.kind,
         }
         (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self._report()
         return summary
+
+    def _report(self) -> None:
+        """The page for people; a run that did its work is not failed by its page."""
+        saved = self._run_dir / "config.yaml"
+        try:
+            write_report(self._run_dir, self._config, saved.read_text() if saved.is_file() else "")
+        except Exception as error:
+            self.say(f"report.html was not written: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         self._display.close()

@@ -294,6 +294,19 @@ class ReplayBuffer:
                 fresh.append(start % self.capacity)
         return np.concatenate([np.array(fresh, np.int64), self._index.draw(rng, batch_size - len(fresh))])
 
+    def draw_sequence(self, longest: int, rng: np.random.Generator | None = None) -> dict[str, Array] | None:
+        """Columns [T, ...] of one sequence within an episode, of `longest` rows or, where no episode has them, of half,
+        a quarter, …; None while no episode has two rows."""
+        while longest > 1:
+            starts = self._find_starts(longest, crosses=False)
+            if len(starts):
+                positions = [int((rng or self._rng).choice(starts))]
+                while len(positions) < longest:
+                    positions.append(int(self._next[positions[-1]]))
+                return {name: column[positions] for name, column in self._columns.items()}
+            longest //= 2
+        return None
+
     def check_length(self, seq_len: int) -> None:
         """Raises ValueError where no window of that many rows can be drawn."""
         if seq_len < 1:
@@ -314,11 +327,11 @@ class ReplayBuffer:
             self._lengths[length] = (self._rows, starts)
         return starts
 
-    def _find_starts(self, length: int) -> Array:
+    def _find_starts(self, length: int, crosses: bool | None = None) -> Array:
         """By doubling: `hop` leads 1, 2, 4, … rows ahead, or to -1 where the window would end."""
         live = np.arange(max(self._rows - self.capacity, 0), self._rows) % self.capacity
         hop = self._next.copy()
-        if not self.windows.crosses_episodes:
+        if not (self.windows.crosses_episodes if crosses is None else crosses):
             hop[(hop >= 0) & self._columns["is_first"][hop]] = -1
         at, left = live, length - 1
         while left:

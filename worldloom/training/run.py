@@ -35,6 +35,7 @@ class Run:
         self.recorder = Recorder(run_dir, config, self.limiter, counters, spec.true_ends_hint)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
+        self.picture_clock = Every(config.log.picture_interval, self.limiter.env_steps)
         self.log_clock = Every(config.log.interval, self.limiter.env_steps)
         self._introduce(env)
 
@@ -74,6 +75,10 @@ class Run:
             "incarnation": incarnation,
             "rows": rows,
         }
+
+    def title(self) -> str:
+        """Of a picture made now."""
+        return f"{self.config.algorithm} on {self.config.env.id}, step {self.limiter.env_steps:,}"
 
     def resume_command(self) -> str:
         return f"python -m launch.train --resume --run-dir {self.dir}"

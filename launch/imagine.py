@@ -1,0 +1,69 @@
+"""See what a trained world model imagines: python -m launch.imagine --run-dir DIR --out imagined.gif"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import torch
+from jsonargparse import ArgumentParser
+
+from launch.evaluate import save_frames
+from launch.runs import FAILURES, env_config, run_envs
+from worldloom import load_agent
+from worldloom.imagination import OBSERVED, OpenLoop, open_loop
+from worldloom.training.assembly import choose_device
+from worldloom.training.evaluation import record_episode
+from worldloom.training.pictures import film, image_keys, plot
+
+FRAMES_PER_SECOND = 10
+DESCRIPTION = """Play one episode, show the world model its first steps, and let it imagine the rest under the true
+actions. Image observations become a film (truth, prediction, error; .gif or .mp4), and everything else plots of true
+against predicted rewards and, where the model has a decoder, observations (.png or .gif)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="launch.imagine", description=DESCRIPTION)
+    parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
+    parser.add_argument("--out", type=str, default="imagined.gif", help="file to write: .gif, .mp4 or .png")
+    parser.add_argument("--steps", type=int, default=50, help="rows in all; fewer where the episode ends")
+    parser.add_argument("--observed", type=int, default=OBSERVED, help="rows that the model sees")
+    parser.add_argument("--seed", type=int, default=0, help="of the environment, of acting and of imagining")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        agent = load_agent(options.run_dir, choose_device(options.device), options.seed)
+        env = run_envs(env_config(Path(options.run_dir)), 1, options.seed)
+        obs, actions, rewards = record_episode(agent, env, options.steps, options.seed)
+        loop = open_loop(agent.world_model, obs, actions, rewards, options.observed, options.seed)
+        written = write(Path(options.out), loop, env.name)
+    except FAILURES as error:
+        print(f"launch.imagine: {error}", file=sys.stderr)
+        return 1
+    print(f"{loop.observed} steps observed, {loop.steps - loop.observed} imagined: {written}")
+    return 0
+
+
+def write(out: Path, loop: OpenLoop, title: str) -> str:
+    """A film where there are images to show, a plot otherwise or where a .png is asked for; names the files."""
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    keys = image_keys(loop)
+    if out.suffix not in (".gif", ".mp4", ".png"):
+        raise ValueError(f"--out is {str(out)!r}, expected a file that ends in .gif, .mp4 or .png.")
+    if keys and out.suffix != ".png":
+        names = [out if key == keys[0] else out.with_stem(f"{out.stem}-{key}") for key in keys]
+        for key, name in zip(keys, names, strict=True):
+            save_frames(str(name), film(loop, key), FRAMES_PER_SECOND)
+        return ", ".join(map(str, names))
+    if out.suffix == ".mp4":
+        raise ValueError(f"--out is {str(out)!r}, but there are no images to film. Ask for a .png or .gif.")
+    imageio.imwrite(out, plot(loop, title))
+    return str(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""What a world model imagines, shown; and the page that a run ends with."""
+
+import base64
+import io
+import json
+import re
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+from tests.dreamerv3_models import tiny_agent
+from worldloom import create_world_model
+from worldloom.imagination import OpenLoop, open_loop
+from worldloom.training import ReplayBuffer
+from worldloom.training.config import EnvConfig, RunConfig
+from worldloom.training.pictures import film, image_keys, plot, sequence_picture, strip
+from worldloom.training.published import published_curve
+from worldloom.training.report import read_metrics, write_report
+from worldloom.types import LatentState, Trajectory
+
+# Open loop
+
+
+class Adder(torch.nn.Module):
+    """A world whose state is its observation [1]; an action is added to it, and the reward is ten times the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.seen = []
+
+    def encode(self, obs):
+        self.seen.append(("encode", obs.item()))
+        return LatentState(obs)
+
+    def observe(self, state, action, obs):
+        self.seen.append(("observe", state.deterministic.item(), action.item(), obs.item()))
+        return LatentState(obs)
+
+    def imagine(self, state, actions):
+        states = [state]
+        for action in actions:
+            states.append(LatentState(states[-1].deterministic + action))
+        rewards = torch.stack([10 * s.deterministic for s in states[1:]])
+        return Trajectory(tuple(states), rewards, torch.ones_like(rewards))
+
+    def decode(self, state):
+        return {"obs": state.deterministic}
+
+
+def test_the_first_rows_are_observed_and_the_rest_imagined_under_the_true_actions():
+    model, obs = Adder(), np.array([[1.0], [2], [4], [9], [9], [9]], np.float32)
+    actions, rewards = np.array([[7.0], [0.5], [0.25], [2], [3], [4]], np.float32), np.arange(6.0)
+    loop = open_loop(model, obs, actions, rewards, observed=3)
+    assert model.seen == [("encode", 1), ("observe", 1, 0.5, 2), ("observe", 2, 0.25, 4)]
+    assert loop.predicted["obs"][:, 0].tolist() == [1, 2, 4, 6, 9, 13]
+    assert loop.predicted_rewards.tolist() == [60, 90, 130]
+    assert loop.true_rewards.tolist() == [3, 4, 5]
+    assert (loop.truth["obs"] == obs).all()
+    for observed in (0, 6):
+        with pytest.raises(ValueError, match=f"observed is {observed} of 6 rows"):
+            open_loop(model, obs, actions, rewards, observed=observed)
+
+
+def test_imagining_leaves_torchs_generator_alone_and_repeats_itself():
+    model = create_world_model("dreamerv3:size1m", obs_shape=(2,), action_dim=1, deter=32, hidden=8, units=8)
+    rows = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32), np.zeros((9, 1), np.float32), np.zeros(9)
+    before = torch.get_rng_state()
+    first, second = open_loop(model, *rows), open_loop(model, *rows)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (first.predicted["obs"] == second.predicted["obs"]).all()
+    assert (open_loop(model, *rows, seed=1).predicted["obs"] != first.predicted["obs"]).any()
+    assert len(first.predicted["obs"]) == 9
+    assert len(first.predicted_rewards) == 4
+
+
+def test_a_model_without_a_decoder_predicts_rewards_alone():
+    model = create_world_model("tdmpc2:1m", obs_shape=(2,), action_dim=1, mlp_dim=16, latent_dim=16, encoder_dim=16)
+    loop = open_loop(model, np.zeros((9, 2), np.float32), np.zeros((9, 1), np.float32), np.zeros(9))
+    assert loop.predicted == {}
+    assert image_keys(loop) == []
+    assert len(loop.predicted_rewards) == 4
+
+
+# Pictures
+
+
+def images(channels, guess=0.5, steps=8):
+    truth = np.zeros((steps, channels, 4, 6), np.float32)
+    truth[:, -1] = 1.0
+    return OpenLoop(5, {"obs": truth}, {"obs": np.full_like(truth, guess)}, np.ones(steps - 5), np.zeros(steps - 5))
+
+
+def test_films_show_truth_prediction_and_error_side_by_side():
+    frames = film(images(3), "obs", scale=1)
+    assert frames.shape == (8, 6, 24, 3)
+    assert frames.dtype == np.uint8
+    true, guess, error = frames[:, 1:-1, 1:7], frames[:, 1:-1, 9:15], frames[:, 1:-1, 17:23]
+    assert (true == [0, 0, 255]).all()
+    assert (guess == 128).all()
+    assert (error == 128).all()
+    border = frames[:, 0, 8]
+    assert (border[:5] == border[0]).all()
+    assert (border[5:] == border[5]).all()
+    assert (border[0] != border[5]).any()  # seen, and imagined
+    assert film(images(3), "obs", scale=2).shape == (8, 12, 48, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 9])
+def test_stacks_show_their_newest_frame_and_grey_stays_grey(channels):
+    shown, steps = strip(images(channels), "obs")
+    assert shown.shape == (3 * 6, len(steps) * 8, 3)
+    assert (shown[1:5, 1:7] == ([0, 0, 1] if channels % 3 == 0 else [1, 1, 1])).all()
+
+
+def test_plots_show_a_panel_for_rewards_and_each_entry():
+    vector = OpenLoop(5, {"obs": np.zeros((9, 2))}, {"obs": np.ones((9, 2))}, np.zeros(4), np.ones(4))
+    rewards = OpenLoop(5, {"obs": np.zeros((9, 2))}, {}, np.zeros(4), np.ones(4))
+    heights = [plot(loop).shape[0] for loop in (rewards, vector)]
+    assert heights[1] - heights[0] == 300  # two panels more
+    blue = (np.abs(plot(vector).astype(int) - [0x2A, 0x6F, 0xDB]).sum(-1) < 30).sum()
+    assert blue > 500
+    assert plot(images(3)).ndim == 3
+
+
+def test_pictures_are_drawn_from_a_sequence_of_replay():
+    model = tiny_agent().world_model
+    buffer = ReplayBuffer(100, (3,), 2)
+    assert sequence_picture(model, buffer.draw_sequence(50), "x") is None
+    obs = np.random.default_rng(0).normal(size=(13, 3))
+    buffer.add_episode(obs=obs, actions=np.zeros((12, 2)), rewards=np.ones(12), dones=np.zeros(12))
+    sequence = buffer.draw_sequence(50)
+    assert len(sequence["actions"]) == 12  # of 13 rows: 50 halved twice
+    assert not sequence["is_first"][1:].any()
+    assert sequence_picture(model, sequence, "x").dtype == np.uint8
+
+
+# The report
+
+
+def config_of(env_id, algorithm="tdmpc2:5m", **env):
+    return RunConfig(algorithm=algorithm, env=EnvConfig(id=env_id, **env))
+
+
+def test_published_curves_are_found_by_task_and_algorithm():
+    walker = published_curve(config_of("dm_control/walker-walk-v0", action_repeat=2))
+    assert dict(zip(walker.frames, walker.mean, strict=True))[100_000] == pytest.approx(961.9, abs=0.05)
+    assert walker.seeds == 3
+    cup = published_curve(config_of("dm_control/ball_in_cup-catch-v0"))
+    assert max(cup.mean) > 900
+    pong = published_curve(config_of("ALE/Pong-v5", "dreamerv3:size200m"))
+    assert pong.mean[-1] == pytest.approx(-5.0, abs=0.1)
+    assert published_curve(config_of("ALE/MsPacman-v5", "dreamer")).mean[-1] == pytest.approx(1521, abs=1)
+    assert published_curve(config_of("ALE/Pong-v5")) is None  # TD-MPC2's authors played none
+    assert published_curve(config_of("Pendulum-v1")) is None
+
+
+def fake_run(folder, **changes):
+    lines = [
+        {"env_steps": step, "updates": step, "wall_seconds": step / 10, "episode/return": 3.0 * step,
+         "learner/loss": 1 / step, "rate/updates_per_second": 40.0}
+        for step in (100, 200, 300)
+    ]  # fmt: skip
+    lines.append({"env_steps": 300, "eval/return_mean": 870.0, "eval/return_std": 10.0, "eval/length_mean": 500.0})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"env_st')
+    summary = {
+        "status": "completed", "algorithm": "tdmpc2:5m", "env_id": "dm_control/walker-walk-v0", "env_steps": 300,
+        "updates": 300, "eval_return_mean": 870.0, "eval_return_std": 10.0, "eval_episodes": 10, "wall_seconds": 3725.0,
+        "train_ratio_target": 768, "train_ratio_actual": 767.5, "seed": 3, "device": "cpu", "runtime": "inline",
+        "limited_by": {"learner": 0.75, "environments": 0.25}, **changes,
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_report_is_one_file_with_everything(tmp_path):
+    fake_run(tmp_path)
+    imageio.imwrite(tmp_path / "imagined.png", np.full((4, 5, 3), 77, np.uint8))
+    config = config_of("dm_control/walker-walk-v0", action_repeat=2)
+    page = write_report(tmp_path, config, "algorithm: <b>tdmpc2:5m</b>").read_text()
+    for words in (
+        "tdmpc2:5m on dm_control/walker-walk-v0", "870.0 ± 10.0", "1 h 2 min", "767.5 / 768", "3, cpu, inline",
+        "For 75% of its time it was limited by: learner", "learner 75%, environments 25%", "&lt;b&gt;tdmpc2",
+        "as the authors report them",
+    ):  # fmt: skip
+        assert words in page, words
+    assert page.count("<svg") == 3
+    assert "<!-- TD-MPC2, published (3 seeds) -->" in page  # how the drawing marks its legend
+    embedded = re.search(r'src="data:image/png;base64,([^"]+)"', page).group(1)
+    assert (imageio.imread(io.BytesIO(base64.b64decode(embedded))) == 77).all()
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is fetched
+    assert len(read_metrics(tmp_path)) == 4
+
+
+def test_a_run_that_was_interrupted_early_has_a_report_too(tmp_path):
+    fake_run(tmp_path, status="interrupted", eval_return_mean=None, eval_return_std=None, limited_by={})
+    (tmp_path / "metrics.jsonl").write_text("")
+    page = write_report(tmp_path, config_of("Pendulum-v1")).read_text()
+    assert "interrupted; it can be resumed" in page
+    assert "The authors report no curve for this task" in page

@@ -1,0 +1,132 @@
+"""Pictures of what a world model imagines: films of images, plots of rewards and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from worldloom.imagination import OBSERVED, OpenLoop, open_loop
+from worldloom.types import Array, WorldModel, is_image, join_obs
+
+TRUE, PREDICTED = "#222222", "#2a6fdb"
+SEEN_FRAME, IMAGINED_FRAME = (0.15, 0.6, 0.3), (0.16, 0.44, 0.86)  # border of a film's prediction
+WHITE = (1.0, 1.0, 1.0)
+MOST_NUMBERS = 6  # entries of vectors that a plot shows
+STRIP_COLUMNS = 12
+PICTURE_ROWS = 50  # of a sequence from replay
+
+
+def image_keys(loop: OpenLoop) -> list[str]:
+    """The observations that can be shown as images beside their prediction."""
+    return [key for key, value in loop.predicted.items() if is_image(value.shape[1:])]
+
+
+def can_draw() -> bool:
+    """Whether the libraries that pictures need are here; they come with worldloom[training]."""
+    return all(find_spec(name) for name in ("matplotlib", "imageio"))
+
+
+def sequence_picture(model: WorldModel, sequence: Mapping[str, Array] | None, title: str) -> Array | None:
+    """[H, W, 3] uint8 of one sequence from `ReplayBuffer.draw_sequence`; None of none, and where none can be drawn."""
+    if sequence is None or not can_draw():
+        return None
+    rows = {name: np.array(value) for name, value in sequence.items()}  # what Ray hands over is read-only
+    observed = min(OBSERVED, len(rows["actions"]) - 1)
+    return plot(open_loop(model, join_obs(rows), rows["actions"], rows["rewards"], observed), title)
+
+
+def film(loop: OpenLoop, key: str, scale: int = 3) -> Array:
+    """[T, H, W, 3] uint8: truth, prediction and their absolute error side by side; the prediction's border is green
+    while it sees the truth, blue while it imagines."""
+    truth, predicted = _rgb(loop.truth[key]), _rgb(loop.predicted[key])
+    frames = []
+    for t, (true, guess) in enumerate(zip(truth, predicted, strict=True)):
+        colour = SEEN_FRAME if t < loop.observed else IMAGINED_FRAME
+        parts = [_framed(true, WHITE), _framed(guess, colour), _framed(np.abs(true - guess), WHITE)]
+        frames.append(np.concatenate(parts, 1))
+    return _bytes(np.stack(frames).repeat(scale, 1).repeat(scale, 2))
+
+
+def strip(loop: OpenLoop, key: str) -> tuple[Array, list[int]]:
+    """([3 H, n W, 3] floats, the n steps): truth above prediction above error, at steps spread over the loop."""
+    steps = np.unique(np.linspace(0, loop.steps - 1, STRIP_COLUMNS).round().astype(int))
+    truth, predicted = _rgb(loop.truth[key])[steps], _rgb(loop.predicted[key])[steps]
+    rows = [[_framed(image, WHITE) for image in row] for row in (truth, predicted, np.abs(truth - predicted))]
+    return np.concatenate([np.concatenate(row, 1) for row in rows], 0), steps.tolist()
+
+
+def plot(loop: OpenLoop, title: str = "") -> Array:
+    """[H, W, 3] uint8: image strips, then rewards, then entries of vectors, true and predicted over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    images = image_keys(loop)
+    lines = [("reward", np.arange(loop.observed, loop.steps), loop.true_rewards, loop.predicted_rewards)]
+    lines += [(label, np.arange(loop.steps), true, guess) for label, true, guess in _numbers(loop)]
+    heights = [2.6] * len(images) + [1.5] * len(lines)
+    figure = Figure(figsize=(9, sum(heights) + 0.5 + 0.4 * bool(title)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, key in zip(axes, images, strict=False):
+        _show_strip(axis, loop, key)
+    for axis, (label, steps, true, guess) in zip(axes[len(images) :], lines, strict=True):
+        axis.axvspan(-0.5, loop.observed - 0.5, color="#e8f3ec", lw=0)
+        axis.plot(steps, true, color=TRUE, lw=1.6, label="true")
+        axis.plot(steps, guess, color=PREDICTED, lw=1.6, ls="--", label="predicted")
+        axis.set_xlim(-0.5, loop.steps - 0.5)
+        low, high = axis.get_ylim()
+        room = max(0.1 * max(abs(low), abs(high), 0.1) - (high - low), 0) / 2  # do not magnify what is but rounding
+        axis.set_ylim(low - room, high + room)
+        axis.set_ylabel(label, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[len(images)].legend(loc="upper right", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(1, 1.25))
+    axes[-1].set_xlabel(f"step; the first {loop.observed} are observed, the rest imagined under the true actions")
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _show_strip(axis: Any, loop: OpenLoop, key: str) -> None:
+    picture, steps = strip(loop, key)
+    height, width = picture.shape[0] / 3, picture.shape[1] / len(steps)
+    axis.imshow(picture, interpolation="nearest", aspect="equal")
+    axis.set_yticks([height / 2, 1.5 * height, 2.5 * height], ["true", "predicted", "error"], fontsize=9)
+    axis.set_xticks([(i + 0.5) * width for i in range(len(steps))], steps, fontsize=8)
+    axis.axvline(sum(step < loop.observed for step in steps) * width - 0.5, color=PREDICTED, lw=2)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(key if key != "obs" else "", fontsize=9, loc="left")
+
+
+def _numbers(loop: OpenLoop) -> list[tuple[str, Array, Array]]:
+    """(label, true, predicted) of the entries of vectors and class indices, at most MOST_NUMBERS."""
+    found = []
+    for key, guess in loop.predicted.items():
+        if is_image(guess.shape[1:]):
+            continue
+        true, flat = loop.truth[key].reshape(loop.steps, -1), guess.reshape(loop.steps, -1)
+        many = flat.shape[1] > 1
+        found += [(f"{key}[{i}]" if many else key, true[:, i], flat[:, i]) for i in range(flat.shape[1])]
+    return found[:MOST_NUMBERS]
+
+
+def _rgb(images: Array) -> Array:
+    """[T, H, W, 3] in [0, 1] of [T, C, H, W]: the last frame of a stack, grey as it is."""
+    channels = images[:, -3:] if images.shape[1] % 3 == 0 else images[:, -1:].repeat(3, 1)
+    return channels.transpose(0, 2, 3, 1).clip(0, 1)
+
+
+def _framed(image: Array, colour: tuple[float, ...]) -> Array:
+    framed = np.empty((image.shape[0] + 2, image.shape[1] + 2, 3), np.float32)
+    framed[:] = colour
+    framed[1:-1, 1:-1] = image
+    return framed
+
+
+def _bytes(image: Array) -> Array:
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)

@@ -1,0 +1,58 @@
+"""Published learning curves, to lay beside a run's own.
+
+DreamerV3: the scores that its authors ship (training episodes, mean and population deviation over seeds; Hafner et al.
+2025). TD-MPC2: the results that its authors ship (evaluation episodes, sample deviation over 3 seeds; Hansen et al.
+2024). Frames count action repeats.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+
+from worldloom.catalog import resolve
+from worldloom.training.config import RunConfig
+
+NAMES = {"dreamerv3": "DreamerV3, published", "tdmpc2": "TD-MPC2, published"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    frames: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seeds: int
+
+
+def published_curve(config: RunConfig) -> Curve | None:
+    """What the authors of this algorithm report on this task; None where they report nothing."""
+    suite, task = _suite_and_task(config)
+    family = resolve(config.algorithm)[0]
+    table = (files("worldloom.training") / "published_scores.csv").read_text()
+    known = csv.DictReader(table.splitlines())
+    rows = [row for row in known if (row["family"], row["suite"], row["task"]) == (family, suite, task)]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: int(row["frames"]))
+    return Curve(
+        f"{NAMES[family]} ({rows[0]['seeds']} seeds)",
+        tuple(int(row["frames"]) for row in rows),
+        tuple(float(row["mean"]) for row in rows),
+        tuple(float(row["std"] or 0) for row in rows),
+        int(rows[0]["seeds"]),
+    )
+
+
+def _suite_and_task(config: RunConfig) -> tuple[str, str]:
+    """("dmc_proprio", "walker_walk") of dm_control/walker-walk-v0, ("atari100k", "ms_pacman") of ALE/MsPacman-v5."""
+    namespace, _, name = config.env.id.rpartition("/")
+    name = re.sub(r"-v\d+$", "", name)
+    if namespace == "dm_control":
+        suite = {"states": "dmc_proprio", "pixels": "dmc_vision"}.get(config.env.dmc.observations, "")
+        return suite, name.replace("-", "_")
+    if namespace == "ALE":  # the 200M protocol has sticky actions, Atari100k none
+        return "atari57" if config.env.atari.sticky else "atari100k", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    return "", name

@@ -1,0 +1,216 @@
+"""report.html: what a run did, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.training.config import RunConfig
+from worldloom.training.published import published_curve
+
+INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
+PICTURE = "imagined.png"
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: str
+    picture: str  # HTML
+
+
+def write_report(run_dir: Path, config: RunConfig, settings: str = "") -> Path:
+    """Write report.html from the run's metrics.jsonl, summary.json and imagined.png; settings: its config.yaml.
+
+    Needs matplotlib and jinja2. Raises FileNotFoundError for a run without a summary.
+    """
+    import jinja2
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    lines = read_metrics(run_dir)
+    sections = [
+        _returns(lines, config),
+        _losses(lines),
+        _rates(lines, summary),
+        _imagined(run_dir),
+    ]
+    template = (files("worldloom.training") / "report.html.j2").read_text()
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            title=f"{summary['algorithm']} on {summary['env_id']}",
+            verdict=_verdict(summary),
+            tiles=_tiles(summary),
+            sections=[section for section in sections if section is not None],
+            summary={name: _shown(value) for name, value in summary.items()},
+            settings=settings,
+        )
+    )
+    path = run_dir / "report.html"
+    path.write_text(page)
+    return path
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line that was cut short is left out."""
+    lines = []
+    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    ended = {"completed": "The run is complete", "interrupted": "The run was interrupted; it can be resumed"}
+    told = ended.get(summary["status"], f"The run is {summary['status']}")
+    shares = summary.get("limited_by") or {}
+    if shares:
+        most = max(shares, key=lambda name: shares[name])
+        told += f". For {shares[most]:.0%} of its time it was limited by: {most}"
+    return told + "."
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    mean, std = summary["eval_return_mean"], summary["eval_return_std"]
+    episodes = summary["eval_episodes"]
+    tiles = [] if mean is None else [(f"return over {episodes} evaluation episodes", f"{mean:,.1f} ± {std:,.1f}")]
+    return [
+        *tiles,
+        ("environment steps", f"{summary['env_steps']:,}"),
+        ("updates", f"{summary['updates']:,}"),
+        ("wall time", _duration(summary["wall_seconds"])),
+        ("train ratio, actual / target", f"{summary['train_ratio_actual']:g} / {summary['train_ratio_target']:g}"),
+        ("seed, device, runtime", f"{summary['seed']}, {summary['device']}, {summary['runtime']}"),
+    ]
+
+
+def _returns(lines: Sequence[Mapping[str, float]], config: RunConfig) -> Section:
+    figure, axis = _axes(1, 1, 9.6, 3.6)
+    axis = axis[0]
+    repeat = config.env.action_repeat
+    training = [(line["env_steps"] * repeat, line["episode/return"]) for line in lines if "episode/return" in line]
+    evaluated = [line for line in lines if "eval/return_mean" in line]
+    if training:
+        axis.plot(*zip(*training, strict=True), color=TRAINING, lw=1.4, label="training, mean of the last 20 episodes")
+    if evaluated:
+        frames = np.array([line["env_steps"] * repeat for line in evaluated], float)
+        mean, std = (np.array([line[f"eval/return_{part}"] for line in evaluated]) for part in ("mean", "std"))
+        axis.fill_between(frames, mean - std, mean + std, color=OWN, alpha=0.15, lw=0)
+        axis.plot(frames, mean, color=OWN, lw=2, marker="o", ms=4, label="evaluation, mean ± std over episodes")
+    text = "Return per episode over frames (environment steps times action repeat)."
+    curve = published_curve(config)
+    if curve is not None:
+        reached = max([line["env_steps"] * repeat for line in lines], default=0)
+        shown = [i for i, x in enumerate(curve.frames) if x <= 1.25 * reached] or [0]
+        x, mean, std = (np.array([part[i] for i in shown], float) for part in (curve.frames, curve.mean, curve.std))
+        axis.fill_between(x, mean - std, mean + std, color=PUBLISHED, alpha=0.12, lw=0)
+        axis.plot(x, mean, color=PUBLISHED, lw=1.6, ls="--", marker="s", ms=3, label=curve.label)
+        text += " Published: mean and deviation over seeds, as the authors report them."
+    else:
+        text += " The authors report no curve for this task."
+    axis.set_xlabel("frames")
+    axis.set_xlim(left=0)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=9, frameon=False, loc="best")
+    return Section("Return", text, _svg(figure))
+
+
+def _losses(lines: Sequence[Mapping[str, float]]) -> Section | None:
+    names = sorted({name for line in lines for name in line if name.startswith("learner/")})
+    if not names:
+        return None
+    text = "What the learner reports, mean between two log lines, over environment steps."
+    return Section("Learning", text, _multiples(lines, {name: name.removeprefix("learner/") for name in names}))
+
+
+def _rates(lines: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> Section | None:
+    names = {
+        "rate/env_steps_per_second": "environment steps / s",
+        "rate/updates_per_second": "updates / s",
+        "rate/learner_busy_fraction": "learner busy, share",
+        "rate/train_ratio": "train ratio",
+        "weights/staleness_p95": "staleness p95, publishes",
+    }
+    shown = {name: label for name, label in names.items() if any(name in line for line in lines)}
+    if not shown:
+        return None
+    shares = summary.get("limited_by") or {}
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda s: -s[1]))
+    limits = f" What the run waited for, by share of its time: {parts}." if parts else ""
+    return Section("Rates", f"How fast the run went.{limits}", _multiples(lines, shown))
+
+
+def _imagined(run_dir: Path) -> Section | None:
+    path = run_dir / PICTURE
+    if not path.is_file():
+        return None
+    text = (
+        "The world model sees the first steps of a recorded sequence, then predicts the rest from the actions alone. "
+        "The command launch.imagine makes such pictures, and films where observations are images."
+    )
+    data = base64.b64encode(path.read_bytes()).decode()
+    return Section("Imagination", text, f'<img alt="true and predicted" src="data:image/png;base64,{data}">')
+
+
+def _multiples(lines: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> str:
+    """A small plot for each metric over environment steps, as SVG."""
+    rows = -(-len(names) // 3)
+    figure, axes = _axes(rows, 3, 9.6, 1.9 * rows)
+    last = max(line["env_steps"] for line in lines)
+    for axis, (name, label) in zip(axes, names.items(), strict=False):
+        points = [(line["env_steps"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), color=OWN, lw=1.4, marker="o" if len(points) < 3 else None, ms=3)
+        axis.set_xlim(0, 1.02 * max(last, 1))
+        axis.set_title(label, fontsize=9.5, loc="left", color=INK)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    return _svg(figure)
+
+
+def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#b8c0ca")
+        axis.tick_params(labelsize=8.5, colors=SOFT, length=3)
+        axis.grid(axis="y", color="#eef1f4", lw=0.8)
+        axis.set_axisbelow(True)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:,}"
