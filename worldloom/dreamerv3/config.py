@@ -37,10 +37,10 @@ class DreamerV3Config:
     blocks: int = 8  # groups of the block-diagonal GRU
     encoder_layers: int = 3  # of vectors
     decoder_layers: int = 3  # of vectors
-    reward_layers: int = 1
-    continue_layers: int = 1
-    policy_layers: int = 3
-    value_layers: int = 3
+    reward_layers: int = 1  # hidden layers of the reward head
+    continue_layers: int = 1  # of the continue head
+    policy_layers: int = 3  # of the policy
+    value_layers: int = 3  # of the critic
     bins: int = 255  # of the two-hot heads
     unimix: float = 0.01  # uniform share of every latent categorical
     policy_unimix: float = 0.01  # and of discrete policies (the reference's present code ignores its own setting)
@@ -49,28 +49,26 @@ class DreamerV3Config:
     batch_size: int = 16  # B, windows per update
     batch_length: int = 64  # T, trained rows per window
     replay_context: Literal["stored", "zeros"] = "stored"  # where the first state of a window comes from
-    free_nats: float = 1.0
-    dynamics_scale: float = 1.0
-    representation_scale: float = 0.1
-
+    free_nats: float = 1.0  # KL below this costs nothing
+    dynamics_scale: float = 1.0  # weight of the KL that trains the prior
+    representation_scale: float = 0.1  # weight of the KL that trains the posterior
     # Behaviour
     imagination_length: int = 15  # H
     discount_horizon: float = 333.0  # steps: gamma = 1 - 1 / horizon
-    lam: float = 0.95
-    entropy_scale: float = 3e-4
-    replay_value_scale: float = 0.3
-    slow_critic_rate: float = 0.02
+    lam: float = 0.95  # lambda of the returns
+    entropy_scale: float = 3e-4  # weight of the entropy bonus in the policy loss
+    replay_value_scale: float = 0.3  # weight of the critic loss on replayed rows
+    slow_critic_rate: float = 0.02  # per update, of the slow critic
     return_rate: float = 0.01  # of the running percentiles
-    return_low: float = 0.05
-    return_high: float = 0.95
-
+    return_low: float = 0.05  # lower quantile of the return range
+    return_high: float = 0.95  # upper quantile
     # Optimiser (LaProp with adaptive gradient clipping)
-    lr: float = 4e-5
+    lr: float = 4e-5  # LaProp
     warmup: int = 1000  # updates
     clip: float = 0.3  # of a tensor's gradient norm against its own norm
     beta1: float = 0.9  # momentum
     beta2: float = 0.999  # of squared gradients
-    eps: float = 1e-20
+    eps: float = 1e-20  # added to the root of the squared gradients
     train_ratio: float = 512.0  # replayed steps per environment step
 
     def __post_init__(self) -> None:

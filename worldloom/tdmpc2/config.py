@@ -27,8 +27,8 @@ class TDMPC2Config:
     num_bins: int = 101  # K, two-hot bins
     bin_limit: float = 10.0  # bins span [-bin_limit, bin_limit] in symlog space
     dropout: float = 0.01  # first layer of each value head, in training
-    log_std_min: float = -10.0
-    log_std_max: float = 2.0
+    log_std_min: float = -10.0  # of the policy
+    log_std_max: float = 2.0  # of the policy
     episodic: bool = False  # learn a termination head, for tasks with true ends
     task_dim: int = 0  # T, of the task embedding; 0 for a single task
     augment_eval: bool = True  # shift images at random in acting and evaluation too, as the authors' code does
@@ -38,30 +38,30 @@ class TDMPC2Config:
     batch_size: int = 256  # B, windows per update
     horizon: int = 3  # H, steps trained and planned
     rho: float = 0.5  # weight of step t in the losses is rho^t
-    consistency_coef: float = 20.0
-    reward_coef: float = 0.1
-    value_coef: float = 0.1
-    termination_coef: float = 1.0
-    entropy_coef: float = 1e-4
+    consistency_coef: float = 20.0  # weight of the latent prediction error
+    reward_coef: float = 0.1  # weight of the reward loss
+    value_coef: float = 0.1  # weight of the value loss
+    termination_coef: float = 1.0  # weight of the termination loss
+    entropy_coef: float = 1e-4  # weight of the entropy bonus in the policy loss
     lr: float = 3e-4  # Adam
     encoder_lr_scale: float = 0.3  # the encoder learns at lr times this
     grad_clip: float = 20.0  # global norm
     tau: float = 0.01  # per update, of the target value heads and of the value scale
     discount: float | None = None  # None derives it from the episode length
     discount_denominator: float = 5.0  # an episode is this many effective horizons long
-    discount_min: float = 0.95
-    discount_max: float = 0.995
+    discount_min: float = 0.95  # bounds of the derived discount
+    discount_max: float = 0.995  # and the discount where no episode length is known
     pretrain: bool = True  # one update per warm-up step when learning starts
 
     # Planning (MPPI)
     mpc: bool = True  # plan; otherwise act with the policy
     iterations: int = 6  # plus 2 where there are 20 or more action dimensions
     num_samples: int = 512  # sequences per iteration, the policy's included
-    num_elites: int = 64
+    num_elites: int = 64  # best sequences that the next iteration is fitted to
     num_pi_trajs: int = 24  # sequences from the policy
     temperature: float = 0.5  # multiplies values
-    min_std: float = 0.05
-    max_std: float = 2.0
+    min_std: float = 0.05  # least deviation of sampled actions
+    max_std: float = 2.0  # largest, and that of the first iteration
     min_probability: float = 0.1  # share of discrete plans that stays uniform (an extension, not published)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,96 @@
+"""Fills the configuration reference from the dataclasses, when the pages are built."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from worldloom.dreamerv3 import DreamerV3Config
+from worldloom.suites import AtariConfig, DMCConfig
+from worldloom.tdmpc2 import TDMPC2Config
+from worldloom.training import TrainingConfig
+from worldloom.training.config import (
+    CheckpointConfig,
+    EnvConfig,
+    EvalConfig,
+    LogConfig,
+    ReplayConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+
+SECTIONS: dict[str, tuple[str, type[Any]]] = {
+    "run": ("", RunConfig),
+    "env": ("env.", EnvConfig),
+    "env.atari": ("env.atari.", AtariConfig),
+    "env.dmc": ("env.dmc.", DMCConfig),
+    "replay": ("replay.", ReplayConfig),
+    "train": ("train.", TrainConfig),
+    "runtime": ("runtime.", RuntimeConfig),
+    "eval": ("eval.", EvalConfig),
+    "checkpoint": ("checkpoint.", CheckpointConfig),
+    "log": ("log.", LogConfig),
+    "TrainingConfig": ("", TrainingConfig),
+    "TDMPC2Config": ("agent.", TDMPC2Config),
+    "DreamerV3Config": ("agent.", DreamerV3Config),
+}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs calls this for each page: `<!-- fields: NAME -->` becomes the table of that section."""
+    return re.sub(r"<!-- fields: ([\w.]+) -->", lambda match: table(match[1]), markdown)
+
+
+def table(name: str) -> str:
+    """A row for each field: name, type, default and what it means."""
+    prefix, config = SECTIONS[name]
+    types, meanings = get_type_hints(config), {**comments(config), **arguments(config)}
+    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(types[field.name]):
+            continue  # it has a table of its own
+        shown = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = json.dumps(shown) if shown is None or isinstance(shown, (bool, dict)) else shown
+        meaning = meanings.get(field.name, "").replace("|", "\\|")
+        rows.append(f"| `{prefix}{field.name}` | {kind(types[field.name])} | `{default}` | {meaning} |")
+    return "\n".join(rows)
+
+
+def kind(hint: Any) -> str:
+    """A type as a reader of YAML knows it."""
+    if get_origin(hint) is dict:
+        return "mapping"
+    parts = get_args(hint)
+    if parts and all(isinstance(part, str) for part in parts):
+        return " or ".join(f"`{part}`" for part in parts)
+    names = [getattr(part, "__name__", str(part)) for part in (parts or (hint,))]
+    return " or ".join("null" if name == "NoneType" else name for name in names)
+
+
+def arguments(config: type[Any]) -> dict[str, str]:
+    """Meanings out of the docstring's Args."""
+    text = inspect.getdoc(config) or ""
+    found: dict[str, str] = {}
+    last = ""
+    for line in text.partition("Args:\n")[2].splitlines():
+        match = re.match(r"    (\w+): (.*)", line)
+        if match:
+            last = match[1]
+            found[last] = match[2]
+        elif last and line.strip():
+            found[last] += " " + line.strip()
+    return found
+
+
+def comments(config: type[Any]) -> dict[str, str]:
+    """Meanings out of the comments beside the fields."""
+    source = inspect.getsource(config)
+    return dict(re.findall(r"^    (\w+): [^\n#]*#\s*(.+)$", source, re.MULTILINE))

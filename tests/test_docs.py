@@ -1,0 +1,198 @@
+"""Every code block of the README and of the documentation runs, made small; the pages build; the notebook runs.
+
+What is made smaller: `total_steps=…` in Python, and runs of launch.train, by overrides at their end. Commands that need
+another machine or minutes (git, make, ray, pip, tensorboard) are checked for what they name.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+from nbclient import NotebookClient
+
+from launch.arguments import run_config, run_parser
+from launch.train import main as train_command
+from worldloom import create_world_model
+from worldloom.tdmpc2 import save_official
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TINY = {
+    "tdmpc2": "encoder_dim=16 mlp_dim=16 latent_dim=16 batch_size=8 num_samples=16 num_elites=4 num_pi_trajs=4",
+    "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
+}
+SHORT = (
+    "--runtime.kind inline --train.total_steps 60 --train.learning_starts 50 --train.train_ratio 8 "
+    "--train.compile false --eval.interval 0 --eval.episodes 1 --checkpoint.interval 0 --replay.capacity 1000 "
+    "--env.num_envs 2"
+)
+
+
+def blocks(page, *kinds):
+    return [(kind, title, code) for kind, title, code in BLOCK.findall(page.read_text()) if kind in kinds]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with what the pages speak of: presets, a trained run, published checkpoints and episodes."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    arguments = ["--config", str(ROOT / "configs" / "tdmpc2_pendulum.yaml"), "--run-dir", str(folder / "runs" / "NAME")]
+    assert train_command([*arguments, *shortened("tdmpc2")]) == 0
+    torch.manual_seed(0)
+    save_official(create_world_model("tdmpc2:1m", obs_shape=(24,), action_dim=6), folder / "walker-walk-1.pt")
+    mt30 = create_world_model("tdmpc2:1m", obs_shape=(24,), action_dim=6, tasks="mt30", batch_size=8)
+    save_official(mt30, folder / "mt30-1M.pt")
+    (folder / "mt30").mkdir()
+    (folder / "mt30" / "chunk_0.pt").symlink_to(ROOT / "tests" / "data" / "tdmpc2_episodes.pt")
+    return folder
+
+
+def shortened(family):
+    fields = [field.split("=") for field in TINY[family].split()]
+    return [*SHORT.split(), *(word for name, value in fields for word in (f"--agent.{name}", value))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_python_blocks_run_in_order(page, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend(str(workplace))
+    namespace = {"__name__": "page"}
+    for _, title, code in blocks(page, "python"):
+        if match := re.search(r'title="([^"]+)"', title):  # a file that the page has the reader write
+            (workplace / match[1]).write_text(code)
+            continue
+        small = re.sub(r"total_steps=[\d_]+", "total_steps=2", code)
+        exec(compile(small, f"{page.name}: {code.splitlines()[0]}", "exec"), namespace)
+
+
+def commands(page):
+    """Each command line of the page's shell blocks, without its comment."""
+    found = []
+    for _, _, code in blocks(page, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                found += [part.split() for part in " ".join(map(shlex.quote, words)).split(" '&&' ")]
+    return [[shlex.split(word)[0] for word in words] for words in found]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=name_of)
+def test_commands_run_or_name_what_exists(page, workplace):
+    for words in commands(page):
+        check_command(words, workplace)
+
+
+def check_command(words, workplace):
+    if words[:2] == ["python", "-m"] and words[2].startswith("launch."):
+        run_launch(words[2:], workplace)
+    elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+        ran = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert all(word in ran.stdout for word in words[3:] if word.startswith("--")), (words, ran.stdout)
+    elif words[0] == "make":
+        ran = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    elif words[0].endswith("pip"):
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = [extra for word in words for found in re.findall(r"\[([\w,]+)\]", word) for extra in found.split(",")]
+        assert set(extras) <= set(known), words
+    elif words[:3] == ["ray", "job", "submit"]:
+        check_command(words[words.index("--") + 1 :], workplace)
+    else:
+        known = {"ray": {"start"}, "git": {"clone"}, "cd": {"worldloom"}, "tensorboard": {"--logdir"}}
+        known |= {"python3": {"-m"}, "export": {"RAY_AUTH_MODE=token"}}
+        assert words[1] in known.get(words[0], ()), f"nothing checks {' '.join(words)!r}"
+
+
+def run_launch(words, workplace):
+    """Run it where the pages' files are; runs are short, with tiny models, and go to a directory of their own."""
+    module, *arguments = words
+    if module == "launch.train" and "--resume" in arguments:
+        arguments += ["--train.total_steps", "62"] if "--train.total_steps" not in arguments else []
+        at = arguments.index("--train.total_steps") + 1
+        arguments[at] = str(run_steps(workplace) + 2)
+    elif module == "launch.train":
+        text = " ".join(arguments)
+        arguments += shortened("dreamerv3" if "dreamerv3" in text else "tdmpc2")
+        if "dm_control" in text or "dmc" in text or "atari" in text:
+            arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
+        fresh = "runs/thermostat" if "thermostat" in text else f"runs/{len(list((workplace / 'runs').iterdir()))}"
+        arguments += ["--run-dir", fresh]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{workplace}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=workplace, capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, f"{' '.join(words)}\n{ran.stdout}\n{ran.stderr}"
+
+
+def run_steps(workplace):
+    """How far runs/NAME has come."""
+    found = sorted((workplace / "runs" / "NAME" / "checkpoints").glob("step-*"))
+    return int(found[-1].name.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=name_of)
+def test_yaml_blocks_are_presets(page, tmp_path):
+    for _, _, code in blocks(page, "yaml"):
+        assert "algorithm" in yaml.safe_load(code)
+        (tmp_path / "preset.yaml").write_text(code)
+        parser = run_parser("launch.train", "")
+        run_config(parser, parser.parse_args(["--config", str(tmp_path / "preset.yaml")]))
+
+
+def test_every_block_is_of_a_kind_that_is_tested():
+    for page in PAGES:
+        fences = re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)
+        assert set(fences) <= {"python", "bash", "yaml"}, page
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    page = (tmp_path / "site" / "reference" / "configuration" / "index.html").read_text()
+    for words in ("env.action_repeat", "replayed steps per environment step", "num_pi_trajs", "learning_rate"):
+        assert words in page
+    row = re.search(r"<code>env.action_repeat</code></td>\s*<td>int</td>\s*<td><code>(\w+)</code>", page)
+    assert row.group(1) == "1"
+    api = (tmp_path / "site" / "reference" / "api" / "index.html").read_text()
+    assert "create_world_model" in api
+    assert not re.findall(
+        r'(?:src|href)="https?://(?!gymnasium|squidfunk)[^"]+\.(?:js|css|woff2?)"', api
+    )  # nothing is fetched
+
+
+def test_no_configuration_field_lacks_its_meaning():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import configuration_hook
+    finally:
+        sys.path.pop(0)
+    for name in configuration_hook.SECTIONS:
+        for row in configuration_hook.table(name).splitlines()[2:]:
+            assert not row.endswith("|  |"), f"{name}: {row}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_run_top_to_bottom(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = re.sub(r"total_steps=[\d_]+", "total_steps=3", cell.source)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
