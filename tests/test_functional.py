@@ -217,3 +217,23 @@ def test_free_nats_floor_has_no_gradient():
     kl.backward()
     assert kl == 1
     assert torch.equal(logits.grad, torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.2, 0.9])
+def test_random_masks_are_independent_draws(rate):
+    generator = torch.Generator().manual_seed(0)
+    mask = fn.random_mask((1000, 700), rate, generator, torch.device("cpu"))
+    assert mask.shape == (1000, 700)
+    assert mask.dtype == torch.bool
+    spread = (rate * (1 - rate) / mask.numel()) ** 0.5
+    assert mask.float().mean().item() == pytest.approx(rate, abs=5 * spread + 1e-12)
+    flat = mask.flatten().float()
+    for lag in (1, 2, 700):  # no row and no neighbour tells of another
+        both = (flat[lag:] * flat[:-lag]).mean().item()
+        assert both == pytest.approx(rate**2, abs=6 * spread * max(rate, 0.05) + 1e-12)
+    halves = mask[:500].float().mean(), mask[500:].float().mean()
+    assert halves[0].item() == pytest.approx(halves[1].item(), abs=8 * spread + 1e-12)
+    if 0 < rate < 0.9:
+        assert not torch.equal(mask, fn.random_mask((1000, 700), rate, generator, torch.device("cpu")))
+    first = [fn.random_mask((3,), 0.5, generator, torch.device("cpu")).tolist() for _ in range(4000)]
+    assert all(abs(sum(m[i] for m in first) / 4000 - 0.5) < 0.04 for i in range(3))

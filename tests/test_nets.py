@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from worldloom import nets
 from worldloom.nets import Ensemble, NormedLinear, SimNorm, mish, mlp, mlp_of_pair
 
 
@@ -87,14 +88,6 @@ def test_ensemble_equals_its_members_one_by_one(ensemble):
     assert_close(ensemble(x, torch.tensor([2, 0])), expected[[2, 0]], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_ensemble_drops_entries_of_each_members_first_layer_before_its_norm(ensemble, frozen):
-    x, heads = torch.randn(5, 6), [2, 0]
-    dropout = 2.0 * torch.randint(2, (5, 2, 16))  # of each head its own
-    expected = torch.stack([member(ensemble, n, x, dropout[:, i]) for i, n in enumerate(heads)])
-    assert_close(ensemble(x, torch.tensor(heads), dropout, frozen), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_frozen_ensemble_passes_gradients_to_its_input_only(ensemble):
     x = torch.randn(5, 6, requires_grad=True)
     ensemble(x, torch.tensor([0, 1]), frozen=True).sum().backward()
@@ -107,3 +100,27 @@ def test_one_latent_serves_many_actions_as_if_it_were_repeated():
     network = mlp([7, 16, 16], 3)
     z, action = torch.randn(2, 1, 5), torch.randn(2, 4, 2)
     assert_close(mlp_of_pair(network, z, action), network(torch.cat([z.expand(-1, 4, -1), action], -1)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("heads", [None, [2, 0]])
+@pytest.mark.parametrize("form", ["_one_by_one", "_together"])
+def test_dropout_before_a_norm_scales_what_is_kept(form, heads, rate, monkeypatch):
+    """Against the plain form, factors 0 and 1 / (1 - rate), also where the norm's eps matters."""
+    torch.manual_seed(0)
+    net = Ensemble(3, 5, 16, 4)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    net.first.bias.detach().mul_(1e-2)  # deviations near the root of eps
+    x = (1e-2 * torch.randn(40, 5)).requires_grad_()
+    chosen = [0, 1, 2] if heads is None else heads
+    dropped = torch.rand(40, len(chosen), 16) < rate
+    monkeypatch.setattr(nets, "_one_by_one", getattr(nets, form))
+    found = net(x, None if heads is None else torch.tensor(heads), dropped if rate else None, rate)
+    factors = (~dropped).float() / (1 - rate)
+    wanted = torch.stack([member(net, n, x, factors[:, place]) for place, n in enumerate(chosen)])
+    assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    trained = [x, *net.parameters()]
+    gradients = [torch.autograd.grad(out.square().sum(), trained) for out in (found, wanted)]
+    for ours, plain in zip(*gradients, strict=True):
+        assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())

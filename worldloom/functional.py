@@ -5,11 +5,12 @@ Golden values of every function stand in tests/test_functional.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -46,6 +47,23 @@ def two_hot(x: Tensor, bins: Tensor) -> Tensor:
     target = torch.zeros(*x.shape, len(bins), dtype=x.dtype, device=x.device)
     target.scatter_(-1, lower.unsqueeze(-1), 1 - weight)
     return target.scatter_(-1, lower.unsqueeze(-1) + 1, weight)
+
+
+def random_mask(shape: Sequence[int], rate: float, generator: Generator | None, device: torch.device) -> Tensor:
+    """Booleans, each True with probability `rate` < 1, independently.
+
+    On a CPU the gaps between the True ones are drawn, which are geometric: where they are rare that is far less work.
+    """
+    if device.type != "cpu":
+        return torch.rand(tuple(shape), generator=generator, device=device) < rate
+    count = math.prod(shape)
+    mask = torch.zeros(count + 1, dtype=torch.bool)
+    if rate > 0:
+        enough = int(count * rate + 10 * math.sqrt(count * rate) + 16)  # ten standard deviations more than expected
+        uniform = 1 - torch.rand(enough, generator=generator, dtype=torch.float64)
+        gaps = (uniform.log_() / math.log1p(-rate)).floor_()
+        mask[((gaps + 1).cumsum(0) - 1).clamp_(max=count).long()] = True
+    return mask[:count].view(tuple(shape))
 
 
 def unit_pixels(image: Tensor) -> Tensor:

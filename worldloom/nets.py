@@ -26,26 +26,38 @@ class SimNorm(nn.Module):
 
 
 class _CpuMish(torch.autograd.Function):
-    """Mish out of vectorised parts: torch's CPU kernel is scalar and takes 4 times as long.
+    """Mish out of vectorised parts, a piece that fits the cache at a time: torch's CPU kernel is scalar and takes 4
+    times as long, and whole arrays of intermediate values would be paid for in fresh memory.
 
-    With s = sigmoid(x) and u = s (2 - s), tanh(softplus(x)) = u / (2 - u), free of overflow and cancellation.
+    With s = sigmoid(x), u = s (2 - s) and r = 2 - u, tanh(softplus(x)) = u / r, free of overflow and cancellation, and
+    the slope is (4 x s (1 - s)^2 / r + u) / r.
     """
+
+    PIECE = 200_000  # numbers
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        s = torch.sigmoid(x)
-        u = (2 - s).mul_(s)
-        return u.div_(s.fill_(2).sub_(u)).mul_(x)
+        x = x.contiguous()
+        out, slope = torch.empty_like(x), torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        one, two, size = x.new_tensor(1), x.new_tensor(2), min(_CpuMish.PIECE, x.numel())
+        scratch = x.new_empty(3, max(size, 1))
+        slopes = [None] * -(-x.numel() // max(size, 1)) if slope is None else slope.view(-1).split(size)
+        for piece, result, steep in zip(x.view(-1).split(size), out.view(-1).split(size), slopes, strict=False):
+            s, u, r = scratch[:, : len(piece)]
+            torch.sigmoid(piece, out=s)
+            torch.sub(two, s, out=u).mul_(s)
+            torch.sub(two, u, out=r)
+            torch.div(u, r, out=result).mul_(piece)
+            if steep is not None:
+                torch.sub(one, s, out=steep).square_().mul_(s).mul_(4).mul_(piece).div_(r).add_(u).div_(r)
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        s = torch.sigmoid(x)
-        u = (2 - s).mul_(s)
-        rest = 2 - u
-        slope = (1 - s).square_().mul_(s).mul_(4).mul_(x).div_(rest).add_(u).div_(rest)
-        return slope.mul_(gradients[0])
+        (slope,) = ctx.saved_tensors
+        return cast(Tensor, gradients[0] * slope)
 
 
 def mish(x: Tensor) -> Tensor:
@@ -92,6 +104,9 @@ def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
     return cast(Tensor, network[1:](first.activation(first.ln(x))))
 
 
+EPS = 1e-5  # of layer norms
+
+
 class EnsembleLinear(nn.Module):
     """N linear layers with stacked parameters: weight [N, out, in], bias [N, out]; `ln` as well if `normed`."""
 
@@ -106,10 +121,7 @@ class EnsembleLinear(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """N MLPs of one shape with two NormedLinear layers and a linear output, evaluated together.
-
-    The first layer of all members is one matrix product, since they read the same input.
-    """
+    """N MLPs of one shape with two NormedLinear layers and a linear output, evaluated together."""
 
     def __init__(self, members: int, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -122,36 +134,71 @@ class Ensemble(nn.Module):
         return self.first.weight.shape[0]
 
     def forward(
-        self, x: Tensor, heads: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
+        self,
+        x: Tensor,
+        heads: Tensor | None = None,
+        dropped: Tensor | None = None,
+        rate: float = 0.0,
+        frozen: bool = False,
     ) -> Tensor:
         """x: [..., I] to [N, ..., O].
 
-        heads: [N'] indices, evaluates only those members. dropout: [..., N, hidden] factors for the first
-        layer (before its norm). frozen: gradients flow to x but not into the parameters.
+        heads: [N'] indices, evaluates only those members. dropped: [..., N, hidden] True where dropout, with the
+        probability `rate`, leaves out an output of the first layer (before its norm). frozen: gradients flow to x but
+        not into the parameters.
         """
-        parameters = [self._parameters_of(layer, heads, frozen) for layer in (self.first, self.second, self.output)]
-        (w0, b0, *norm0), (w1, b1, *norm1), (w2, b2) = parameters
+        layers = [self._parameters_of(layer, frozen) for layer in (self.first, self.second, self.output)]
         lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        h = F.linear(flat, w0.flatten(0, 1), b0.flatten()).view(len(flat), *b0.shape)  # [R, N, M]
-        if dropout is not None:
-            h = h * dropout.reshape(h.shape)
-        h = _norm_mish(h, *norm0).transpose(0, 1)  # [N, R, M], as the products of the next layers keep it
-        h = _norm_mish(torch.baddbmm(b1.unsqueeze(1), h, w1.mT), *(p.unsqueeze(1) for p in norm1))
-        out = torch.baddbmm(b2.unsqueeze(1), h, w2.mT)
+        if dropped is not None:
+            dropped = dropped.reshape(len(flat), *dropped.shape[-2:])
+        one_by_one = x.is_cpu and not torch.compiler.is_compiling()
+        out = (_one_by_one if one_by_one else _together)(flat, layers, heads, dropped, rate)
         return out.view(len(out), *lead, out.shape[-1])
 
     @staticmethod
-    def _parameters_of(layer: EnsembleLinear, heads: Tensor | None, frozen: bool) -> list[Tensor]:
+    def _parameters_of(layer: EnsembleLinear, frozen: bool) -> list[Tensor]:
         found: list[Tensor] = [layer.weight, layer.bias]
         if layer.ln is not None:
             found += [layer.ln.weight, layer.ln.bias]
-        chosen = [p.detach() if frozen else p for p in found]
-        return chosen if heads is None else [p[heads] for p in chosen]
+        return [p.detach() if frozen else p for p in found]
 
 
-def _norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm over the last axis with an affine of any shape that broadcasts, then Mish."""
-    return mish(torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight))
+Layers = Sequence[Sequence[Tensor]]  # weight, bias and, where there is a norm, its weight and bias: [N, …] each
+
+
+def _together(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor | None, rate: float) -> Tensor:
+    """All members at once, [N, R, O] of x [R, I]: few large products, as a GPU likes them."""
+    chosen = layers if heads is None else [[p[heads] for p in layer] for layer in layers]
+    (w0, b0, g0, c0), (w1, b1, *norm1), (w2, b2) = chosen
+    h, eps = F.linear(x, w0.flatten(0, 1), b0.flatten()).view(len(x), *b0.shape), EPS  # [R, N, M]
+    if dropped is not None:
+        h, eps = h.masked_fill(dropped, 0.0), _eps_after(rate)
+    h = mish(torch.addcmul(c0, F.layer_norm(h, h.shape[-1:], eps=eps), g0))
+    h = h.transpose(0, 1)  # [N, R, M], as the products of the next layers keep it
+    h = torch.baddbmm(b1.unsqueeze(1), h, w1.mT)
+    g1, c1 = (p.unsqueeze(1) for p in norm1)
+    h = mish(torch.addcmul(c1, F.layer_norm(h, h.shape[-1:], eps=EPS), g1))
+    return torch.baddbmm(b2.unsqueeze(1), h, w2.mT)
+
+
+def _one_by_one(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor | None, rate: float) -> Tensor:
+    """The same member by member: on a CPU the arrays between the layers of one member stay in the cache."""
+    members = [[p.unbind() for p in layer] for layer in layers]
+    outputs = []
+    for place, n in enumerate(range(len(members[0][0])) if heads is None else heads.tolist()):
+        (w0, b0, g0, c0), (w1, b1, g1, c1), (w2, b2) = ([p[n] for p in layer] for layer in members)
+        h, eps = F.linear(x, w0, b0), EPS
+        if dropped is not None:
+            h, eps = h.masked_fill_(dropped[:, place], 0.0), _eps_after(rate)
+        h = mish(F.layer_norm(h, h.shape[-1:], g0, c0, eps))
+        h = mish(F.layer_norm(F.linear(h, w1, b1), b1.shape, g1, c1, EPS))
+        outputs.append(F.linear(h, w2, b2))
+    return torch.stack(outputs)
+
+
+def _eps_after(rate: float) -> float:
+    """Dropout divides what it keeps by 1 - rate; to the norm that follows that is the same as a smaller eps."""
+    return EPS * (1 - rate) ** 2
 
 
 @torch.no_grad()

@@ -157,11 +157,8 @@ class TDMPC2Agent:
         model, c = self.world_model, self.config
         noise = torch.randn(*z.shape[:-1], model.action_dim, device=self.device, generator=self._generator)
         heads = model.draw_heads(self._generator)
-        keep = None
-        if c.dropout > 0:
-            keep = torch.empty(*z.shape[:-1], len(heads), c.mlp_dim, device=self.device)
-            keep.bernoulli_(1 - c.dropout, generator=self._generator).div_(1 - c.dropout)
-        loss, value, entropy = self._policy_loss(z, noise, heads, keep, None if mask is None else mask[:, None])
+        dropped = model.draw_dropped((*z.shape[:-1], len(heads)), self._generator)
+        loss, value, entropy = self._policy_loss(z, noise, heads, dropped, None if mask is None else mask[:, None])
         self._policy_optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, c.grad_clip)
@@ -174,16 +171,16 @@ class TDMPC2Agent:
         }
 
     def _policy_loss(
-        self, z: Tensor, noise: Tensor, heads: Tensor, keep: Tensor | None, mask: Tensor | None
+        self, z: Tensor, noise: Tensor, heads: Tensor, dropped: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and means of value and entropy; the scale of values follows."""
         model, c = self.world_model, self.config
         sample = model.sample_policy(z, noise, mask)
         if model.action_classes:
-            values = self._choice_values(z, sample.action, heads, keep)  # [B, H+1, A]
+            values = self._choice_values(z, sample.action, heads, dropped)  # [B, H+1, A]
             value = (sample.log_std.exp() * values).sum(-1).detach() / len(model.action_classes)
         else:
-            value = self._frozen_value(z, sample.action, heads, keep)  # [B, H+1]
+            value = self._frozen_value(z, sample.action, heads, dropped)  # [B, H+1]
         self.scale.update(value[:, 0])
         if model.action_classes:
             target = boltzmann(values, self.scale.value * c.entropy_coef, model.action_classes)
@@ -192,16 +189,17 @@ class TDMPC2Agent:
             loss = policy_loss(value / self.scale.value, sample.scaled_entropy, c.rho, c.entropy_coef)
         return loss, value.mean(), -sample.log_prob.mean()
 
-    def _frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, keep: Tensor | None) -> Tensor:
+    def _frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, dropped: Tensor | None) -> Tensor:
         model = self.world_model
-        logits = model.q(torch.cat([z, action], -1), heads, keep, frozen=True)
+        joint, rate = torch.cat([z, action], -1), self.config.dropout
+        logits = model.q(joint, heads, dropped=dropped, rate=rate, frozen=True)
         return fn.symlog_mean(logits, model.bins).mean(0)
 
     @torch.no_grad()
-    def _choice_values(self, z: Tensor, drawn: Tensor, heads: Tensor, keep: Tensor | None) -> Tensor:
+    def _choice_values(self, z: Tensor, drawn: Tensor, heads: Tensor, dropped: Tensor | None) -> Tensor:
         """[B, H+1, A]: the value of every choice of every part, the other parts as `drawn`."""
         others = alternatives(drawn, self.world_model.action_classes)  # [A, B, H+1, A]
-        wide = None if keep is None else keep.expand(len(others), *keep.shape)
+        wide = None if dropped is None else dropped.expand(len(others), *dropped.shape)
         return self._frozen_value(z.expand(len(others), *z.shape), others, heads, wide).movedim(0, -1)
 
     def _name_nan(self, metrics: Metrics) -> str:

@@ -40,7 +40,7 @@ class LossNoise:
 
     target_action: Tensor  # [B, H, A] standard normal
     target_heads: Tensor  # [2] distinct head indices
-    dropout: Tensor | None  # [B, H, N, M] factors 0 or 1 / (1 - p)
+    dropped: Tensor | None  # [B, H, N, M] True where dropout leaves out an entry of the value heads' first layer
     shifts: Tensor | None = None  # [B, H + 1, 2], of images
 
 
@@ -307,14 +307,16 @@ class TDMPC2WorldModel(nn.Module):
 
     def draw_noise(self, batch_size: int, length: int, generator: Generator | None = None) -> LossNoise:
         """For `losses` of [B, T] rows."""
-        c, device, steps = self.config, self.bins.device, length - 1
-        keep = None
-        if c.dropout > 0:
-            keep = torch.empty(batch_size, steps, c.num_q, c.mlp_dim, device=device)
-            keep.bernoulli_(1 - c.dropout, generator=generator).div_(1 - c.dropout)
+        device, steps = self.bins.device, length - 1
+        dropped = self.draw_dropped((batch_size, steps, self.config.num_q), generator)
         actions = torch.randn(batch_size, steps, self.action_dim, device=device, generator=generator)
         shifts = draw_shifts((batch_size, length), device, generator) if self.pixels else None
-        return LossNoise(actions, self.draw_heads(generator), keep, shifts)
+        return LossNoise(actions, self.draw_heads(generator), dropped, shifts)
+
+    def draw_dropped(self, lead: tuple[int, ...], generator: Generator | None = None) -> Tensor | None:
+        """[*lead, M], of the value heads' first layer; None without dropout."""
+        c = self.config
+        return fn.random_mask((*lead, c.mlp_dim), c.dropout, generator, self.bins.device) if c.dropout > 0 else None
 
     def draw_heads(self, generator: Generator | None = None) -> Tensor:
         """[2] distinct head indices."""
@@ -343,7 +345,7 @@ class TDMPC2WorldModel(nn.Module):
 
         consistency = over_time((z[:, 1:] - next_z)[..., : c.latent_dim].square().mean(-1))
         reward = over_time(self._cross_entropy(self.reward(joint), rewards))
-        value = over_time(self._cross_entropy(self.q(joint, dropout=noise.dropout), target))
+        value = over_time(self._cross_entropy(self.q(joint, dropped=noise.dropped, rate=c.dropout), target))
         termination = torch.zeros((), device=z.device)
         if self.termination is not None:
             logits = self.termination(z[:, 1:]).squeeze(-1)
