@@ -57,13 +57,21 @@ class EnvActor:
 
     def __init__(self, config: RunConfig, description: dict[str, Any], index: int, incarnation: int) -> None:
         torch.set_num_threads(1)
-        seed = config.train.seed
-        self._config = config
-        self._agent = agent_from_description(description, seed=seed)
-        env = make_run_env(config.env, config.env.num_envs, actor_seed(config, index, incarnation))
-        self._rollout = Rollout(env, self._agent, seed, actor=index, incarnation=incarnation)
+        self._config, self._index = config, index
+        self._agent = agent_from_description(description, seed=config.train.seed)
+        self._rollout = self._new_rollout(incarnation)
         self._evaluator: Evaluator | None = None
         self._name = f"env/{index:03d}"
+
+    def _new_rollout(self, incarnation: int) -> Rollout:
+        config, index = self._config, self._index
+        env = make_run_env(config.env, config.env.num_envs, actor_seed(config, index, incarnation))
+        return Rollout(env, self._agent, config.train.seed, actor=index, incarnation=incarnation)
+
+    def restart(self, incarnation: int) -> None:
+        """Begin all episodes anew; the open ones end where replay has them."""
+        self._rollout.env.close()
+        self._rollout = self._new_rollout(incarnation)
 
     def __repr__(self) -> str:
         return self._name
@@ -116,8 +124,8 @@ class ReplayActor:
         """Fresh replay columns from the learner; returns how many rows were already gone."""
         return sum(self._replay.write_back(rows, columns) for rows, columns in updated)
 
-    def save(self, folder: Path) -> list[str]:
-        return self._store.save(folder, self._replay)
+    def save(self, folder: Path, exact: bool) -> list[str]:
+        return self._store.save(folder, self._replay, exact)
 
     def load(self, folder: Path) -> Acceptance:
         self._store.load(folder, self._replay)

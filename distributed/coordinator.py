@@ -64,6 +64,7 @@ class Coordinator:
     run: Run
     learner: Any = None
     replay: Any = None
+    updates_in_flight = UPDATES_IN_FLIGHT
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config, self._run_dir = config, run_dir.resolve()
@@ -71,13 +72,13 @@ class Coordinator:
         self._namespace = f"worldloom-{self._run_dir.name}"
         self._owns_cluster = connect(config, self._namespace)
         self.collectors: list[Collector] = []
-        self._own: Rollout | None = None  # with no env actors
-        self._weights: Any = None  # reference to the newest Weights; the coordinator owns it
-        self._version = 0
-        self._inserts: dict[Any, ChunkInfo] = {}
-        self._updates: deque[tuple[Any, Any, Any, int]] = deque()  # results, weights, columns, how many
-        self._evaluation_due: int | None = None  # the step at which one fell due
-        self._evaluating: int | None = None  # the step that the one under way belongs to
+        self.own: Rollout | None = None  # with no env actors
+        self.weights: Any = None  # reference to the newest Weights; the coordinator owns it
+        self.version = 0
+        self.inserts: dict[Any, ChunkInfo] = {}
+        self.updates: deque[tuple[Any, Any, Any, int]] = deque()  # results, weights, columns, how many
+        self.evaluation_due: int | None = None  # the step at which one fell due
+        self.evaluating: int | None = None  # the step that the one under way belongs to
         self._held_since: float | None = None
 
     # Starting and ending
@@ -89,13 +90,13 @@ class Coordinator:
         opened = self.learner.open.remote(self.config, self._env_spec, shares.learner_threads)
         self._spec: AgentSpec = self._wait(opened, "the learner")
         self.run = Run(self.config, self._run_dir, self._env_spec, self._spec, resume)
-        self._incarnation = self.run.incarnation  # of the actor started last
+        self.incarnation = self.run.incarnation  # of the actor started last
         self.replay = self._start(ReplayActor, "replay/0", 0, 0)
         self._wait(self.replay.open.remote(self.config, self._env_spec, self._spec, self._run_dir), "replay")
         if self.run.checkpoint:
             self._wait(self.learner.load.remote(self.run.checkpoint), "the learner")
             self._wait(self.replay.load.remote(self.run.checkpoint), "replay")
-        self._start_collecting()
+        self.start_collecting()
 
     def _start(self, kind: type[Any], name: str, cpus: float, gpus: float, *args: Any) -> Any:
         options = {"name": name, "namespace": self._namespace, "num_cpus": cpus, "num_gpus": gpus}
@@ -126,27 +127,29 @@ class Coordinator:
         )
         return Collector(index, incarnation, handle)
 
-    def _start_collecting(self) -> None:
-        self._weights = self._publish()
+    def start_collecting(self) -> None:
+        self.weights = self.publish()
         for index in range(self.config.runtime.env_actors):
-            self.collectors.append(self._start_collector(index, self.run.incarnation))
+            self.collectors.append(self._start_collector(index, self.incarnation))
         if not self.collectors:
             torch.set_num_threads(1)
-            seed = self.config.train.seed
-            agent = agent_from_description(self._spec.description, seed=seed)
-            env = make_run_env(
-                self.config.env, self.config.env.num_envs, actor_seed(self.config, 0, self.run.incarnation)
-            )
-            self._own = Rollout(env, agent, seed, incarnation=self.run.incarnation)
+            self.own = self.own_rollout()
         where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
         self.run.recorder.say(
             f"collecting: {where} x {self.config.env.num_envs} environments; learner: "
             f"{self._shares.learner_threads} threads; {self._shares.cpus:g} logical CPUs a process"
         )
 
-    def _publish(self) -> Any:
+    def own_rollout(self) -> Rollout:
+        """Of the coordinator, where there are no env actors."""
+        config, seed = self.config, self.config.train.seed
+        agent = agent_from_description(self._spec.description, seed=seed)
+        env = make_run_env(config.env, config.env.num_envs, actor_seed(config, 0, self.incarnation))
+        return Rollout(env, agent, seed, incarnation=self.incarnation)
+
+    def publish(self) -> Any:
         reference = self.learner.publish.remote()
-        self._version = self._wait(reference, "the learner").version
+        self.version = self._wait(reference, "the learner").version
         return reference
 
     def close(self) -> None:
@@ -154,8 +157,8 @@ class Coordinator:
         for actor in [self.learner, self.replay, *(c.handle for c in self.collectors)]:
             if actor is not None:
                 ray.kill(actor)
-        if self._own is not None:
-            self._own.env.close()
+        if self.own is not None:
+            self.own.env.close()
         if self._owns_cluster:
             ray.shutdown()
 
@@ -167,10 +170,8 @@ class Coordinator:
         with GracefulStop() as stop:
             try:
                 while not (run.finished and not run.limiter.updates_due()) and not stop.requested:
-                    self.dispatch_updates()
-                    self._dispatch_collects()
-                    self._receive()
-                    self._at_intervals()
+                    self.advance(stop)
+                    self.at_intervals()
                 return self._finish(stop)
             except EnvironmentFailed:
                 self._settle()
@@ -179,18 +180,24 @@ class Coordinator:
             finally:
                 run.recorder.close()
 
+    def advance(self, stop: GracefulStop) -> None:  # noqa: ARG002 - of Lockstep
+        """Keep everybody busy, and take in whatever is ready."""
+        self.dispatch_updates()
+        self._dispatch_collects()
+        self._receive()
+
     def dispatch_updates(self) -> None:
         """Keep the learner supplied with bundles of batches, never more than are due."""
-        while len(self._updates) < UPDATES_IN_FLIGHT:
-            due = self.run.limiter.updates_due() - sum(count for *_, count in self._updates)
-            count = min(due, self._bundle())
+        while len(self.updates) < self.updates_in_flight:
+            due = self.run.limiter.updates_due() - sum(count for *_, count in self.updates)
+            count = min(due, self.bundle())
             if count <= 0:
                 return
             batches = self.replay.sample.remote(count)
             results, written, weights = self.learner.update.options(num_returns=3).remote(batches)
-            self._updates.append((results, weights, written, count))
+            self.updates.append((results, weights, written, count))
 
-    def _bundle(self) -> int:
+    def bundle(self) -> int:
         """Updates in one task: several of small batches, so that calls cost little beside learning."""
         spec = self._spec
         batch = spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._env_spec, spec))
@@ -198,33 +205,33 @@ class Coordinator:
 
     def _dispatch_collects(self) -> None:
         """Give idle env actors something to do, unless collecting is too far ahead of learning."""
-        self._dispatch_evaluation()
+        self.dispatch_evaluation()
         idle = [c for c in self.collectors if c.task is None]
         held = False
         for collector in idle:
-            steps = self._steps_to_collect()
-            held = held or (steps > 0 and self._too_far_ahead())
+            steps = self.steps_to_collect()
+            held = held or (steps > 0 and self.too_far_ahead())
             if steps == 0 or held:
                 break
-            self._collect(collector, steps)
+            self.collect(collector, steps)
         self._count_held_time(held)
 
-    def _steps_to_collect(self) -> int:
+    def steps_to_collect(self) -> int:
         """Vector steps for the next collect, 0 once total_steps are collected or under way."""
-        under_way = sum(c.requested for c in self.collectors) + sum(info.steps for info in self._inserts.values())
+        under_way = sum(c.requested for c in self.collectors) + sum(info.steps for info in self.inserts.values())
         left = self.config.train.total_steps - self.run.limiter.env_steps - under_way
         return max(min(self.config.runtime.chunk_steps, math.ceil(left / self.config.env.num_envs)), 0)
 
-    def _too_far_ahead(self) -> bool:
+    def too_far_ahead(self) -> bool:
         """Collecting may lead by one round of chunks."""
         actors = max(len(self.collectors), 1)
         return self.run.limiter.steps_ahead() > self.config.runtime.chunk_steps * self.config.env.num_envs * actors
 
-    def _collect(self, collector: Collector, steps: int) -> None:
-        weights = None if collector.version == self._version else self._weights
+    def collect(self, collector: Collector, steps: int) -> None:
+        weights = None if collector.version == self.version else self.weights
         collect = collector.handle.collect.options(num_returns=2, name=f"env/{collector.index:03d}.collect")
         collector.chunk, collector.task = collect.remote(steps, self.run.random_actions, weights)
-        collector.version = self._version
+        collector.version = self.version
         collector.requested = steps * self.config.env.num_envs
         collector.since = time.monotonic()
 
@@ -238,69 +245,69 @@ class Coordinator:
 
     def _receive(self) -> None:
         """Take in whatever is ready, waiting for the first."""
-        if self._own is not None and self._collect_here():
+        if self.own is not None and self.collect_here():
             self.take_ready(timeout=0)
         else:
             self.take_ready(timeout=1.0)
 
-    def _collect_here(self) -> bool:
+    def collect_here(self) -> bool:
         """With no env actors, the coordinator collects between two looks at the learner."""
-        assert self._own is not None
-        steps = self._steps_to_collect()
-        held = steps > 0 and self._too_far_ahead()
+        assert self.own is not None
+        steps = self.steps_to_collect()
+        held = steps > 0 and self.too_far_ahead()
         self._count_held_time(held)
         if steps == 0 or held:
             return False
-        if self._own.version != self._version:
-            self._own.load_weights(ray.get(self._weights))
-        chunk = self._own.collect(steps, self.run.random_actions, self.config.runtime.chunk_seconds)
-        self._inserts[self.replay.insert.remote(chunk)] = chunk.info
+        if self.own.version != self.version:
+            self.own.load_weights(ray.get(self.weights))
+        chunk = self.own.collect(steps, self.run.random_actions, self.config.runtime.chunk_seconds)
+        self.inserts[self.replay.insert.remote(chunk)] = chunk.info
         return True
 
     def take_ready(self, timeout: float) -> None:
         pending = [c.task for c in self.collectors if c.task is not None]
-        pending += [*self._inserts, *(results for results, *_ in self._updates)]
+        pending += [*self.inserts, *(results for results, *_ in self.updates)]
         if not pending:
             return
         ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
         if ready:
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         for reference in ready:
-            if reference in self._inserts:
+            if reference in self.inserts:
                 self._take_insert(reference)
-        while self._updates and self._updates[0][0] in ready:
+        while self.updates and self.updates[0][0] in ready:
             self._take_update()
         for collector in list(self.collectors):
             if collector.task in ready:
-                self._take_collector(collector)
+                self.take_collector(collector)
             elif collector.task is not None and self._hangs(collector):
-                self._replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
+                self.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
 
     def _hangs(self, collector: Collector) -> bool:
         return time.monotonic() - collector.since > self.config.runtime.collect_timeout
 
     def _take_insert(self, reference: Any) -> None:
-        accepted = self._of_actor(reference, "replay/0")
-        info = self._inserts.pop(reference)
-        self.run.limiter.env_steps = accepted.steps
-        self.run.recorder.chunk(info, self._version)
+        accepted = self.of_actor(reference, "replay/0")
+        info = self.inserts.pop(reference)
+        self.run.limiter.env_steps = max(accepted.steps, self.run.limiter.env_steps)
+        self.run.recorder.chunk(info, self.version)
 
     def _take_update(self) -> None:
-        results, weights, written = self._updates.popleft()[:3]
-        result = self._of_actor(results, "learner")
+        results, weights, written = self.updates.popleft()[:3]
+        result = self.of_actor(results, "learner")
         self.run.limiter.updates += result.updates
         self.run.recorder.updated(result.metrics, result.updates, result.seconds)
         if result.published is not None:
-            self._weights, self._version = weights, result.published
+            self.weights, self.version = weights, result.published
         if self._spec.columns:
-            self._of_actor(self.replay.write_back.remote(written), "replay/0")
+            self.of_actor(self.replay.write_back.remote(written), "replay/0")
 
-    def _take_collector(self, collector: Collector) -> None:
+    def take_collector(self, collector: Collector) -> None:
         reference, chunk = collector.task, collector.chunk
         try:
             result = ray.get(reference)
         except RayActorError as error:
-            self._replace(collector, f"died ({type(error).__name__})", error)
+            self.replace(collector, f"died ({type(error).__name__})", error)
             return
         except RayTaskError as error:
             collector.task = None
@@ -312,12 +319,12 @@ class Coordinator:
             return
         collector.task, collector.chunk, collector.requested, collector.restarts = None, None, 0, 0
         if chunk is EVALUATION:
-            env_steps, self._evaluating = self._evaluating, None
+            env_steps, self.evaluating = self.evaluating, None
             self.run.recorder.evaluated(env_steps or 0, result)
         else:
-            self._inserts[self.replay.insert.remote(chunk)] = result
+            self.inserts[self.replay.insert.remote(chunk)] = result
 
-    def _of_actor(self, reference: Any, who: str) -> Any:
+    def of_actor(self, reference: Any, who: str) -> Any:
         """A result of the learner or of replay, whose failures end the run."""
         try:
             return ray.get(reference)
@@ -328,7 +335,7 @@ class Coordinator:
                 f"{who} died: {error}. The last checkpoint is intact; go on with: {self.run.resume_command()}"
             ) from error
 
-    def _replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
+    def replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
         """Start a lost env actor anew; it gets the newest weights before it acts."""
         if collector.restarts >= RESTARTS_ALLOWED:
             raise RuntimeError(
@@ -340,53 +347,54 @@ class Coordinator:
         counters["actor_restarts"] += 1
         counters["env_steps_discarded"] += collector.requested
         if collector.chunk is EVALUATION:  # it was evaluating: do that again
-            self._evaluation_due, self._evaluating = self._evaluating, None
-        self._incarnation += 1
+            self.evaluation_due, self.evaluating = self.evaluating, None
+        self.incarnation += 1
         self.run.recorder.say(
             f"env/{collector.index:03d} {why}; started again, at most {collector.requested} steps discarded"
         )
-        fresh = self._start_collector(collector.index, self._incarnation)
+        fresh = self._start_collector(collector.index, self.incarnation)
         fresh.restarts = collector.restarts + 1
         self.collectors[collector.index] = fresh
 
     # Intervals
 
-    def _at_intervals(self) -> None:
+    def at_intervals(self) -> None:
         run, steps = self.run, self.run.limiter.env_steps
         if run.log_clock.due(steps):
             run.recorder.log()
         if run.picture_clock.due(steps) and not run.finished:
             self._picture()
         if run.eval_clock.due(steps) and not run.finished:
-            self._evaluation_due = steps
+            self.evaluation_due = steps
         if run.checkpoint_clock.due(steps) and not run.finished:
             self._settle()
             self.save()
+            self.after_checkpoint()
 
-    def _dispatch_evaluation(self) -> None:
-        if self._evaluation_due is None or self._evaluating is not None:
+    def dispatch_evaluation(self) -> None:
+        if self.evaluation_due is None or self.evaluating is not None:
             return
-        if self._own is not None:
-            steps, self._evaluation_due = self._evaluation_due, None
+        if self.own is not None:
+            steps, self.evaluation_due = self.evaluation_due, None
             self.run.recorder.evaluated(steps, self._evaluate_here())
             return
         collector = next((c for c in self.collectors if c.task is None), None)
         if collector is not None:
-            collector.task, collector.chunk = collector.handle.evaluate.remote(self._weights), EVALUATION
-            collector.since, collector.version = time.monotonic(), self._version
-            self._evaluating, self._evaluation_due = self._evaluation_due, None
+            collector.task, collector.chunk = collector.handle.evaluate.remote(self.weights), EVALUATION
+            collector.since, collector.version = time.monotonic(), self.version
+            self.evaluating, self.evaluation_due = self.evaluation_due, None
 
     def _evaluate_here(self) -> Evaluation:
-        assert self._own is not None
-        self._own.load_weights(ray.get(self._weights))
-        return start_run_evaluation(self.config, self._own.agent).finish()
+        assert self.own is not None
+        self.own.load_weights(ray.get(self.weights))
+        return start_run_evaluation(self.config, self.own.agent).finish()
 
     def _settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while self._updates or self._inserts or (collects and self._collecting()):
+        while self.updates or self.inserts or (collects and self._collecting()):
             self.take_ready(timeout=1.0)
-            if collects and time.monotonic() > deadline and not (self._updates or self._inserts):
+            if collects and time.monotonic() > deadline and not (self.updates or self.inserts):
                 self.run.recorder.counters["env_steps_discarded"] += sum(c.requested for c in self.collectors)
                 return
 
@@ -396,15 +404,19 @@ class Coordinator:
     def _picture(self) -> None:
         sequence = self.replay.draw_sequence.remote(PICTURE_ROWS, self.run.limiter.env_steps)
         picture = self.learner.picture.remote(sequence, self.run.title())
-        self.run.recorder.picture(self._of_actor(picture, "learner"))
+        self.run.recorder.picture(self.of_actor(picture, "learner"))
 
     def save(self) -> None:
         """Write a checkpoint of everything; call `_settle` before."""
         partial = begin_checkpoint(self.run.dir.resolve(), self.run.limiter.env_steps)
-        learner, replay = self.learner.save.remote(partial), self.replay.save.remote(partial)
-        self._of_actor(learner, "learner")
-        rows = self._of_actor(replay, "replay/0")
-        commit_checkpoint(partial, self.run.manifest(rows, self._incarnation), self.config.checkpoint.keep)
+        learner = self.learner.save.remote(partial)
+        replay = self.replay.save.remote(partial, self.config.runtime.sync)
+        self.of_actor(learner, "learner")
+        rows = self.of_actor(replay, "replay/0")
+        commit_checkpoint(partial, self.run.manifest(rows, self.incarnation), self.config.checkpoint.keep)
+
+    def after_checkpoint(self) -> None:
+        """Nothing: collecting goes on across it."""
 
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         self._settle(collects=True)
@@ -416,19 +428,21 @@ class Coordinator:
 
     def _final_evaluation(self, stop: GracefulStop) -> bool:
         """With the newest weights; False if it was interrupted."""
-        self._weights = self._publish()
-        self._evaluation_due = self.run.limiter.env_steps
-        while self._evaluation_due is not None or self._evaluating is not None:
+        self.weights = self.publish()
+        self.evaluation_due = self.run.limiter.env_steps
+        while self.evaluation_due is not None or self.evaluating is not None:
             if stop.requested:
                 return False
-            self._dispatch_evaluation()
+            self.dispatch_evaluation()
             self.take_ready(timeout=1.0)
         return True
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:
     """A whole run on Ray. Returns what summary.json holds; whatever happens, no actor is left behind."""
-    coordinator = Coordinator(config, run_dir)
+    from distributed.lockstep import Lockstep
+
+    coordinator = Lockstep(config, run_dir) if config.runtime.sync else Coordinator(config, run_dir)
     try:
         coordinator.start(resume)
         return coordinator.train()

@@ -143,8 +143,11 @@ class ReplayStore:
         self._folder = run_dir / "checkpoints" / "rows"
         self._saved: list[tuple[int, int]] = []
 
-    def save(self, folder: Path, replay: ReplayBuffer) -> list[str]:
-        """The names of the files that hold every row still in replay."""
+    def save(self, folder: Path, replay: ReplayBuffer, exact: bool = False) -> list[str]:
+        """The names of the files that hold every row still in replay.
+
+        Columns that an agent writes back change after their rows were saved; exact: they are saved whole each time.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         end = replay.accepted().rows
         oldest = end - len(replay)
@@ -156,6 +159,8 @@ class ReplayStore:
             write_msgpack(self._folder / self._name(first, last), replay.rows_between(first, last))
             self._saved.append((first, last))
         write_msgpack(folder / "replay.msgpack", replay.state_dict())
+        if exact and replay.extra_columns:
+            write_msgpack(folder / "columns.msgpack", replay.rows_between(oldest, end, replay.extra_columns))
         return [self._name(*segment) for segment in self._saved]
 
     def load(self, folder: Path, replay: ReplayBuffer) -> None:
@@ -164,6 +169,8 @@ class ReplayStore:
         segments = [read_msgpack(self._folder / name) for name in names]
         try:
             replay.load_state_dict(read_msgpack(folder / "replay.msgpack"), segments)
+            if (folder / "columns.msgpack").is_file():
+                replay.fill_columns(read_msgpack(folder / "columns.msgpack"))
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         self._saved = [cast(tuple[int, int], tuple(int(n) for n in Path(name).stem.split("-"))) for name in names]

@@ -92,6 +92,8 @@ class RuntimeConfig:
 
     Args:
         kind: ray, or inline for one process without Ray
+        sync: one vector step, then every update that is due, in turn: on Ray the same numbers as inline, and --resume
+            goes on as if the run had never stopped (open episodes are cut short at each checkpoint for that)
         env_actors: remote actors, each with env.num_envs environments; 0 acts in the coordinator
         acting: local: env actors hold a copy of the weights; auto takes local
         chunk_steps: vector steps per collect; a collect ends earlier after chunk_seconds
@@ -102,6 +104,7 @@ class RuntimeConfig:
     """
 
     kind: Literal["ray", "inline"] = "ray"
+    sync: bool = False
     env_actors: int = 2
     acting: Literal["auto", "local"] = "auto"
     chunk_steps: int = 64

@@ -52,8 +52,12 @@ class InlineTrainer:
         if self.run.checkpoint:
             load_agent_state(self.run.checkpoint, self.agent)
             self.store.load(self.run.checkpoint, self.replay)
-        envs = make_run_env(config.env, config.env.num_envs, actor_seed(config, 0, self.run.incarnation))
-        self.rollout = Rollout(envs, self.agent, seed, incarnation=self.run.incarnation)
+        self.rollout = self._new_rollout()
+
+    def _new_rollout(self) -> Rollout:
+        config, incarnation = self.config, self.run.incarnation
+        envs = make_run_env(config.env, config.env.num_envs, actor_seed(config, 0, incarnation))
+        return Rollout(envs, self.agent, config.train.seed, incarnation=incarnation)
 
     def train(self) -> dict[str, Any]:
         """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
@@ -71,8 +75,12 @@ class InlineTrainer:
                         self._picture()
                     if run.eval_clock.due(limiter.env_steps) and not run.finished:
                         run.recorder.evaluated(limiter.env_steps, self._evaluate())
-                    if run.checkpoint_clock.due(limiter.env_steps):
+                    if run.checkpoint_clock.due(limiter.env_steps) and not run.finished:
                         self.save()
+                        if self.config.runtime.sync:  # start all episodes anew, as a resumed run would
+                            self.rollout.env.close()
+                            run.incarnation += 1
+                            self.rollout = self._new_rollout()
                 return self._finish(stop.requested and not run.finished)
             except EnvironmentFailed:
                 self.save()  # what was accepted is kept for --resume
@@ -104,7 +112,7 @@ class InlineTrainer:
         """Write a checkpoint of everything."""
         partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
         save_agent(partial, self.agent)
-        rows = self.store.save(partial, self.replay)
+        rows = self.store.save(partial, self.replay, self.config.runtime.sync)
         commit_checkpoint(partial, self.run.manifest(rows, self.run.incarnation), self.config.checkpoint.keep)
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:

@@ -380,10 +380,23 @@ class ReplayBuffer:
             "specs": {name: [list(s.shape), s.dtype] for name, s in self.specs.items()},
         }
 
-    def rows_between(self, begin: int, end: int) -> dict[str, Array]:
-        """Columns of the rows numbered begin to end, and the stream that each came from."""
+    @property
+    def extra_columns(self) -> list[str]:
+        """Names of the columns that an agent declared."""
+        return list(self._extra)
+
+    def rows_between(self, begin: int, end: int, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Columns of the rows numbered begin to end, and the stream that each came from; or only `names` of them."""
         positions = np.arange(begin, end) % self.capacity
+        if names is not None:
+            return {name: self._columns[name][positions] for name in names}
         return {**{n: c[positions] for n, c in self._columns.items()}, "origin": self._origin[positions]}
+
+    def fill_columns(self, columns: Mapping[str, Array]) -> None:
+        """Replace whole columns of every row that is held, in order of age: [rows, ...] each."""
+        positions = np.arange(max(self._rows - self.capacity, 0), self._rows) % self.capacity
+        for name, values in columns.items():
+            self._columns[name][positions] = values
 
     def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[Mapping[str, Array]]) -> None:
         """Restore what `state_dict` gave, from segments of consecutive rows in order.

@@ -1,0 +1,68 @@
+"""The coordinator in lockstep: the same actors in turn, bit for bit what the in-process trainer does."""
+
+from __future__ import annotations
+
+import ray
+
+from distributed.coordinator import Coordinator
+from worldloom.training.interrupt import GracefulStop
+
+
+class Lockstep(Coordinator):
+    """One vector step of every env actor, taken in in their order, then every update that is due, then new weights."""
+
+    updates_in_flight = 1
+
+    def advance(self, stop: GracefulStop) -> None:
+        if self.own is not None:
+            self.collect_here()
+        else:
+            self._collect_in_order()
+        while self.inserts:
+            self.take_ready(timeout=1.0)
+        learned = False
+        while self.run.limiter.updates_due() and not stop.requested:
+            self.dispatch_updates()
+            while self.updates:
+                self.take_ready(timeout=1.0)
+            learned = True
+        if learned:
+            self.weights = self.publish()
+
+    def _collect_in_order(self) -> None:
+        steps = self.steps_to_collect()
+        if not steps:
+            return
+        for collector in self.collectors:
+            self.collect(collector, steps)
+        for collector in list(self.collectors):
+            ready, _ = ray.wait([collector.task], timeout=self.config.runtime.collect_timeout)
+            if ready:
+                self.take_collector(collector)
+            else:
+                self.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
+
+    def steps_to_collect(self) -> int:
+        return min(super().steps_to_collect(), 1)
+
+    def too_far_ahead(self) -> bool:
+        return False
+
+    def bundle(self) -> int:
+        return 1
+
+    def at_intervals(self) -> None:
+        super().at_intervals()
+        while self.evaluation_due is not None or self.evaluating is not None:
+            self.dispatch_evaluation()
+            self.take_ready(timeout=1.0)
+
+    def after_checkpoint(self) -> None:
+        """Start all episodes anew, as a resumed run would."""
+        self.incarnation += 1
+        if self.own is not None:
+            self.own.env.close()
+            self.own = self.own_rollout()
+        for collector in self.collectors:
+            self.of_actor(collector.handle.restart.remote(self.incarnation), f"env/{collector.index:03d}")
+            collector.incarnation, collector.version = self.incarnation, -1

@@ -1,0 +1,120 @@
+"""Lockstep: the Ray runtime gives bit for bit what the in-process trainer gives, and a resumed run goes on exactly."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from distributed.coordinator import train
+from tests.test_training import dreamer_config, tiny_config
+from worldloom.training.checkpoint import newest_checkpoint, read_msgpack
+from worldloom.training.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig
+from worldloom.training.inline import InlineTrainer
+from worldloom.training.report import read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def config(family, steps=500, **runtime):
+    parts = {
+        "train": TrainConfig(
+            total_steps=steps, learning_starts=100, train_ratio=12 if family == "tdmpc2" else 4, seed=5
+        ),
+        "eval": EvalConfig(interval=200, episodes=3),
+        "checkpoint": CheckpointConfig(interval=200, keep=9),
+        "runtime": RuntimeConfig(**{"kind": "ray", "sync": True, "env_actors": 1, "learner_threads": 1, **runtime}),
+    }
+    return tiny_config(**parts) if family == "tdmpc2" else dreamer_config(**parts)
+
+
+def inline(made, run_dir, resume=False):
+    run_dir.mkdir(exist_ok=True)
+    made = dataclasses.replace(made, runtime=dataclasses.replace(made.runtime, kind="inline"))
+    return InlineTrainer(made, run_dir, resume).train()
+
+
+def outcome(run_dir, made):
+    """Everything that two equal runs share: learner and generators, every row of replay, losses, evaluations."""
+    folder = newest_checkpoint(run_dir)
+    replay = InlineTrainer(made, run_dir, resume=True).replay
+    metrics = [
+        {name: value for name, value in line.items() if name.startswith(("learner/", "eval/", "episode/"))}
+        for line in read_metrics(run_dir)
+    ]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    counts = {
+        name: summary[name] for name in ("env_steps", "updates", "episodes", "eval_return_mean", "eval_return_std")
+    }
+    saved, learner = read_msgpack(folder / "replay.msgpack"), read_msgpack(folder / "learner.msgpack")
+    learner.pop("acting_generator")  # on Ray the learner does not act
+    return {
+        "learner": learner, "rows": replay.rows_between(0, replay.accepted().rows),
+        "draws": {"rng": saved["rng"], "starts": saved["starts"]}, "metrics": metrics, "counts": counts,
+    }  # fmt: skip
+
+
+def assert_equal(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+@pytest.mark.parametrize("family", ["tdmpc2", "dreamerv3"])
+def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, tmp_path):
+    made = config(family, env_actors=actors)
+    torch.set_num_threads(1)
+    train(made, tmp_path / "ray")
+    inline(made, tmp_path / "inline")
+    first, second = outcome(tmp_path / "ray", made), outcome(tmp_path / "inline", made)
+    assert len(first["rows"]["rewards"]) > 500
+    assert first["counts"]["updates"] >= 50
+    assert sum("eval/return_mean" in line for line in first["metrics"]) == 3
+    assert_equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["tdmpc2", "dreamerv3"])
+@pytest.mark.parametrize("kind", ["inline", "ray"])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(family, kind, tmp_path):
+    run = inline if kind == "inline" else train
+    run(config(family), tmp_path / "whole")
+    run(config(family, steps=400), tmp_path / "parts")
+    for folder in (tmp_path / "parts" / "checkpoints").glob("step-*"):
+        steps = int(folder.name.removeprefix("step-"))
+        if steps >= 400:  # as if it had been killed on the way: the checkpoint at 200 is the last
+            (folder / "manifest.json").unlink()
+    made = config(family)
+    run(made, tmp_path / "parts", True)
+    whole, parts = outcome(tmp_path / "whole", made), outcome(tmp_path / "parts", made)
+    for each in (whole, parts):
+        each.pop("metrics")  # of the parts, those of the stretch that was lost stand there twice
+    assert_equal(whole, parts)
+
+
+def test_several_env_actors_in_lockstep_repeat_themselves(tmp_path):
+    made = config("tdmpc2", steps=300, env_actors=2)
+    train(made, tmp_path / "a")
+    train(made, tmp_path / "b")
+    assert_equal(outcome(tmp_path / "a", made), outcome(tmp_path / "b", made))
