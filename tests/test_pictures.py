@@ -157,13 +157,15 @@ def test_published_curves_are_found_by_task_and_algorithm():
     assert published_curve(config_of("Pendulum-v1")) is None
 
 
-def fake_run(folder, **changes):
+def fake_run(folder, scale=1, **changes):
     lines = [
         {"env_steps": step, "updates": step, "wall_seconds": step / 10, "episode/return": 3.0 * step,
          "learner/loss": 1 / step, "rate/updates_per_second": 40.0}
-        for step in (100, 200, 300)
+        for step in (100 * scale, 200 * scale, 300 * scale)
     ]  # fmt: skip
-    lines.append({"env_steps": 300, "eval/return_mean": 870.0, "eval/return_std": 10.0, "eval/length_mean": 500.0})
+    lines.append(
+        {"env_steps": 300 * scale, "eval/return_mean": 870.0, "eval/return_std": 10.0, "eval/length_mean": 500.0}
+    )
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"env_st')
     summary = {
         "status": "completed", "algorithm": "tdmpc2:5m", "env_id": "dm_control/walker-walk-v0", "env_steps": 300,
@@ -175,7 +177,7 @@ def fake_run(folder, **changes):
 
 
 def test_the_report_is_one_file_with_everything(tmp_path):
-    fake_run(tmp_path)
+    fake_run(tmp_path, scale=1000)
     imageio.imwrite(tmp_path / "imagined.png", np.full((4, 5, 3), 77, np.uint8))
     config = config_of("dm_control/walker-walk-v0", action_repeat=2)
     page = write_report(tmp_path, config, "algorithm: <b>tdmpc2:5m</b>").read_text()
@@ -191,6 +193,10 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     assert (imageio.imread(io.BytesIO(base64.b64decode(embedded))) == 77).all()
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is fetched
     assert len(read_metrics(tmp_path)) == 4
+    fake_run(tmp_path)
+    page = write_report(tmp_path, config, "").read_text()
+    assert "first point lies at 100,000 frames: 961.9." in page
+    assert "published (3 seeds)" not in page
 
 
 def test_a_run_that_was_interrupted_early_has_a_report_too(tmp_path):

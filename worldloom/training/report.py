@@ -110,15 +110,18 @@ def _returns(lines: Sequence[Mapping[str, float]], config: RunConfig) -> Section
         axis.plot(frames, mean, color=OWN, lw=2, marker="o", ms=4, label="evaluation, mean ± std over episodes")
     text = "Return per episode over frames (environment steps times action repeat)."
     curve = published_curve(config)
-    if curve is not None:
-        reached = max([line["env_steps"] * repeat for line in lines], default=0)
-        shown = [i for i, x in enumerate(curve.frames) if x <= 1.25 * reached] or [0]
+    reached = 1.25 * max([line["env_steps"] * repeat for line in lines], default=0)
+    if curve is None:
+        text += " The authors report no curve for this task."
+    elif sum(x <= reached for x in curve.frames) < 2:
+        first = next(i for i, x in enumerate(curve.frames) if x > 0)
+        text += f" The authors' first point lies at {curve.frames[first]:,} frames: {curve.mean[first]:,.1f}."
+    else:
+        shown = [i for i, x in enumerate(curve.frames) if x <= reached]
         x, mean, std = (np.array([part[i] for i in shown], float) for part in (curve.frames, curve.mean, curve.std))
         axis.fill_between(x, mean - std, mean + std, color=PUBLISHED, alpha=0.12, lw=0)
         axis.plot(x, mean, color=PUBLISHED, lw=1.6, ls="--", marker="s", ms=3, label=curve.label)
         text += " Published: mean and deviation over seeds, as the authors report them."
-    else:
-        text += " The authors report no curve for this task."
     axis.set_xlabel("frames")
     axis.set_xlim(left=0)
     if axis.get_legend_handles_labels()[0]:
@@ -213,4 +216,4 @@ def _shown(value: Any) -> str:
         return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "" if value is None else str(value)
-    return f"{value:,}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
