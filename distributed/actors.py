@@ -138,12 +138,12 @@ class ReplayActor:
 class LearnerActor:
     """Holds the Agent on its device and updates it from batches."""
 
-    def open(self, config: RunConfig, env: EnvSpec, threads: int) -> AgentSpec:
-        """Build the agent, outside of the constructor as in ReplayActor."""
+    def open(self, config: RunConfig, env: EnvSpec, threads: int, version: int) -> AgentSpec:
+        """Build the agent, outside of the constructor as in ReplayActor; weights were published up to `version`."""
         torch.set_num_threads(threads)
         device = choose_device(config.train.device)
         self._agent = make_run_agent(config, env, device, config.train.seed)
-        self._version = 0
+        self._version = version
         self._publish_every = config.runtime.publish_interval
         return agent_spec(self._agent)
 
@@ -177,8 +177,10 @@ class LearnerActor:
     def save(self, folder: Path) -> None:
         save_agent(folder, self._agent)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> int:
+        """Returns the updates that the agent has made."""
         load_agent_state(folder, self._agent)
+        return self._agent.updates
 
     def pid(self) -> int:
         return os.getpid()

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distributed.actors import EnvActor, LearnerActor, ReplayActor
 from distributed.cluster import connect, share
+from distributed.metrics import RayGauges
 from worldloom.catalog import agent_from_description
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.assembly import (
@@ -25,7 +26,7 @@ from worldloom.training.assembly import (
     replay_columns,
     start_run_evaluation,
 )
-from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint
+from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint, newest_checkpoint
 from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation
@@ -41,6 +42,11 @@ SETTLE_SECONDS = 10.0  # for the last collects of a run; what is later is discar
 EVALUATION = "evaluation"
 START_SECONDS = 180.0  # for an actor to come up
 RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
+RECOVERIES_ALLOWED = 5  # of learner and replay, without a checkpoint in between
+
+
+class ActorLost(RuntimeError):
+    """The learner or replay died; `Coordinator.recover` starts it again."""
 
 
 @dataclass
@@ -80,23 +86,36 @@ class Coordinator:
         self.evaluation_due: int | None = None  # the step at which one fell due
         self.evaluating: int | None = None  # the step that the one under way belongs to
         self._held_since: float | None = None
+        self._recoveries = 0  # since the last checkpoint
 
     # Starting and ending
 
     def start(self, resume: bool) -> None:
         """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
-        shares = self._shares = share(self.config)
-        self.learner = self._start(LearnerActor, "learner", shares.cpus, shares.gpus)
-        opened = self.learner.open.remote(self.config, self._env_spec, shares.learner_threads)
-        self._spec: AgentSpec = self._wait(opened, "the learner")
-        self.run = Run(self.config, self._run_dir, self._env_spec, self._spec, resume)
+        self._shares = share(self.config)
+        self._spec: AgentSpec = self._start_learner()
+        gauges = RayGauges(self._run_dir.name)
+        self.run = Run(self.config, self._run_dir, self._env_spec, self._spec, resume, [gauges])
         self.incarnation = self.run.incarnation  # of the actor started last
+        self._start_replay()
+        if self.run.checkpoint:
+            self._load(self.run.checkpoint)
+        self.start_collecting()
+
+    def _start_learner(self) -> AgentSpec:
+        self.learner = self._start(LearnerActor, "learner", self._shares.cpus, self._shares.gpus)
+        threads = self._shares.learner_threads
+        opened = self.learner.open.remote(self.config, self._env_spec, threads, self.version)
+        spec: AgentSpec = self._wait(opened, "the learner")
+        return spec
+
+    def _start_replay(self) -> None:
         self.replay = self._start(ReplayActor, "replay/0", 0, 0)
         self._wait(self.replay.open.remote(self.config, self._env_spec, self._spec, self._run_dir), "replay")
-        if self.run.checkpoint:
-            self._wait(self.learner.load.remote(self.run.checkpoint), "the learner")
-            self._wait(self.replay.load.remote(self.run.checkpoint), "replay")
-        self.start_collecting()
+
+    def _load(self, checkpoint: Path) -> None:
+        self._wait(self.learner.load.remote(checkpoint), "the learner")
+        self._wait(self.replay.load.remote(checkpoint), "replay")
 
     def _start(self, kind: type[Any], name: str, cpus: float, gpus: float, *args: Any) -> Any:
         options = {"name": name, "namespace": self._namespace, "num_cpus": cpus, "num_gpus": gpus}
@@ -115,6 +134,8 @@ class Coordinator:
             return ray.get(reference, timeout=START_SECONDS)
         except RayTaskError as error:
             raise error.cause from error
+        except RayActorError as error:
+            raise ActorLost(f"{who} died ({type(error).__name__}).") from error
         except GetTimeoutError:
             raise RuntimeError(
                 f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
@@ -166,19 +187,29 @@ class Coordinator:
 
     def train(self) -> dict[str, Any]:
         """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
-        run = self.run
         with GracefulStop() as stop:
             try:
-                while not (run.finished and not run.limiter.updates_due()) and not stop.requested:
-                    self.advance(stop)
-                    self.at_intervals()
-                return self._finish(stop)
+                lost: ActorLost | None = None
+                while True:
+                    try:
+                        if lost is not None:
+                            self.recover(lost)
+                        return self._run_to_end(stop)
+                    except ActorLost as error:
+                        lost = error
             except EnvironmentFailed:
                 self._settle()
                 self.save()  # what was accepted is kept for --resume
                 raise
             finally:
-                run.recorder.close()
+                self.run.recorder.close()
+
+    def _run_to_end(self, stop: GracefulStop) -> dict[str, Any]:
+        run = self.run
+        while not (run.finished and not run.limiter.updates_due()) and not stop.requested:
+            self.advance(stop)
+            self.at_intervals()
+        return self._finish(stop)
 
     def advance(self, stop: GracefulStop) -> None:  # noqa: ARG002 - of Lockstep
         """Keep everybody busy, and take in whatever is ready."""
@@ -292,14 +323,14 @@ class Coordinator:
         self.run.limiter.env_steps = max(accepted.steps, self.run.limiter.env_steps)
         self.run.recorder.chunk(info, self.version)
 
-    def _take_update(self) -> None:
+    def _take_update(self, write_back: bool = True) -> None:
         results, weights, written = self.updates.popleft()[:3]
         result = self.of_actor(results, "learner")
         self.run.limiter.updates += result.updates
         self.run.recorder.updated(result.metrics, result.updates, result.seconds)
         if result.published is not None:
             self.weights, self.version = weights, result.published
-        if self._spec.columns:
+        if self._spec.columns and write_back:
             self.of_actor(self.replay.write_back.remote(written), "replay/0")
 
     def take_collector(self, collector: Collector) -> None:
@@ -325,15 +356,92 @@ class Coordinator:
             self.inserts[self.replay.insert.remote(chunk)] = result
 
     def of_actor(self, reference: Any, who: str) -> Any:
-        """A result of the learner or of replay, whose failures end the run."""
+        """A result of the learner or of replay; what they raise ends the run. Raises ActorLost if one of them died."""
         try:
             return ray.get(reference)
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:
+            raise ActorLost(f"{who} died ({type(error).__name__}).") from error
+
+    def recover(self, lost: ActorLost) -> None:
+        """Start learner or replay again from the newest checkpoint, and count what was lost since.
+
+        Raises RuntimeError with the resume command where that happens again and again.
+        """
+        self._recoveries += 1
+        if self._recoveries > RECOVERIES_ALLOWED:
             raise RuntimeError(
-                f"{who} died: {error}. The last checkpoint is intact; go on with: {self.run.resume_command()}"
-            ) from error
+                f"{lost} That was loss {self._recoveries} of learner or replay since the last checkpoint, which is "
+                f"intact; go on with: {self.run.resume_command()}"
+            ) from lost
+        begun = time.monotonic()
+        saved = sorted(self.run.dir.resolve().glob("checkpoints/step-*/manifest.json"))
+        checkpoint = newest_checkpoint(self.run.dir.resolve()) if saved else None
+        source = checkpoint.name if checkpoint else "the beginning"
+        told = []
+        if not self._alive(self.learner):
+            ray.kill(self.learner)  # sets its name free
+            self.updates.clear()
+            self._start_learner()
+            done = self._wait(self.learner.load.remote(checkpoint), "the learner") if checkpoint else 0
+            self.weights = self.publish()
+            told.append(f"learner died; started again from {source}, {self._count_lost_updates(done)} updates lost")
+        if not self._alive(self.replay):
+            discarded = self._recover_replay(checkpoint)
+            told.append(f"replay/0 died; started again from {source}, {discarded} steps discarded")
+        self.run.recorder.counters["actor_restarts"] += len(told)
+        self.run.recorder.say(f"{'; '.join(told) or lost} ({time.monotonic() - begun:.1f} s)")
+
+    def _alive(self, handle: Any) -> bool:
+        try:
+            ray.get(handle.pid.remote(), timeout=START_SECONDS)
+            return True
+        except RayActorError:
+            return False
+
+    def _count_lost_updates(self, done: int) -> int:
+        """`done` updates are in the learner again. They are not made up for: the limiter counts what was delivered."""
+        lost = self.run.limiter.updates - done - self.run.recorder.counters["updates_lost"]
+        self.run.recorder.counters["updates_lost"] += lost
+        return lost
+
+    def _recover_replay(self, checkpoint: Path | None) -> int:
+        """Every episode starts anew, since the rows that open ones had are gone. Returns the steps that were lost."""
+        while self.updates:  # those whose batches were drawn in time are done
+            try:
+                self._take_update(write_back=False)
+            except ActorLost:
+                continue
+        ray.kill(self.replay)  # sets its name free
+        self._start_replay()
+        before = self.run.limiter.env_steps + sum(info.steps for info in self.inserts.values())
+        before += sum(c.requested for c in self.collectors)
+        self.inserts.clear()
+        accepted = self._wait(self.replay.load.remote(checkpoint), "replay") if checkpoint else None
+        self.run.limiter.env_steps = accepted.steps if accepted else 0
+        lost = before - self.run.limiter.env_steps
+        self.run.recorder.counters["env_steps_discarded"] += lost
+        self.restart_collecting()
+        return lost
+
+    def restart_collecting(self) -> None:
+        """Start all episodes anew, in actors that live on."""
+        self.incarnation += 1
+        if self.own is not None:
+            self.own.env.close()
+            self.own = self.own_rollout()
+        if self.evaluating is not None:
+            self.evaluation_due, self.evaluating = self.evaluating, None
+        for collector in self.collectors:  # what is under way ends before the restart, and is not taken in
+            collector.task, collector.chunk, collector.requested = None, None, 0
+            restarted = collector.handle.restart.remote(self.incarnation)
+            try:
+                ray.get(restarted, timeout=self.config.runtime.collect_timeout)
+            except (RayActorError, GetTimeoutError) as error:
+                self.replace(collector, f"could not start anew ({type(error).__name__})", error)
+            else:
+                collector.incarnation, collector.version = self.incarnation, -1
 
     def replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
         """Start a lost env actor anew; it gets the newest weights before it acts."""
@@ -414,6 +522,7 @@ class Coordinator:
         self.of_actor(learner, "learner")
         rows = self.of_actor(replay, "replay/0")
         commit_checkpoint(partial, self.run.manifest(rows, self.incarnation), self.config.checkpoint.keep)
+        self._recoveries = 0
 
     def after_checkpoint(self) -> None:
         """Nothing: collecting goes on across it."""

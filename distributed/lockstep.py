@@ -59,10 +59,4 @@ class Lockstep(Coordinator):
 
     def after_checkpoint(self) -> None:
         """Start all episodes anew, as a resumed run would."""
-        self.incarnation += 1
-        if self.own is not None:
-            self.own.env.close()
-            self.own = self.own_rollout()
-        for collector in self.collectors:
-            self.of_actor(collector.handle.restart.remote(self.incarnation), f"env/{collector.index:03d}")
-            collector.incarnation, collector.version = self.incarnation, -1
+        self.restart_collecting()

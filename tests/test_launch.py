@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_bad_environments_and_sizes_end_the_command_with_a_sentence(config, tmp_
 
 
 def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
-    from launch import evaluate
+    from launch import evaluate, status
 
     run_dir = tmp_path / "run"
     assert main(["--config", config, "--run-dir", str(run_dir)]) == 0
@@ -166,6 +167,20 @@ def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
     assert expected <= summary.keys()
     assert "280.0 ± 0.0" in (run_dir / "report.html").read_text()
     assert (run_dir / "imagined.png").is_file()
+
+    assert status.main(["--run-dir", str(run_dir)]) == 0
+    told = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["status"] == "completed"
+    assert told["steps"] == "300 of 300 (100%)"
+    assert told["evaluation"] == "280.0 ± 0.0 at step 300"
+    assert told["train ratio"] == "12"
+    assert told["limited by"] in ("learner", "environments", "replay", "environments (warm-up)")
+    os.utime(run_dir / "summary.json", (1, 1))  # the run went on after it
+    assert dict(status.status(run_dir))["status"] == "running"
+    os.utime(run_dir / "metrics.jsonl", (2, 2))
+    assert "go on with --resume" in dict(status.status(run_dir))["status"]
+    assert status.main(["--run-dir", str(tmp_path)]) == 1
+    assert "expected the directory of a run" in capsys.readouterr().err
 
     assert evaluate.main(["--run-dir", str(run_dir), "--episodes", "5"]) == 0
     printed = capsys.readouterr().out

@@ -166,6 +166,8 @@ def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
     assert {"env_steps", "updates", "wall_seconds"} <= lines[0].keys()
     learning = [line for line in lines if "learner/loss" in line]
     assert learning
+    words = [line.pop("limited_by") for line in lines if "limited_by" in line]
+    assert set(words) <= {"environments (warm-up)", "environments", "learner", "replay"}
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert sum("eval/return_mean" in line for line in lines) == 2
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2

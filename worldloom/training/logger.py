@@ -1,20 +1,26 @@
-"""Metrics in two places at once: metrics.jsonl, a JSON object a line, and TensorBoard events."""
+"""Metrics in several places at once: metrics.jsonl (a JSON object a line), TensorBoard events, and where else told."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from worldloom.types import Array
 
+Sink = Callable[[Mapping[str, float]], None]
+
 
 class MetricsLogger:
-    """Appends to both; a run that resumes goes on in the same files. Without tensorboardX only the first is written."""
+    """Appends; a run that resumes goes on in the same files. Without tensorboardX no events are written.
 
-    def __init__(self, run_dir: Path) -> None:
+    sinks: told of the same metrics, each time.
+    """
+
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink] = ()) -> None:
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._sinks = sinks
         self._board: Any = None
         try:
             from tensorboardX import SummaryWriter
@@ -22,9 +28,14 @@ class MetricsLogger:
             return
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def write(self, env_steps: int, updates: int, wall_seconds: float, metrics: Mapping[str, float]) -> None:
-        line = {"env_steps": env_steps, "updates": updates, "wall_seconds": round(wall_seconds, 3), **metrics}
+    def write(
+        self, env_steps: int, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
+    ) -> None:
+        """words: go to metrics.jsonl alone."""
+        line = {"env_steps": env_steps, "updates": updates, "wall_seconds": round(wall_seconds, 3), **metrics, **words}
         self._file.write(json.dumps(line) + "\n")
+        for sink in self._sinks:
+            sink(metrics)
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, env_steps)

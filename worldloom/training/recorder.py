@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from worldloom.training.clock import RateLimiter
 from worldloom.training.config import RunConfig
 from worldloom.training.display import Display, Standing
 from worldloom.training.evaluation import Evaluation
-from worldloom.training.logger import MetricsLogger
+from worldloom.training.logger import MetricsLogger, Sink
 from worldloom.training.report import PICTURE, write_report
 from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20
+LOSSES = ("env_failures", "actor_restarts", "env_steps_discarded", "updates_lost")
 COUNTERS = ("episodes", "true_ends", "env_failures", "actor_restarts", "env_steps_discarded", "updates_lost")
 
 
@@ -34,9 +35,10 @@ class Recorder:
         limiter: RateLimiter,
         before: Mapping[str, Any],
         true_ends_hint: str | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self._run_dir, self._config, self._limiter = run_dir, config, limiter
-        self._logger = MetricsLogger(run_dir)
+        self._logger = MetricsLogger(run_dir, sinks)
         self._display = Display(config.train.total_steps, limiter.env_steps)
         self.counters = {name: int(before.get(name, 0)) for name in COUNTERS}
         self._wall_before = float(before.get("wall_seconds", 0.0))
@@ -114,13 +116,17 @@ class Recorder:
     def log(self) -> None:
         """Write a line of metrics over the time since the last."""
         now, limiter = time.monotonic(), self._limiter
-        then, steps, updates, _, _ = self._mark
+        then, steps, updates, busy, held = self._mark
         span = max(now - then, 1e-9)
         metrics = {
             "rate/env_steps_per_second": (limiter.env_steps - steps) / span,
             "rate/updates_per_second": (limiter.updates - updates) / span,
             "rate/learner_busy_fraction": self._busy_fraction(),
             "rate/train_ratio": limiter.actual,
+            "rate/train_ratio_error": abs(limiter.actual / limiter.train_ratio - 1) if limiter.updates else 0.0,
+            "wait/collecting_seconds": self._held - held,
+            "wait/learning_seconds": max(span - (self.busy_seconds - busy), 0.0) if limiter.learning else 0.0,
+            **{f"count/{name}": float(value) for name, value in self.counters.items() if name in LOSSES},
             "frames": float(limiter.env_steps * self._config.env.action_repeat),
             "episodes": float(self.counters["episodes"]),
         }
@@ -129,7 +135,8 @@ class Recorder:
         metrics["weights/staleness_p95"] = self._staleness_p95()
         for name, total in self._learner_metrics.items():
             metrics[f"learner/{name}"] = total / self._learner_updates
-        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics)
+        words = {"limited_by": self.limited_by()}
+        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, **words)
         self._display.line(self._standing())
         self._limits[self.limited_by()] += span
         self._learner_metrics.clear()
@@ -149,14 +156,15 @@ class Recorder:
         )
 
     def limited_by(self) -> str:
-        """What the run waited for since the last log line."""
+        """What the run waited for since the last log line: the learner where it was busy, replay where collecting had
+        to wait although the learner was idle, the environments otherwise."""
         if not self._limiter.learning:
             return "environments (warm-up)"
         then, _, _, busy, held = self._mark
         span = max(time.monotonic() - then, 1e-9)
-        if (self.busy_seconds - busy) / span >= 0.8 or (self._held - held) / span >= 0.5:
+        if (self.busy_seconds - busy) / span >= 0.8:
             return "learner"
-        return "environments"
+        return "replay" if (self._held - held) / span >= 0.5 else "environments"
 
     def _busy_fraction(self) -> float:
         if self._learning_since is None:
@@ -177,7 +185,9 @@ class Recorder:
         return {**self.counters, "wall_seconds": self.wall_seconds}
 
     def summarise(self, status: str, device: str, evaluation: Evaluation | None) -> dict[str, Any]:
-        """Write summary.json and return what it holds."""
+        """Write summary.json and report.html; returns what the former holds."""
+        if self._limiter.env_steps > self._mark[1]:
+            self.log()  # what came since the last line
         limiter, wall = self._limiter, self.wall_seconds
         summary = {
             "status": status,

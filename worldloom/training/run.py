@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from worldloom.training.checkpoint import newest_checkpoint, read_manifest
 from worldloom.training.chunk import row_bytes
 from worldloom.training.clock import Every
 from worldloom.training.config import RunConfig
+from worldloom.training.logger import Sink
 from worldloom.training.recorder import Recorder
 from worldloom.training.replay import ring_bytes
 from worldloom.types import ObsShape
@@ -20,7 +21,15 @@ from worldloom.types import ObsShape
 class Run:
     """What the in-process trainer and the Ray coordinator share. With `resume`, counters go on where they stopped."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, env: EnvSpec, spec: AgentSpec, resume: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        env: EnvSpec,
+        spec: AgentSpec,
+        resume: bool,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self.config, self.dir, self.spec = config, run_dir, spec
         run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = newest_checkpoint(run_dir) if resume else None
@@ -32,7 +41,7 @@ class Run:
             int(manifest.get("incarnation", -1)) + 1
         )  # actors started now are told apart from earlier ones
         counters = manifest.get("counters", {})
-        self.recorder = Recorder(run_dir, config, self.limiter, counters, spec.true_ends_hint)
+        self.recorder = Recorder(run_dir, config, self.limiter, counters, spec.true_ends_hint, sinks)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.picture_clock = Every(config.log.picture_interval, self.limiter.env_steps)

@@ -1,0 +1,89 @@
+"""How a run stands, running or ended: python -m launch.status --run-dir DIR"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from worldloom.training.report import read_metrics
+
+QUIET_SECONDS = 600.0  # without a line of metrics, after which a run without a summary is taken to be gone
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="launch.status", description="Print how a run stands, running or ended.")
+    parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
+    options = parser.parse_args(argv)
+    try:
+        for name, value in status(Path(options.run_dir)):
+            print(f"{name:<22}{value}")
+    except (OSError, ValueError) as error:
+        print(f"launch.status: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def status(run_dir: Path) -> list[tuple[str, str]]:
+    """What to tell, by name. Raises FileNotFoundError where there is no run."""
+    saved, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    if not saved.is_file() or not metrics.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no config.yaml and metrics.jsonl, expected the directory of a run.")
+    config: dict[str, Any] = yaml.safe_load(saved.read_text())
+    lines = read_metrics(run_dir)
+    logged = next((line for line in reversed(lines) if "rate/train_ratio" in line), {})
+    evaluated = [line for line in lines if "eval/return_mean" in line]
+    last: dict[str, Any] = lines[-1] if lines else {}
+    total, steps = config["train"]["total_steps"], last.get("env_steps", 0)
+    told = [
+        ("run", f"{config['algorithm']} on {config['env']['id']}, seed {config['train']['seed']}"),
+        ("status", _state(run_dir, metrics)),
+        ("steps", f"{steps:,} of {total:,} ({steps / total:.0%})"),
+        ("updates", f"{last.get('updates', 0):,}"),
+        ("wall time", f"{last.get('wall_seconds', 0) / 60:.1f} min"),
+    ]
+    for name, key, form in FIGURES:
+        if key in logged:
+            told.append((name, form.format(logged[key])))
+    if evaluated:
+        newest = evaluated[-1]
+        mean, std = newest["eval/return_mean"], newest["eval/return_std"]
+        told.append(("evaluation", f"{mean:,.1f} ± {std:,.1f} at step {newest['env_steps']:,}"))
+    checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/step-*/manifest.json"))
+    told.append(("checkpoint", checkpoints[-1] if checkpoints else "none yet"))
+    if "limited_by" in logged:
+        told.append(("limited by", str(logged["limited_by"])))
+    return told
+
+
+FIGURES = [
+    ("return", "episode/return", "{:,.1f} (mean of the last 20 episodes)"),
+    ("environment steps/s", "rate/env_steps_per_second", "{:.1f}"),
+    ("updates/s", "rate/updates_per_second", "{:.1f}"),
+    ("learner busy", "rate/learner_busy_fraction", "{:.0%}"),
+    ("train ratio", "rate/train_ratio", "{:g}"),
+    ("staleness p95", "weights/staleness_p95", "{:g} publishes"),
+    ("actor restarts", "count/actor_restarts", "{:g}"),
+    ("steps discarded", "count/env_steps_discarded", "{:g}"),
+    ("updates lost", "count/updates_lost", "{:g}"),
+]
+
+
+def _state(run_dir: Path, metrics: Path) -> str:
+    """As summary.json says, unless the run went on after it."""
+    summary, written = run_dir / "summary.json", metrics.stat().st_mtime
+    if summary.is_file() and summary.stat().st_mtime >= written:
+        return str(json.loads(summary.read_text())["status"])
+    quiet = time.time() - written
+    if quiet > QUIET_SECONDS:
+        return f"silent for {quiet / 60:.0f} minutes; if it was killed, go on with --resume"
+    return "running"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
