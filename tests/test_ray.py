@@ -1,10 +1,12 @@
 """The Ray runtime on one small cluster, with a tiny agent on environments whose right answers are known."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -185,3 +187,21 @@ def test_resume_on_ray_goes_on_with_replay_and_counters(tmp_path):
 def test_a_replay_that_does_not_fit_is_refused_with_a_sentence(tmp_path):
     with pytest.raises(MemoryError, match=r"Lower replay.capacity"):
         train(ray_config(replay=ReplayConfig(capacity=10**12)), tmp_path)
+
+
+def test_metrics_are_exported_through_ray(tmp_path):
+    coordinator = Coordinator(ray_config(), tmp_path / "exported")
+    port = ray.nodes()[0]["MetricsExportPort"]
+    try:
+        coordinator.start(resume=False)
+        coordinator.train()
+        wanted, deadline, found = "ray_worldloom_rate_train_ratio{", time.monotonic() + 120, ""
+        while wanted not in found and time.monotonic() < deadline:
+            time.sleep(1.0)
+            with contextlib.suppress(OSError):
+                found = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    finally:
+        coordinator.close()
+    line = next(line for line in found.splitlines() if line.startswith(wanted) and 'run="exported"' in line)
+    assert 'role="coordinator"' in line
+    assert 0 <= float(line.rsplit(" ", 1)[1]) < 12.5  # of some log line: the exporter lags behind
