@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.report import read_metrics
+from worldloom.training.verify import verify
 
 QUIET_SECONDS = 600.0  # without a line of metrics, after which a run without a summary is taken to be gone
 
@@ -19,14 +21,18 @@ QUIET_SECONDS = 600.0  # without a line of metrics, after which a run without a 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="launch.status", description="Print how a run stands, running or ended.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
+    parser.add_argument("--verify", action="store_true", help="also check the newest checkpoint's invariants")
     options = parser.parse_args(argv)
     try:
         for name, value in status(Path(options.run_dir)):
             print(f"{name:<22}{value}")
-    except (OSError, ValueError) as error:
+        broken = verify(options.run_dir) if options.verify else []
+    except (OSError, ValueError, CheckpointError) as error:
         print(f"launch.status: {error}", file=sys.stderr)
         return 1
-    return 0
+    if options.verify:
+        print("\n".join(f"{'broken':<22}{text}" for text in broken) or f"{'invariants':<22}hold")
+    return 1 if broken else 0
 
 
 def status(run_dir: Path) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from tests.test_training import dreamer_config
 from worldloom.training.checkpoint import newest_checkpoint, read_manifest, read_msgpack
 from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConfig
 from worldloom.training.inline import InlineTrainer
+from worldloom.training.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -61,6 +62,7 @@ def check(summary, accepted, run_dir, config):
     assert accepted.duplicates == 0
     folder = newest_checkpoint(run_dir)
     assert read_msgpack(folder / "learner.msgpack")["updates"] == summary["updates"] - summary["updates_lost"]
+    assert verify(run_dir) == []
     manifest = read_manifest(folder)
     assert manifest["limiter"]["env_steps"] == summary["env_steps"]
     replay = InlineTrainer(config, run_dir, resume=True).replay

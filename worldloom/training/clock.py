@@ -62,7 +62,15 @@ class RateLimiter:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"env_steps": self.env_steps, "updates": self.updates}
+        """Both totals, and what they are kept by."""
+        return {
+            "env_steps": self.env_steps,
+            "updates": self.updates,
+            "train_ratio": self.train_ratio,
+            "replayed_per_update": self.replayed_per_update,
+            "learning_starts": self.learning_starts,
+            "pretrain": self.pretrain,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Both totals together, so that nothing is owed after a resume that was not owed before."""
