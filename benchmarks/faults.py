@@ -55,6 +55,8 @@ class Drill:
 
     def run(self) -> None:
         c = self._coordinator
+        while c.run.limiter.env_steps < 1_200:  # learning, and two checkpoints written
+            time.sleep(0.05)
         for _ in range(self._rounds):
             self._kill("env actor", c.collectors[1].handle, self._new_env_actor_delivers(1))
             self._kill("learner", c.learner, self._grows(lambda: c.run.limiter.updates))

@@ -360,6 +360,8 @@ class Coordinator:
         try:
             return ray.get(reference)
         except RayTaskError as error:
+            if isinstance(error.cause, RayActorError):  # of an actor that it was to get something from
+                raise ActorLost(f"what {who} was to work on was lost ({type(error.cause).__name__}).") from error
             raise error.cause from error
         except RayActorError as error:
             raise ActorLost(f"{who} died ({type(error).__name__}).") from error
