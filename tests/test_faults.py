@@ -30,18 +30,19 @@ def cluster():
 
 
 def run_and_kill(config, run_dir, kills):
-    """A whole run in which, at each number of steps, the process of an actor is killed; its summary, and replay's
-    counts at its end."""
+    """A whole run in which, at each number of steps, the process of an actor is killed, every actor once; its summary,
+    and replay's counts at its end."""
     coordinator = Coordinator(config, run_dir)
 
     def killer():
-        for steps, name in kills:
+        for (steps, _), pid in zip(kills, pids, strict=True):
             while coordinator.run.limiter.env_steps < steps:
                 time.sleep(0.02)
-            os.kill(ray.get(getattr(coordinator, name).pid.remote()), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
     try:
         coordinator.start(resume=False)
+        pids = [ray.get(getattr(coordinator, name).pid.remote()) for _, name in kills]
         thread = threading.Thread(target=killer, daemon=True)
         thread.start()
         summary = coordinator.train()
