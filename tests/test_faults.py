@@ -96,6 +96,7 @@ def test_a_killed_replay_is_started_again_from_the_checkpoint(tmp_path):
     assert summary["eval_return_mean"] == 280
 
 
+@pytest.mark.slow
 def test_both_may_die_before_the_first_checkpoint(tmp_path):
     config = slow_config(checkpoint=CheckpointConfig(interval=0))
     summary, accepted = run_and_kill(config, tmp_path, [(300, "learner"), (400, "replay")])

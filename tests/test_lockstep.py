@@ -81,8 +81,10 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize("actors", [0, 1])
-@pytest.mark.parametrize("family", ["tdmpc2", "dreamerv3"])
+@pytest.mark.parametrize(
+    ("family", "actors"),
+    [("tdmpc2", 0), ("tdmpc2", 1), pytest.param("dreamerv3", 0, marks=pytest.mark.slow), ("dreamerv3", 1)],
+)
 def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, tmp_path):
     made = config(family, env_actors=actors)
     torch.set_num_threads(1)
@@ -95,8 +97,15 @@ def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, t
     assert_equal(first, second)
 
 
-@pytest.mark.parametrize("family", ["tdmpc2", "dreamerv3"])
-@pytest.mark.parametrize("kind", ["inline", "ray"])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("inline", "tdmpc2"),
+        ("inline", "dreamerv3"),
+        pytest.param("ray", "tdmpc2", marks=pytest.mark.slow),
+        ("ray", "dreamerv3"),
+    ],
+)
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(family, kind, tmp_path):
     run = inline if kind == "inline" else train
     run(config(family), tmp_path / "whole")
@@ -113,6 +122,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(family, kind, t
     assert_equal(whole, parts)
 
 
+@pytest.mark.slow
 def test_several_env_actors_in_lockstep_repeat_themselves(tmp_path):
     made = config("tdmpc2", steps=300, env_actors=2)
     train(made, tmp_path / "a")
