@@ -19,14 +19,7 @@ from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConf
 from worldloom.training.inline import InlineTrainer
 from worldloom.training.verify import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 def run_and_kill(config, run_dir, kills):

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from distributed.coordinator import train
@@ -15,14 +14,7 @@ from worldloom.training.config import CheckpointConfig, EvalConfig, RuntimeConfi
 from worldloom.training.inline import InlineTrainer
 from worldloom.training.report import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 def config(family, steps=500, **runtime):

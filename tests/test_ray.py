@@ -19,15 +19,7 @@ from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.training.inline import InlineTrainer
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    os.environ["WORLDLOOM_TEST_MARKS"] = str(tmp_path_factory.mktemp("marks"))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 def ray_config(env="Counting", actors=1, **sections):

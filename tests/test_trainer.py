@@ -148,14 +148,27 @@ def test_the_learning_rate_warms_up_linearly(buffer):
     assert rates == pytest.approx([3e-4 * share for share in (0.25, 0.5, 0.75, 1.0)])
 
 
-def test_the_gradient_is_clipped_and_decay_shrinks_what_gets_no_gradient(buffer):
-    """With a tiny clip Adam's steps are what they were, so look at the gradient that reaches it."""
+def test_the_gradient_that_reaches_the_optimiser_is_clipped(buffer):
     model = model_of("tdmpc2")
     trainer = Trainer(model, TrainingConfig(**{**vars(QUICK), "total_steps": 1, "grad_clip": 1e-3}), callbacks=[])
     metrics = trainer.train(buffer)
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert metrics["grad_norm"] > 1e-2
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_weight_decay_is_decoupled_from_the_gradient(buffer):
+    """One update with decay differs from one without by learning rate x decay x the weights before."""
+    rate, decay, found = 1e-2, 0.5, []
+    before = {name: p.clone() for name, p in model_of("tdmpc2").named_parameters()}
+    for weight_decay in (0.0, decay):
+        model, changes = model_of("tdmpc2"), {"total_steps": 1, "learning_rate": rate, "weight_decay": weight_decay}
+        Trainer(model, TrainingConfig(**{**vars(QUICK), **changes}), callbacks=[]).train(buffer)
+        found.append({name: p for name, p in model.named_parameters() if p.requires_grad})
+    assert any(p.grad is not None and before[name].abs().max() > 0.01 for name, p in found[0].items())
+    for name, plain in found[0].items():
+        shrunk = rate * decay * before[name] if plain.grad is not None else torch.zeros_like(plain)
+        assert_close(plain - found[1][name], shrunk, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["dreamerv3:size1m", "tdmpc2:1m"])
