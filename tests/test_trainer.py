@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
 from tests.recorded import cartpole_episodes
@@ -220,7 +221,12 @@ def test_logs_are_written_to_every_place(buffer, held_out, tmp_path, capsys):
     assert float(rows[1]["eval/loss"]) == lines[1]["eval/loss"]
     assert rows[0]["eval/loss"] == ""
     assert float(rows[0]["loss"]) == lines[0]["loss"]
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (line["updates"], pytest.approx(line["loss"])) for line in lines if "loss" in line
+    ]
+    assert not any("env_steps" in line for line in lines)
     assert "step 4: loss" in capsys.readouterr().out
 
 

@@ -97,7 +97,7 @@ class LoggingCallback(Callback):
         if self.console:
             print(f"step {trainer.step:,}: " + " · ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
         if self._logger is not None and self.directory is not None:
-            self._logger.write(0, trainer.step, time.monotonic() - self._begun, metrics)
+            self._logger.write(None, trainer.step, time.monotonic() - self._begun, metrics)
             append_csv(self.directory / "metrics.csv", {"step": trainer.step, **metrics})
 
 

@@ -29,16 +29,17 @@ class MetricsLogger:
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(
-        self, env_steps: int, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
+        self, env_steps: int | None, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
     ) -> None:
-        """words: go to metrics.jsonl alone."""
-        line = {"env_steps": env_steps, "updates": updates, "wall_seconds": round(wall_seconds, 3), **metrics, **words}
-        self._file.write(json.dumps(line) + "\n")
+        """TensorBoard counts environment steps, or updates where there is no environment (None). words: go to
+        metrics.jsonl alone."""
+        counts = {"updates": updates} if env_steps is None else {"env_steps": env_steps, "updates": updates}
+        self._file.write(json.dumps({**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}) + "\n")
         for sink in self._sinks:
             sink(metrics)
         if self._board is not None:
             for name, value in metrics.items():
-                self._board.add_scalar(name, value, env_steps)
+                self._board.add_scalar(name, value, updates if env_steps is None else env_steps)
 
     def picture(self, env_steps: int, name: str, image: Array) -> None:
         """image: [H, W, 3] uint8, for TensorBoard."""

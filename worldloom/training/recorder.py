@@ -138,7 +138,7 @@ class Recorder:
         words = {"limited_by": self.limited_by()}
         self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, **words)
         self._display.line(self._standing())
-        self._limits[self.limited_by()] += span
+        self._limits[words["limited_by"]] += span
         self._learner_metrics.clear()
         self._learner_updates = 0
         self._mark = (now, limiter.env_steps, limiter.updates, self.busy_seconds, self._held)
