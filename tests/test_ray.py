@@ -46,7 +46,8 @@ def run(config, run_dir, resume=False):
 def test_any_number_of_env_actors_trains_to_the_end(actors, tmp_path):
     summary, accepted = run(ray_config(actors=actors), tmp_path)
     assert summary["status"] == "completed"
-    assert 1000 <= summary["env_steps"] == accepted.steps < 1000 + 2 * 4
+    over = 2 * (max(actors, 1) + 1)  # an actor's collect may bring one held-back row more of each environment
+    assert 1000 <= summary["env_steps"] == accepted.steps < 1000 + over
     assert accepted.duplicates == 0
     assert summary["train_ratio_actual"] == pytest.approx(12, rel=0.01)
     assert summary["updates"] == summary["env_steps"] // 2
