@@ -60,7 +60,7 @@ class Drill:
         for _ in range(self._rounds):
             self._kill("env actor", c.collectors[1].handle, self._new_env_actor_delivers(1))
             self._kill("learner", c.learner, self._grows(lambda: c.run.limiter.updates))
-            self._kill("replay", c.replay, self._grows(lambda: c.run.limiter.env_steps))
+            self._kill("replay", c.replay.handles[0], self._grows(lambda: c.run.limiter.env_steps))
         self.done.set()
 
     def _kill(self, name: str, handle: object, recovered: Callable[[], bool]) -> None:

@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from distributed.coordinator import Coordinator
 from launch.arguments import run_config, run_parser
+from worldloom.training.acting import LocalActing
 from worldloom.training.assembly import agent_spec, make_replay, make_run_agent, make_run_env, probe_env
 from worldloom.training.config import RunConfig
 from worldloom.training.replay import ReplayBuffer
-from worldloom.training.rollout import Rollout
+from worldloom.training.rollout import Lane, Rollout
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "tdmpc2_pendulum.yaml"
 
@@ -53,9 +53,10 @@ class RaySide:
         self._coordinator = Coordinator(config, run_dir)
         self._coordinator.start(resume=False)
         for chunk in chunks:
-            accepted = ray.get(self._coordinator.replay.insert.remote(chunk))
+            replay = self._coordinator.replay
+            replay.take_acceptance(replay.insert(chunk, 0), 0)
         self._limiter = self._coordinator.run.limiter
-        self._limiter.env_steps = accepted.steps
+        self._limiter.env_steps = self._coordinator.replay.steps
         self._limiter.updates = self._limiter.updates_due()
 
     def updates_per_second(self, updates: int) -> tuple[float, float]:
@@ -78,7 +79,7 @@ def record(config: RunConfig, steps: int) -> list[Any]:
     """Chunks of random acting."""
     env = probe_env(config)
     agent = make_run_agent(config, env, "cpu", 0)
-    rollout = Rollout(make_run_env(config, config.env.num_envs, 0), agent, seed=0)
+    rollout = Rollout([Lane(make_run_env(config.env, config.env.num_envs, 0), LocalActing(agent))], seed=0)
     return [rollout.collect(64, random=True) for _ in range(steps // (64 * config.env.num_envs) + 1)]
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
+from distributed.acting import RemoteActing, Serving, lane_sizes, make_server
 from worldloom.catalog import agent_from_description
+from worldloom.training.acting import Acted, ActingServer, Client, LocalActing
 from worldloom.training.assembly import (
     AgentSpec,
     EnvSpec,
@@ -24,14 +29,14 @@ from worldloom.training.assembly import (
     make_run_env,
     start_run_evaluation,
 )
-from worldloom.training.checkpoint import ReplayStore, load_agent_state, save_agent
+from worldloom.training.checkpoint import ReplayStore, copy_agent, load_agent_state, write_agent
 from worldloom.training.chunk import Chunk, ChunkInfo
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation, Evaluator
 from worldloom.training.pictures import sequence_picture
 from worldloom.training.replay import Acceptance, as_batch
-from worldloom.training.rollout import Rollout
-from worldloom.types import Array, Batch, Metrics, Weights
+from worldloom.training.rollout import Lane, Rollout
+from worldloom.types import Array, Batch, Weights
 
 Batches = list[dict[str, Array]]
 WrittenColumns = tuple[Array, dict[str, Array]]  # row numbers [B, T] and replay columns [B, T, ...]
@@ -41,9 +46,10 @@ WrittenColumns = tuple[Array, dict[str, Array]]  # row numbers [B, T] and replay
 class UpdateResult:
     """What the coordinator counts of a task of several updates."""
 
-    metrics: Metrics  # means
+    metrics: dict[str, float]  # means
     updates: int
-    seconds: float
+    seconds: float  # of learning
+    publish_seconds: float
     published: int | None  # version of the weights published at the end, if any
 
 
@@ -55,58 +61,92 @@ def _copy(batch: dict[str, Array]) -> Batch:
 class EnvActor:
     """Runs one Rollout, and evaluations, in a process of its own with one torch thread."""
 
-    def __init__(self, config: RunConfig, description: dict[str, Any], index: int, incarnation: int) -> None:
-        torch.set_num_threads(1)
-        self._config, self._index = config, index
-        self._agent = agent_from_description(description, seed=config.train.seed)
-        self._rollout = self._new_rollout(incarnation)
+    def __init__(self, config: RunConfig, spec: AgentSpec, index: int, incarnation: int, served: bool) -> None:
+        self._config, self._spec, self._index, self._served = config, spec, index, served
+        self._incarnation = incarnation
+        self._rollout: Rollout | None = None  # made in the thread that steps it: a renderer belongs to its thread
         self._evaluator: Evaluator | None = None
-        self._name = f"env/{index:03d}"
+        self._interrupted = threading.Event()
 
-    def _new_rollout(self, incarnation: int) -> Rollout:
-        config, index = self._config, self._index
-        env = make_run_env(config.env, config.env.num_envs, actor_seed(config, index, incarnation))
-        return Rollout(env, self._agent, config.train.seed, actor=index, incarnation=incarnation)
+    def __repr__(self) -> str:
+        return f"env/{self._index:03d}"
+
+    @cached_property
+    def _local(self) -> LocalActing:
+        """A copy of the agent here, with one torch thread; a served actor has one for evaluations only."""
+        torch.set_num_threads(1)
+        return LocalActing(agent_from_description(self._spec.description, seed=self._config.train.seed))
+
+    def _new_rollout(self) -> Rollout:
+        config, index, incarnation = self._config, self._index, self._incarnation
+        lanes = []
+        for number, size in enumerate(lane_sizes(config.env.num_envs, self._served)):
+            env = make_run_env(config.env, size, actor_seed(config, index, incarnation, number))
+            acting = self._local if not self._served else self._remote(number)
+            lanes.append(Lane(env, acting))
+        return Rollout(lanes, config.train.seed, actor=index, incarnation=incarnation)
+
+    def _remote(self, lane: int) -> RemoteActing:
+        client = Client(self._index, lane, self._incarnation, session=0)
+        return RemoteActing(self._spec.columns, client, self._config.runtime.collect_timeout / 2)
 
     def restart(self, incarnation: int) -> None:
         """Begin all episodes anew; the open ones end where replay has them."""
-        self._rollout.env.close()
-        self._rollout = self._new_rollout(incarnation)
+        self.close()
+        self._rollout, self._incarnation = None, incarnation
 
-    def __repr__(self) -> str:
-        return self._name
-
-    def collect(self, steps: int, random: bool, weights: Weights | None) -> tuple[Chunk, ChunkInfo]:
+    def collect(self, steps: int, random: bool, weights: Weights | None, server: Any = None) -> tuple[Chunk, ChunkInfo]:
         """A chunk for replay, and separately what the coordinator must know of it."""
         if weights is not None:
-            self._rollout.load_weights(weights)
-        chunk = self._rollout.collect(steps, random, self._config.runtime.chunk_seconds)
+            self._local.load(weights)
+        self._rollout = self._rollout or self._new_rollout()
+        for lane in self._rollout.lanes:
+            if isinstance(lane.acting, RemoteActing):
+                lane.acting.server = server
+        chunk = self._rollout.collect(steps, random, self._config.runtime.chunk_seconds, self._interrupted.is_set)
         return chunk, chunk.info
 
     def evaluate(self, weights: Weights | None) -> Evaluation | None:
         """Start an evaluation if weights are given, else go on with it; None while episodes are left to play."""
         if weights is not None:
-            self._rollout.load_weights(weights)
-            self._evaluator = start_run_evaluation(self._config, self._agent)
+            self._local.load(weights)
+            self._evaluator = start_run_evaluation(self._config, self._local.agent)
         if self._evaluator is None:
             raise RuntimeError("evaluate: there is no evaluation to go on with, expected weights to start one.")
         return self._evaluator.play(self._config.runtime.chunk_seconds)
 
+    @ray.method(concurrency_group="control")
+    def interrupt(self) -> None:
+        """End the collect under way, and every later one, after the step that is being taken."""
+        self._interrupted.set()
+
+    @ray.method(concurrency_group="control")
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def close(self) -> None:
+        if self._rollout is not None:
+            self._rollout.close()
+
+    @ray.method(concurrency_group="control")
     def pid(self) -> int:
         return os.getpid()
 
 
 class ReplayActor:
-    """Holds the ReplayBuffer; chunks are copied in, so that no shared memory stays pinned."""
+    """Holds one shard of the replay; chunks are copied in, so that no shared memory stays pinned."""
+
+    def __init__(self, shard: int) -> None:
+        self._shard = shard
 
     def open(self, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> None:
         """Allocate the buffer: not in the constructor, whose errors lose their type on the way to the driver."""
-        self._replay = make_replay(config, env, spec)
-        self._store = ReplayStore(run_dir)
-        self._batch_size = spec.batch_size
+        self._replay = make_replay(config, env, spec, self._shard)
+        self._store = ReplayStore(run_dir, self._shard, config.checkpoint.compress)
+        self._batch_size, self._exact = spec.batch_size, config.runtime.sync
 
     def __repr__(self) -> str:
-        return "replay/0"
+        return f"replay/{self._shard}"
 
     def insert(self, chunk: Chunk) -> Acceptance:
         return self._replay.insert(chunk)
@@ -124,31 +164,58 @@ class ReplayActor:
         """Fresh replay columns from the learner; returns how many rows were already gone."""
         return sum(self._replay.write_back(rows, columns) for rows, columns in updated)
 
-    def save(self, folder: Path, exact: bool) -> list[str]:
-        return self._store.save(folder, self._replay, exact)
+    def snapshot(self) -> None:
+        """Copy what a checkpoint needs, as of now."""
+        self._snapshot = self._store.snapshot(self._replay, self._exact)
 
-    def load(self, folder: Path) -> Acceptance:
-        self._store.load(folder, self._replay)
-        return self._replay.accepted()
+    @ray.method(concurrency_group="saving")
+    def write(self, folder: Path, taken: None) -> list[str]:  # noqa: ARG002 - what it waits for
+        """Write what `snapshot` took, beside everything else; returns the files that hold its rows."""
+        try:
+            return self._store.write(folder, self._snapshot)
+        finally:
+            del self._snapshot
+
+    def save(self, folder: Path) -> list[str]:
+        """Snapshot and write at once, without a copy of everything."""
+        return self._store.save(folder, self._replay, self._exact)
+
+    def load(self, folder: Path) -> tuple[Acceptance, int]:
+        """What was accepted by then, and how many rows are lost with damaged files."""
+        lost = self._store.load(folder, self._replay)
+        return self._replay.accepted(), lost
 
     def pid(self) -> int:
         return os.getpid()
 
 
 class LearnerActor:
-    """Holds the Agent on its device and updates it from batches."""
+    """Holds the Agent on its device and updates it from batches; on request it acts for env actors too."""
 
     def open(self, config: RunConfig, env: EnvSpec, threads: int, version: int) -> AgentSpec:
         """Build the agent, outside of the constructor as in ReplayActor; weights were published up to `version`."""
         torch.set_num_threads(threads)
-        device = choose_device(config.train.device)
-        self._agent = make_run_agent(config, env, device, config.train.seed)
-        self._version = version
+        self._device = choose_device(config.train.device)
+        self._agent = make_run_agent(config, env, self._device, config.train.seed)
+        self._version, self._seed = version, config.train.seed
         self._publish_every = config.runtime.publish_interval
+        self._server: ActingServer | None = None
+        self._interrupted = threading.Event()
         return agent_spec(self._agent)
 
     def __repr__(self) -> str:
         return "learner"
+
+    def serve(self, serving: Serving, incarnation: int) -> None:
+        """Act for env actors from now on, with the weights that are published."""
+        seed = self._seed + incarnation
+        self._server = make_server(self._agent.describe(), self._device, seed, serving, torch.get_num_threads())
+
+    @ray.method(concurrency_group="acting")
+    def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
+        if self._server is None:
+            raise RuntimeError("act: this learner does not serve.")
+        return self._server.act(client, obs, is_first)
 
     def update(self, batches: Batches) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
         """Learn from each batch in turn. Returns three objects of their own: what the coordinator counts, columns
@@ -156,26 +223,59 @@ class LearnerActor:
         begun, before = time.monotonic(), self._agent.updates // self._publish_every
         totals: dict[str, float] = defaultdict(float)
         written: list[WrittenColumns] = []
+        done = 0
         for batch in batches:
+            if self._interrupted.is_set():
+                break
             metrics, columns = self._agent.update(_copy(batch))
+            done += 1
             if columns:
                 written.append((batch["rows"], columns))
             for name, value in metrics.items():
-                totals[name] += value / len(batches)
+                totals[name] += value
         due = self._agent.updates // self._publish_every > before
+        publishing = time.monotonic()
         weights = self.publish() if due else None
-        result = UpdateResult(dict(totals), len(batches), time.monotonic() - begun, self._version if due else None)
+        ended = time.monotonic()
+        means = {name: total / done for name, total in totals.items()}
+        result = UpdateResult(
+            means, done, publishing - begun, ended - publishing if due else 0.0, self._version if due else None
+        )
         return result, written, weights
 
     def publish(self) -> Weights:
         self._version += 1
-        return Weights(self._version, self._agent.acting_weights())
+        weights = Weights(self._version, self._agent.acting_weights())
+        if self._server is not None:
+            self._server.load(weights)
+        return weights
+
+    @ray.method(concurrency_group="control")
+    def interrupt(self) -> None:
+        """End the updates under way, and every later one, after the one that is being made."""
+        self._interrupted.set()
+
+    @ray.method(concurrency_group="control")
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
         return sequence_picture(self._agent.world_model, sequence, title)
 
-    def save(self, folder: Path) -> None:
-        save_agent(folder, self._agent)
+    def snapshot(self) -> float:
+        """Copy what a checkpoint needs, as of now; returns the seconds that this took."""
+        begun = time.monotonic()
+        self._snapshot = copy_agent(self._agent)
+        return time.monotonic() - begun
+
+    @ray.method(concurrency_group="saving")
+    def write(self, folder: Path, taken: float) -> float:
+        """Write what `snapshot` took, while updates go on; returns the seconds that learning stood still for it."""
+        try:
+            write_agent(folder, self._snapshot)
+            return taken
+        finally:
+            del self._snapshot
 
     def load(self, folder: Path) -> int:
         """Returns the updates that the agent has made."""

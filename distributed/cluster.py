@@ -27,6 +27,7 @@ class Shares:
 
     cpus: float  # of the learner and of each env actor; replay and coordinator ask for none
     gpus: float  # of the learner
+    server_gpus: float  # of an acting server in an actor of its own
     learner_threads: int
 
 
@@ -77,7 +78,8 @@ def share(config: RunConfig) -> Shares:
 
     Raises RuntimeError if no CPU comes free, or a GPU was asked for that the cluster lacks.
     """
-    processes = 1 + config.runtime.env_actors
+    own_server = config.runtime.acting_server == "actor" and config.runtime.acting != "local"
+    processes = 1 + config.runtime.env_actors + int(own_server)
     deadline = time.monotonic() + FREE_CPU_SECONDS
     while (cpus := min(1.0, math.floor(100 * (free := _free()).get("CPU", 0.0) / processes) / 100)) <= 0:
         if time.monotonic() > deadline:
@@ -93,7 +95,10 @@ def share(config: RunConfig) -> Shares:
             f"train.device is {config.train.device!r}, but the cluster has {gpus:g} free GPUs. Use auto or cpu."
         )
     takes_gpu = wants_gpu or (config.train.device == "auto" and gpus >= 1)
-    return Shares(cpus, 1.0 if takes_gpu else 0.0, config.runtime.learner_threads or learner_threads(config))
+    learner, server = 0.0, 0.0
+    if takes_gpu:
+        learner, server = (1.0, float(own_server)) if gpus >= 2 or not own_server else (0.5, 0.5)
+    return Shares(cpus, learner, server, config.runtime.learner_threads or learner_threads(config))
 
 
 def _free() -> dict[str, float]:

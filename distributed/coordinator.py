@@ -11,175 +11,163 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from distributed.actors import EnvActor, LearnerActor, ReplayActor
+from distributed.acting import InferenceActor, acts_on_server, serving
+from distributed.actors import EnvActor, LearnerActor
 from distributed.cluster import connect, share
+from distributed.collector import EVALUATION, Collector
+from distributed.launcher import ActorLost, Launcher, alive, reason, result_of
 from distributed.metrics import RayGauges
-from worldloom.catalog import agent_from_description
+from distributed.recovery import Recovery
+from distributed.saving import Saving
+from distributed.shards import Shards
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.assembly import (
-    AgentSpec,
-    actor_seed,
-    make_run_env,
-    probe_env,
-    replay_columns,
-    start_run_evaluation,
-)
-from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint, newest_checkpoint
+from worldloom.training.assembly import AgentSpec, probe_env, replay_columns
+from worldloom.training.checkpoint import read_manifest
 from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.pictures import PICTURE_ROWS
-from worldloom.training.rollout import Rollout
 from worldloom.training.run import Run
 
 BUNDLE_BYTES = 4 * 2**20  # batches of a task together hold about this much
 BUNDLE_UPDATES = 8  # and are at most so many
 UPDATES_IN_FLIGHT = 2  # tasks at the learner: one being learned from, one whose batches are on the way
 SETTLE_SECONDS = 10.0  # for the last collects of a run; what is later is discarded and counted
-EVALUATION = "evaluation"
-START_SECONDS = 180.0  # for an actor to come up
-RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
-RECOVERIES_ALLOWED = 5  # of learner and replay, without a checkpoint in between
-
-
-class ActorLost(RuntimeError):
-    """The learner or replay died; `Coordinator.recover` starts it again."""
 
 
 @dataclass
-class Collector:
-    """One remote env actor and what it is doing."""
+class Learning:
+    """A task of updates under way at the learner."""
 
-    index: int
-    incarnation: int
-    handle: Any
-    version: int = -1  # of the weights that it holds
-    task: Any = None  # reference to the info of the collect, or to the evaluation, that is under way
-    chunk: Any = None  # reference to the chunk, or EVALUATION
-    requested: int = 0  # environment steps
-    since: float = 0.0
-    restarts: int = 0
+    result: Any  # references to what `LearnerActor.update` returns
+    written: Any
+    weights: Any
+    count: int  # updates
+    shard: int  # that the batches came from
 
 
 class Coordinator:
     """Starts the actors, hands chunks to replay and batches to the learner, publishes weights, counts and saves."""
 
     run: Run
+    replay: Shards
     learner: Any = None
-    replay: Any = None
     updates_in_flight = UPDATES_IN_FLIGHT
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config, self._run_dir = config, run_dir.resolve()
         self._env_spec = probe_env(config)
-        self._namespace = f"worldloom-{self._run_dir.name}"
-        self._owns_cluster = connect(config, self._namespace)
+        namespace = f"worldloom-{self._run_dir.name}"
+        self._owns_cluster = connect(config, namespace)
+        self.launcher = Launcher(namespace)
         self.collectors: list[Collector] = []
-        self.own: Rollout | None = None  # with no env actors
+        self.own: EnvActor | None = None  # in this process, where there are no others
+        self.server: Any = None  # acts for env actors that hold no weights
         self.weights: Any = None  # reference to the newest Weights; the coordinator owns it
         self.version = 0
         self.inserts: dict[Any, ChunkInfo] = {}
-        self.updates: deque[tuple[Any, Any, Any, int]] = deque()  # results, weights, columns, how many
+        self.updates: deque[Learning] = deque()
         self.evaluation_due: int | None = None  # the step at which one fell due
         self.evaluating: int | None = None  # the step that the one under way belongs to
+        self.saving: Saving | None = None  # the checkpoint that is being written
+        self.recovery = Recovery(self)
         self._held_since: float | None = None
-        self._recoveries = 0  # since the last checkpoint
 
     # Starting and ending
 
     def start(self, resume: bool) -> None:
         """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
         self._shares = share(self.config)
-        self._spec: AgentSpec = self._start_learner()
+        self.spec: AgentSpec = self.start_learner()
         gauges = RayGauges(self._run_dir.name)
-        self.run = Run(self.config, self._run_dir, self._env_spec, self._spec, resume, [gauges])
+        self.run = Run(self.config, self._run_dir, self._env_spec, self.spec, resume, [gauges])
         self.incarnation = self.run.incarnation  # of the actor started last
-        self._start_replay()
+        self.replay = Shards(self.launcher, self.config, self._env_spec, self.spec, self._run_dir)
+        self.replay.start(self.learner_node)
         if self.run.checkpoint:
-            self._load(self.run.checkpoint)
+            self.launcher.wait(self.learner.load.remote(self.run.checkpoint), "the learner")
+            self.run.recorder.rows_lost(self.replay.load(self.run.checkpoint))
+            self.replay.load_state_dict(read_manifest(self.run.checkpoint)["replay"])
+        self.start_server()
         self.start_collecting()
 
-    def _start_learner(self) -> AgentSpec:
-        self.learner = self._start(LearnerActor, "learner", self._shares.cpus, self._shares.gpus)
-        threads = self._shares.learner_threads
-        opened = self.learner.open.remote(self.config, self._env_spec, threads, self.version)
-        spec: AgentSpec = self._wait(opened, "the learner")
+    def start_learner(self) -> AgentSpec:
+        threads = {"acting": serving(self.config).clients, "saving": 1, "control": 1}
+        shares = self._shares
+        self.learner = self.launcher.start(LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads)
+        opened = self.learner.open.remote(self.config, self._env_spec, shares.learner_threads, self.version)
+        spec: AgentSpec = self.launcher.wait(opened, "the learner")
+        self.learner_node: str = self.launcher.wait(self.learner.node.remote(), "the learner")
         return spec
 
-    def _start_replay(self) -> None:
-        self.replay = self._start(ReplayActor, "replay/0", 0, 0)
-        self._wait(self.replay.open.remote(self.config, self._env_spec, self._spec, self._run_dir), "replay")
-
-    def _load(self, checkpoint: Path) -> None:
-        self._wait(self.learner.load.remote(checkpoint), "the learner")
-        self._wait(self.replay.load.remote(checkpoint), "replay")
-
-    def _start(self, kind: type[Any], name: str, cpus: float, gpus: float, *args: Any) -> Any:
-        options = {"name": name, "namespace": self._namespace, "num_cpus": cpus, "num_gpus": gpus}
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                return ray.remote(kind).options(**options, max_restarts=0, max_task_retries=0).remote(*args)
-            except ValueError:  # the name of an actor that was just killed is not free yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-
-    def _wait(self, reference: Any, who: str) -> Any:
-        """The result, or a sentence if the actor does not come up or its constructor failed."""
-        try:
-            return ray.get(reference, timeout=START_SECONDS)
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayActorError as error:
-            raise ActorLost(f"{who} died ({type(error).__name__}).") from error
-        except GetTimeoutError:
-            raise RuntimeError(
-                f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
-                "Free resources, or lower runtime.env_actors."
-            ) from None
-
-    def _start_collector(self, index: int, incarnation: int) -> Collector:
-        handle = self._start(
-            EnvActor, f"env/{index:03d}", self._shares.cpus, 0, self.config, self._spec.description, index, incarnation
+    def start_server(self) -> None:
+        """Of acting, where env actors do not act themselves; `publish` gives it weights."""
+        if not acts_on_server(self.config, self.spec):
+            return
+        how = serving(self.config)
+        if self.config.runtime.acting_server == "learner":
+            self.server = self.learner
+            self.launcher.wait(self.learner.serve.remote(how, self.incarnation), "the learner")
+            return
+        self.server = self.launcher.start(
+            InferenceActor,
+            "inference",
+            cpus=self._shares.cpus,
+            gpus=self._shares.server_gpus,
+            threads={"acting": how.clients},
         )
-        return Collector(index, incarnation, handle)
+        opened = self.server.open.remote(self.config, self.spec, how, self.incarnation)
+        self.launcher.wait(opened, "the acting server")
+
+    def start_collector(self, index: int) -> Collector:
+        """With the incarnation of now."""
+        name, served = f"env/{index:03d}", self.server is not None
+        handle = self.launcher.start(
+            EnvActor,
+            name,
+            *(self.config, self.spec, index, self.incarnation, served),
+            cpus=self._shares.cpus,
+            threads={"control": 1},
+            where="SPREAD",
+        )
+        return Collector(index, self.incarnation, handle, handle.node.remote())
 
     def start_collecting(self) -> None:
-        self.weights = self.publish()
+        self.publish()
         for index in range(self.config.runtime.env_actors):
-            self.collectors.append(self._start_collector(index, self.incarnation))
+            self.collectors.append(self.start_collector(index))
         if not self.collectors:
             torch.set_num_threads(1)
-            self.own = self.own_rollout()
+            self.own = EnvActor(self.config, self.spec, 0, self.incarnation, self.server is not None)
         where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
+        acting = "" if self.server is None else f", acted for by the {self._server_name}"
         self.run.recorder.say(
-            f"collecting: {where} x {self.config.env.num_envs} environments; learner: "
+            f"collecting: {where} x {self.config.env.num_envs} environments{acting}; learner: "
             f"{self._shares.learner_threads} threads; {self._shares.cpus:g} logical CPUs a process"
         )
 
-    def own_rollout(self) -> Rollout:
-        """Of the coordinator, where there are no env actors."""
-        config, seed = self.config, self.config.train.seed
-        agent = agent_from_description(self._spec.description, seed=seed)
-        env = make_run_env(config.env, config.env.num_envs, actor_seed(config, 0, self.incarnation))
-        return Rollout(env, agent, seed, incarnation=self.incarnation)
+    @property
+    def _server_name(self) -> str:
+        return "learner" if self.server is self.learner else "acting server"
 
-    def publish(self) -> Any:
-        reference = self.learner.publish.remote()
-        self.version = self._wait(reference, "the learner").version
-        return reference
+    def publish(self) -> None:
+        """Newest weights, for whoever acts next."""
+        self.weights = self.learner.publish.remote()
+        self.version = self.launcher.wait(self.weights, "the learner").version
+        if self.server is not None and self.server is not self.learner:
+            self.launcher.wait(self.server.load.remote(self.weights), "the acting server")
 
     def close(self) -> None:
         """End this run's actors, and the cluster if this run started it."""
-        for actor in [self.learner, self.replay, *(c.handle for c in self.collectors)]:
+        replay = self.replay.handles if hasattr(self, "replay") else []
+        server = self.server if self.server is not self.learner else None
+        for actor in [self.learner, server, *replay, *(c.handle for c in self.collectors)]:
             if actor is not None:
-                ray.kill(actor)
+                self.launcher.end(actor)
         if self.own is not None:
-            self.own.env.close()
+            self.own.close()
         if self._owns_cluster:
             ray.shutdown()
 
@@ -193,7 +181,7 @@ class Coordinator:
                 while True:
                     try:
                         if lost is not None:
-                            self.recover(lost)
+                            self.recovery.recover(lost)
                         return self._run_to_end(stop)
                     except ActorLost as error:
                         lost = error
@@ -216,23 +204,27 @@ class Coordinator:
         self.dispatch_updates()
         self._dispatch_collects()
         self._receive()
+        self.recovery.leave_draining_nodes()
 
     def dispatch_updates(self) -> None:
         """Keep the learner supplied with bundles of batches, never more than are due."""
         while len(self.updates) < self.updates_in_flight:
-            due = self.run.limiter.updates_due() - sum(count for *_, count in self.updates)
+            due = self.run.limiter.updates_due() - sum(task.count for task in self.updates)
             count = min(due, self.bundle())
             if count <= 0:
                 return
-            batches = self.replay.sample.remote(count)
-            results, written, weights = self.learner.update.options(num_returns=3).remote(batches)
-            self.updates.append((results, weights, written, count))
+            batches, shard = self.replay.sample(count)
+            result, written, weights = self.learner.update.options(num_returns=3).remote(batches)
+            self.updates.append(Learning(result, written, weights, count, shard))
 
     def bundle(self) -> int:
         """Updates in one task: several of small batches, so that calls cost little beside learning."""
-        spec = self._spec
-        batch = spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._env_spec, spec))
-        return max(1, min(BUNDLE_UPDATES, BUNDLE_BYTES // batch))
+        return max(1, min(BUNDLE_UPDATES, BUNDLE_BYTES // self.batch_bytes()))
+
+    def batch_bytes(self) -> int:
+        """Of one batch of the learner."""
+        spec = self.spec
+        return spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._env_spec, spec))
 
     def _dispatch_collects(self) -> None:
         """Give idle env actors something to do, unless collecting is too far ahead of learning."""
@@ -259,10 +251,13 @@ class Coordinator:
         return self.run.limiter.steps_ahead() > self.config.runtime.chunk_steps * self.config.env.num_envs * actors
 
     def collect(self, collector: Collector, steps: int) -> None:
-        weights = None if collector.version == self.version else self.weights
+        fresh = self.server is not None or collector.version == self.version
         collect = collector.handle.collect.options(num_returns=2, name=f"env/{collector.index:03d}.collect")
-        collector.chunk, collector.task = collect.remote(steps, self.run.random_actions, weights)
-        collector.version = self.version
+        collector.chunk, collector.task = collect.remote(
+            steps, self.run.random_actions, None if fresh else self.weights, self.server
+        )
+        if self.server is None:
+            collector.version = self.version
         collector.requested = steps * self.config.env.num_envs
         collector.since = time.monotonic()
 
@@ -289,15 +284,21 @@ class Coordinator:
         self._count_held_time(held)
         if steps == 0 or held:
             return False
-        if self.own.version != self.version:
-            self.own.load_weights(ray.get(self.weights))
-        chunk = self.own.collect(steps, self.run.random_actions, self.config.runtime.chunk_seconds)
-        self.inserts[self.replay.insert.remote(chunk)] = chunk.info
+        weights = result_of(self.weights, "learner") if self.server is None else None
+        chunk, info = self.own.collect(steps, self.run.random_actions, weights, self.server)
+        self._insert(chunk, info)
         return True
+
+    def _insert(self, chunk: Any, info: ChunkInfo) -> None:
+        """chunk: a Chunk, or a reference to one. Raises ActorLost if it ended because nobody acted any more."""
+        self.inserts[self.replay.insert(chunk, info.key.actor)] = info
+        if info.acting_lost and not alive(self.server):
+            raise ActorLost(info.acting_lost)
 
     def take_ready(self, timeout: float) -> None:
         pending = [c.task for c in self.collectors if c.task is not None]
-        pending += [*self.inserts, *(results for results, *_ in self.updates)]
+        pending += [*self.inserts, *(task.result for task in self.updates)]
+        pending += self.saving.pending() if self.saving else []
         if not pending:
             return
         ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
@@ -306,46 +307,51 @@ class Coordinator:
         for reference in ready:
             if reference in self.inserts:
                 self._take_insert(reference)
-        while self.updates and self.updates[0][0] in ready:
-            self._take_update()
+        while self.updates and self.updates[0].result in ready:
+            self.take_update()
+        if self.saving and self.saving.done(ready):
+            self._commit()
         for collector in list(self.collectors):
             if collector.task in ready:
                 self.take_collector(collector)
             elif collector.task is not None and self._hangs(collector):
-                self.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
+                self.recovery.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
 
     def _hangs(self, collector: Collector) -> bool:
         return time.monotonic() - collector.since > self.config.runtime.collect_timeout
 
     def _take_insert(self, reference: Any) -> None:
-        accepted = self.of_actor(reference, "replay/0")
+        self.replay.take_acceptance(reference, self.inserts[reference].key.actor)
         info = self.inserts.pop(reference)
-        self.run.limiter.env_steps = max(accepted.steps, self.run.limiter.env_steps)
+        self.run.limiter.env_steps = self.replay.steps
         self.run.recorder.chunk(info, self.version)
 
-    def _take_update(self, write_back: bool = True) -> None:
-        results, weights, written = self.updates.popleft()[:3]
-        result = self.of_actor(results, "learner")
+    def take_update(self, write_back: bool = True) -> None:
+        """The oldest task under way. Raises ActorLost."""
+        task = self.updates.popleft()
+        result = result_of(task.result, "learner")
         self.run.limiter.updates += result.updates
         self.run.recorder.updated(result.metrics, result.updates, result.seconds)
         if result.published is not None:
-            self.weights, self.version = weights, result.published
-        if self._spec.columns and write_back:
-            self.of_actor(self.replay.write_back.remote(written), "replay/0")
+            self.weights, self.version = task.weights, result.published
+            if self.server is not None and self.server is not self.learner:
+                self.server.load.remote(self.weights)
+        if self.spec.columns and write_back:
+            result_of(self.replay.write_back(task.shard, task.written), "replay")
 
     def take_collector(self, collector: Collector) -> None:
         reference, chunk = collector.task, collector.chunk
         try:
             result = ray.get(reference)
         except RayActorError as error:
-            self.replace(collector, f"died ({type(error).__name__})", error)
+            self.recovery.replace(collector, f"died ({type(error).__name__})", error)
             return
         except RayTaskError as error:
             collector.task = None
             if chunk is not EVALUATION:
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
-            raise error.cause from error
-        if chunk is EVALUATION and result is None:  # episodes are left to play
+            raise reason(error, f"env/{collector.index:03d}") from error
+        if collector.evaluating and result is None:  # episodes are left to play
             collector.task, collector.since = collector.handle.evaluate.remote(None), time.monotonic()
             return
         collector.task, collector.chunk, collector.requested, collector.restarts = None, None, 0, 0
@@ -353,118 +359,7 @@ class Coordinator:
             env_steps, self.evaluating = self.evaluating, None
             self.run.recorder.evaluated(env_steps or 0, result)
         else:
-            self.inserts[self.replay.insert.remote(chunk)] = result
-
-    def of_actor(self, reference: Any, who: str) -> Any:
-        """A result of the learner or of replay; what they raise ends the run. Raises ActorLost if one of them died."""
-        try:
-            return ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, RayActorError):  # of an actor that it was to get something from
-                raise ActorLost(f"what {who} was to work on was lost ({type(error.cause).__name__}).") from error
-            raise error.cause from error
-        except RayActorError as error:
-            raise ActorLost(f"{who} died ({type(error).__name__}).") from error
-
-    def recover(self, lost: ActorLost) -> None:
-        """Start learner or replay again from the newest checkpoint, and count what was lost since.
-
-        Raises RuntimeError with the resume command where that happens again and again.
-        """
-        self._recoveries += 1
-        if self._recoveries > RECOVERIES_ALLOWED:
-            raise RuntimeError(
-                f"{lost} That was loss {self._recoveries} of learner or replay since the last checkpoint, which is "
-                f"intact; go on with: {self.run.resume_command()}"
-            ) from lost
-        begun = time.monotonic()
-        saved = sorted(self.run.dir.resolve().glob("checkpoints/step-*/manifest.json"))
-        checkpoint = newest_checkpoint(self.run.dir.resolve()) if saved else None
-        source = checkpoint.name if checkpoint else "the beginning"
-        told = []
-        if not self._alive(self.learner):
-            ray.kill(self.learner)  # sets its name free
-            self.updates.clear()
-            self._start_learner()
-            done = self._wait(self.learner.load.remote(checkpoint), "the learner") if checkpoint else 0
-            self.weights = self.publish()
-            told.append(f"learner died; started again from {source}, {self._count_lost_updates(done)} updates lost")
-        if not self._alive(self.replay):
-            discarded = self._recover_replay(checkpoint)
-            told.append(f"replay/0 died; started again from {source}, {discarded} steps discarded")
-        self.run.recorder.counters["actor_restarts"] += len(told)
-        self.run.recorder.say(f"{'; '.join(told) or lost} ({time.monotonic() - begun:.1f} s)")
-
-    def _alive(self, handle: Any) -> bool:
-        try:
-            ray.get(handle.pid.remote(), timeout=START_SECONDS)
-            return True
-        except RayActorError:
-            return False
-
-    def _count_lost_updates(self, done: int) -> int:
-        """`done` updates are in the learner again. They are not made up for: the limiter counts what was delivered."""
-        lost = self.run.limiter.updates - done - self.run.recorder.counters["updates_lost"]
-        self.run.recorder.counters["updates_lost"] += lost
-        return lost
-
-    def _recover_replay(self, checkpoint: Path | None) -> int:
-        """Every episode starts anew, since the rows that open ones had are gone. Returns the steps that were lost."""
-        while self.updates:  # those whose batches were drawn in time are done
-            try:
-                self._take_update(write_back=False)
-            except ActorLost:
-                continue
-        ray.kill(self.replay)  # sets its name free
-        self._start_replay()
-        before = self.run.limiter.env_steps + sum(info.steps for info in self.inserts.values())
-        before += sum(c.requested for c in self.collectors)
-        self.inserts.clear()
-        accepted = self._wait(self.replay.load.remote(checkpoint), "replay") if checkpoint else None
-        self.run.limiter.env_steps = accepted.steps if accepted else 0
-        lost = before - self.run.limiter.env_steps
-        self.run.recorder.counters["env_steps_discarded"] += lost
-        self.restart_collecting()
-        return lost
-
-    def restart_collecting(self) -> None:
-        """Start all episodes anew, in actors that live on."""
-        self.incarnation += 1
-        if self.own is not None:
-            self.own.env.close()
-            self.own = self.own_rollout()
-        if self.evaluating is not None:
-            self.evaluation_due, self.evaluating = self.evaluating, None
-        for collector in self.collectors:  # what is under way ends before the restart, and is not taken in
-            collector.task, collector.chunk, collector.requested = None, None, 0
-            restarted = collector.handle.restart.remote(self.incarnation)
-            try:
-                ray.get(restarted, timeout=self.config.runtime.collect_timeout)
-            except (RayActorError, GetTimeoutError) as error:
-                self.replace(collector, f"could not start anew ({type(error).__name__})", error)
-            else:
-                collector.incarnation, collector.version = self.incarnation, -1
-
-    def replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
-        """Start a lost env actor anew; it gets the newest weights before it acts."""
-        if collector.restarts >= RESTARTS_ALLOWED:
-            raise RuntimeError(
-                f"env/{collector.index:03d} was lost {RESTARTS_ALLOWED + 1} times in a row without finishing a "
-                f"collect; the last time it {why}. Look for an environment that kills or blocks its process."
-            ) from error
-        ray.kill(collector.handle)
-        counters = self.run.recorder.counters
-        counters["actor_restarts"] += 1
-        counters["env_steps_discarded"] += collector.requested
-        if collector.chunk is EVALUATION:  # it was evaluating: do that again
-            self.evaluation_due, self.evaluating = self.evaluating, None
-        self.incarnation += 1
-        self.run.recorder.say(
-            f"env/{collector.index:03d} {why}; started again, at most {collector.requested} steps discarded"
-        )
-        fresh = self._start_collector(collector.index, self.incarnation)
-        fresh.restarts = collector.restarts + 1
-        self.collectors[collector.index] = fresh
+            self._insert(chunk, result)
 
     # Intervals
 
@@ -477,8 +372,7 @@ class Coordinator:
         if run.eval_clock.due(steps) and not run.finished:
             self.evaluation_due = steps
         if run.checkpoint_clock.due(steps) and not run.finished:
-            self._settle()
-            self.save()
+            self.begin_saving()
             self.after_checkpoint()
 
     def dispatch_evaluation(self) -> None:
@@ -486,18 +380,16 @@ class Coordinator:
             return
         if self.own is not None:
             steps, self.evaluation_due = self.evaluation_due, None
-            self.run.recorder.evaluated(steps, self._evaluate_here())
+            evaluation = self.own.evaluate(result_of(self.weights, "learner"))
+            while evaluation is None:
+                evaluation = self.own.evaluate(None)
+            self.run.recorder.evaluated(steps, evaluation)
             return
         collector = next((c for c in self.collectors if c.task is None), None)
         if collector is not None:
             collector.task, collector.chunk = collector.handle.evaluate.remote(self.weights), EVALUATION
             collector.since, collector.version = time.monotonic(), self.version
             self.evaluating, self.evaluation_due = self.evaluation_due, None
-
-    def _evaluate_here(self) -> Evaluation:
-        assert self.own is not None
-        self.own.load_weights(ray.get(self.weights))
-        return start_run_evaluation(self.config, self.own.agent).finish()
 
     def _settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree."""
@@ -509,37 +401,60 @@ class Coordinator:
                 return
 
     def _collecting(self) -> bool:
-        return any(c.task is not None and c.chunk is not EVALUATION for c in self.collectors)
+        return any(c.task is not None and not c.evaluating for c in self.collectors)
 
     def _picture(self) -> None:
-        sequence = self.replay.draw_sequence.remote(PICTURE_ROWS, self.run.limiter.env_steps)
+        sequence = self.replay.draw_sequence(PICTURE_ROWS, self.run.limiter.env_steps)
         picture = self.learner.picture.remote(sequence, self.run.title())
-        self.run.recorder.picture(self.of_actor(picture, "learner"))
+        self.run.recorder.picture(result_of(picture, "learner"))
+
+    def begin_saving(self) -> None:
+        """Take a checkpoint as of now; it is written while the run goes on."""
+        self._finish_saving()
+        self._settle()
+        with self.run.saving():
+            self.saving = Saving(self.run.dir.resolve(), self._manifest(), self.learner, self.replay, beside=True)
 
     def save(self) -> None:
-        """Write a checkpoint of everything; call `_settle` before."""
-        partial = begin_checkpoint(self.run.dir.resolve(), self.run.limiter.env_steps)
-        learner = self.learner.save.remote(partial)
-        replay = self.replay.save.remote(partial, self.config.runtime.sync)
-        self.of_actor(learner, "learner")
-        rows = self.of_actor(replay, "replay/0")
-        commit_checkpoint(partial, self.run.manifest(rows, self.incarnation), self.config.checkpoint.keep)
-        self._recoveries = 0
+        """Write a checkpoint and wait for it; call `_settle` before."""
+        self._finish_saving()
+        with self.run.saving():
+            self.saving = Saving(self.run.dir.resolve(), self._manifest(), self.learner, self.replay, beside=False)
+        self._finish_saving()
+
+    def _manifest(self) -> dict[str, Any]:
+        return {**self.run.manifest(self.incarnation), "replay": self.replay.state_dict()}
+
+    def _finish_saving(self) -> None:
+        if self.saving:
+            self.saving.wait()
+            self._commit()
+
+    def _commit(self) -> None:
+        assert self.saving is not None
+        saving, self.saving = self.saving, None
+        with self.run.saving():
+            paused = saving.commit(self.config.checkpoint.keep)
+            self.run.recorder.saved(paused, saving.seconds)
+            self.recovery.checkpointed()
 
     def after_checkpoint(self) -> None:
         """Nothing: collecting goes on across it."""
 
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
+        if stop.requested:  # whoever is at work ends after the step being taken
+            for actor in [self.learner, *(c.handle for c in self.collectors)]:
+                actor.interrupt.remote()
         self._settle(collects=True)
         self.save()
         self._picture()
         finished = self.run.finished and self._final_evaluation(stop)
         evaluation = self.run.recorder.last_evaluation if finished else None
-        return self.run.recorder.summarise("completed" if finished else "interrupted", self._spec.device, evaluation)
+        return self.run.recorder.summarise("completed" if finished else "interrupted", self.spec.device, evaluation)
 
     def _final_evaluation(self, stop: GracefulStop) -> bool:
         """With the newest weights; False if it was interrupted."""
-        self.weights = self.publish()
+        self.publish()
         self.evaluation_due = self.run.limiter.env_steps
         while self.evaluation_due is not None or self.evaluating is not None:
             if stop.requested:

@@ -27,7 +27,7 @@ class Lockstep(Coordinator):
                 self.take_ready(timeout=1.0)
             learned = True
         if learned:
-            self.weights = self.publish()
+            self.publish()
 
     def _collect_in_order(self) -> None:
         steps = self.steps_to_collect()
@@ -40,7 +40,7 @@ class Lockstep(Coordinator):
             if ready:
                 self.take_collector(collector)
             else:
-                self.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
+                self.recovery.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
 
     def steps_to_collect(self) -> int:
         return min(super().steps_to_collect(), 1)
@@ -59,4 +59,4 @@ class Lockstep(Coordinator):
 
     def after_checkpoint(self) -> None:
         """Start all episodes anew, as a resumed run would."""
-        self.restart_collecting()
+        self.recovery.restart_collecting()

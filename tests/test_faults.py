@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator
-from tests.test_ray import ray_config
+from tests.test_ray import accepted, ray_config
 from tests.test_training import dreamer_config
 from worldloom.training.checkpoint import newest_checkpoint, read_manifest, read_msgpack
 from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConfig
@@ -20,6 +20,10 @@ from worldloom.training.inline import InlineTrainer
 from worldloom.training.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
+
+
+def handle_of(coordinator, name):
+    return coordinator.replay.handles[0] if name == "replay" else getattr(coordinator, name)
 
 
 def run_and_kill(config, run_dir, kills):
@@ -35,11 +39,11 @@ def run_and_kill(config, run_dir, kills):
 
     try:
         coordinator.start(resume=False)
-        pids = [ray.get(getattr(coordinator, name).pid.remote()) for _, name in kills]
+        pids = [ray.get(handle_of(coordinator, name).pid.remote()) for _, name in kills]
         thread = threading.Thread(target=killer, daemon=True)
         thread.start()
         summary = coordinator.train()
-        return summary, ray.get(coordinator.replay.accepted.remote())
+        return summary, accepted(coordinator)
     finally:
         coordinator.close()
 

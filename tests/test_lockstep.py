@@ -47,7 +47,7 @@ def outcome(run_dir, made):
     counts = {
         name: summary[name] for name in ("env_steps", "updates", "episodes", "eval_return_mean", "eval_return_std")
     }
-    saved, learner = read_msgpack(folder / "replay.msgpack"), read_msgpack(folder / "learner.msgpack")
+    saved, learner = read_msgpack(folder / "replay-0.msgpack"), read_msgpack(folder / "learner.msgpack")
     learner.pop("acting_generator")  # on Ray the learner does not act
     return {
         "learner": learner, "rows": replay.rows_between(0, replay.accepted().rows),

@@ -18,6 +18,7 @@ from worldloom.envs import EnvironmentFailed
 from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.training.inline import InlineTrainer
+from worldloom.training.replay import Acceptance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
@@ -31,13 +32,19 @@ def ray_config(env="Counting", actors=1, **sections):
     return tiny_config(**{**parts, **sections})
 
 
+def accepted(coordinator):
+    """What all shards of replay have accepted."""
+    shards = ray.get([handle.accepted.remote() for handle in coordinator.replay.handles])
+    return Acceptance(*(sum(counts) for counts in zip(*map(dataclasses.astuple, shards), strict=True)))
+
+
 def run(config, run_dir, resume=False):
     """A whole run, and what replay had accepted at its end."""
     coordinator = Coordinator(config, run_dir)
     try:
         coordinator.start(resume)
         summary = coordinator.train()
-        return summary, ray.get(coordinator.replay.accepted.remote())
+        return summary, accepted(coordinator)
     finally:
         coordinator.close()
 
@@ -119,11 +126,11 @@ def test_an_env_actor_killed_from_outside_is_replaced(tmp_path):
         killer.start()
         summary = coordinator.train()
         killer.join()
-        accepted = ray.get(coordinator.replay.accepted.remote())
+        counts = accepted(coordinator)
     finally:
         coordinator.close()
     assert summary["actor_restarts"] == 1
-    assert summary["env_steps"] == accepted.steps >= 1000
+    assert summary["env_steps"] == counts.steps >= 1000
 
 
 def test_a_hanging_environment_is_replaced_after_the_time_out(tmp_path):

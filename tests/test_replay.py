@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tests import environments  # noqa: F401
 from worldloom.envs import make_env
 from worldloom.spaces import observation_columns
+from worldloom.training.acting import LocalActing
 from worldloom.training.chunk import Chunk, ChunkInfo, ChunkKey
 from worldloom.training.replay import ReplayBuffer
-from worldloom.training.rollout import Rollout
+from worldloom.training.rollout import Lane, Rollout
 from worldloom.types import ColumnSpec, WindowSpec, action_rows, join_obs
 
 
@@ -40,7 +41,7 @@ def rows(steps, first, tag=0.0, end=None):
 def chunk_of(parts, key=(0, 0, 0)):
     columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     lengths = tuple(len(p["rewards"]) for p in parts)
-    info = ChunkInfo(ChunkKey(*key), int((~columns["is_first"]).sum()), 0, (), (), 0, 0, "", 0.0)
+    info = ChunkInfo(ChunkKey(*key), int((~columns["is_first"]).sum()), 0, (), (), 0, 0, "", 0.0, 0.0, "")
     return Chunk(columns, lengths, info)
 
 
@@ -293,7 +294,7 @@ def test_rollout_to_replay_keeps_the_time_alignment_end_to_end(true_end):
     env = make_env("tests.environments:Counting-v0", num_envs=3, seed=5)
     for one in env._envs:
         one._env.unwrapped.true_end = true_end
-    rollout = Rollout(env, Echo(), seed=0)
+    rollout = Rollout([Lane(env, LocalActing(Echo()))], seed=0)
     replay = ReplayBuffer(1000, (3,), 1, windows=spec(8), columns=Echo().columns)
     lengths, returns, steps = [], [], 0
     for _ in range(12):
@@ -339,7 +340,7 @@ def test_mappings_of_observations_keep_the_time_alignment_end_to_end():
     columns = observation_columns(env.observation_space)
     shapes, dtypes = (join_obs({n: getattr(c, part) for n, c in columns.items()}) for part in ("shape", "dtype"))
     replay = ReplayBuffer(1000, shapes, 5, obs_dtype=dtypes, windows=spec(7))
-    rollout = Rollout(env, Choices(), seed=0)
+    rollout = Rollout([Lane(env, LocalActing(Choices()))], seed=0)
     for _ in range(5):
         replay.insert(rollout.collect(7))
     batch = replay.sample(200)  # windows of 7 rows are whole episodes of 6 actions
@@ -371,7 +372,7 @@ def test_an_environment_that_raises_cuts_its_episode_short():
     from worldloom.envs import Environment, VectorEnv
 
     make = lambda: Environment(gymnasium.make("Faulty-v0", period=5, length=100, disable_env_checker=True))  # noqa: E731
-    rollout = Rollout(VectorEnv(make, 1, 0), Echo(), seed=0)
+    rollout = Rollout([Lane(VectorEnv(make, 1, 0), LocalActing(Echo()))], seed=0)
     chunk = rollout.collect(6)
     assert chunk.info.failures == 1
     assert chunk.columns["obs"][:, 0].tolist() == [0, 1, 2, 3, 4, 0]

@@ -306,7 +306,7 @@ def test_rows_are_written_once_and_dropped_with_their_checkpoints(tmp_path):
     trainer = InlineTrainer(config, tmp_path)
     trainer.train()
     files = sorted(path.stem.split("-") for path in (tmp_path / "checkpoints" / "rows").iterdir())
-    spans = [(int(a), int(b)) for a, b in files]
+    spans = [(int(a), int(b)) for _, a, b in files]
     rows = trainer.replay.accepted().rows
     assert spans[-1][1] == rows
     assert spans[0][1] > rows - 150

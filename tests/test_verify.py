@@ -28,7 +28,7 @@ def change(run_dir, tmp_path, name, edit):
     shutil.copytree(run_dir, copy)
     folder = newest_checkpoint(copy)
     if name == "rows":
-        path = folder.parent / "rows" / json.loads((folder / "manifest.json").read_text())["rows"][0]
+        path = folder.parent / "rows" / json.loads((folder / "manifest.json").read_text())["rows"][0][0]
     else:
         path = folder / name
     value = json.loads(path.read_text()) if path.suffix == ".json" else read_msgpack(path)
@@ -77,8 +77,8 @@ def test_a_run_without_faults_keeps_them_all(config, tmp_path):
     ("name", "edit", "words"),
     [
         ("manifest.json", set_at("limiter", "env_steps", value=299), "I1: 299 steps are reported, but replay accepted"),
-        ("replay.msgpack", set_at("steps", value=10), "I1: replay counts 10 steps, but its rows hold 30"),
-        ("replay.msgpack", set_at("sequence", value=[[0, 0, 1], [0, 0, 2]]), "I2: an actor has two last chunks"),
+        ("replay-0.msgpack", set_at("steps", value=10), "I1: replay counts 10 steps, but its rows hold 30"),
+        ("replay-0.msgpack", set_at("sequence", value=[[0, 0, 1], [0, 0, 2]]), "I2: an actor has two last chunks"),
         ("rows", lose_an_end, "I3: actor 0, environment .: an episode starts where the one before has no end"),
         ("rows", go_on_after_an_end, "I3: actor 0, environment .: an episode goes on after its end"),
         ("rows", end_twice, "I3: actor 0, environment .: a row is both terminated and truncated"),

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
+    save_described(directory, description, model.state_dict())
+
+
+def save_described(
+    directory: str | os.PathLike[str], description: dict[str, Any], parameters: Mapping[str, Tensor]
+) -> None:
+    """What `save_model` writes, of a model's state dict."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    save_parameters(folder / "model.safetensors", model)
+    save_parameters(folder / "model.safetensors", parameters)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def save_parameters(path: Path, model: nn.Module) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+def save_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, path)
 
 
 def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:

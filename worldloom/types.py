@@ -168,6 +168,7 @@ class Agent(Protocol):
     pretrain: bool  # replay the warm-up steps at the train ratio too, in one burst when learning starts
     train_ratio: float  # the published one: replayed steps per environment step
     default_precision: Precision  # of learning on a GPU, as published
+    plans: bool  # acting is a search with the model, which is worth a GPU
     true_ends_hint: str | None  # what to tell a user whose episodes end truly, where the model has no notion of it
     updates: int  # gradient updates so far
     acting_generator: torch.Generator  # all the randomness of `act`; learning has its own

@@ -61,6 +61,7 @@ class DreamerV3Agent:
     random_warmup = False
     pretrain = False
     true_ends_hint = None
+    plans = False
     default_precision: Precision = "bfloat16"
 
     def __init__(self, model: DreamerV3WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:

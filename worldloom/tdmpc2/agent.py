@@ -50,6 +50,7 @@ class TDMPC2Agent:
         self.windows = WindowSpec(length=c.horizon + 1, context=1, crosses_episodes=False)
         self.train_ratio = float(c.batch_size * c.horizon)  # one update per environment step
         self.true_ends_hint = None if c.episodic else NOT_EPISODIC
+        self.plans = c.mpc
         self.updates = 0
         self.scale = RunningScale(c.tau)
         self.device = model.bins.device

@@ -49,6 +49,7 @@ class AgentSpec:
     pretrain: bool
     random_warmup: bool
     true_ends_hint: str | None
+    plans: bool
     parameters: int
     device: str
 
@@ -118,9 +119,10 @@ def start_run_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
     return start_evaluation(agent, make, config.eval.episodes, EVAL_SEED)
 
 
-def actor_seed(config: RunConfig, actor: int, incarnation: int) -> int:
-    """A seed for the environments of one start of one actor; no two of them share it."""
-    return int(np.random.SeedSequence([config.train.seed, actor, incarnation]).generate_state(1)[0])
+def actor_seed(config: RunConfig, actor: int, incarnation: int, lane: int = 0) -> int:
+    """A seed for the environments of one lane of one start of one actor; no two of them share it."""
+    entropy = [config.train.seed, actor, incarnation, *([lane] if lane else [])]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def agent_spec(agent: Agent) -> AgentSpec:
@@ -135,6 +137,7 @@ def agent_spec(agent: Agent) -> AgentSpec:
         agent.pretrain,
         agent.random_warmup,
         agent.true_ends_hint,
+        agent.plans,
         parameters,
         str(next(agent.world_model.parameters()).device),
     )
@@ -145,8 +148,9 @@ def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
     return {**base_columns(observation_columns(env.observation_space), env.action_dim), **spec.columns}
 
 
-def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec) -> ReplayBuffer:
-    """Raises MemoryError if it does not fit, ValueError if it, or an episode, is shorter than a window."""
+def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0) -> ReplayBuffer:
+    """One shard of replay. Raises MemoryError if it does not fit, ValueError if it, or an episode, is shorter than a
+    window."""
     windows, longest = spec.windows, env.episode_length
     if not windows.crosses_episodes and longest is not None and longest + 1 < windows.length:
         raise ValueError(
@@ -155,13 +159,13 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec) -> ReplayBuffe
         )
     observations = observation_columns(env.observation_space)
     return ReplayBuffer(
-        config.replay.capacity,
+        config.replay.capacity // config.replay.shards,
         join_obs({name: column.shape for name, column in observations.items()}),
         env.action_dim,
         obs_dtype=join_obs({name: column.dtype for name, column in observations.items()}),
         windows=spec.windows,
         columns=spec.columns,
-        seed=config.train.seed,
+        seed=config.train.seed + shard,
     )
 
 

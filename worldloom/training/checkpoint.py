@@ -1,8 +1,8 @@
 """Checkpoints: rows are written once, then the agent, then a manifest; a folder renamed into place makes it valid.
 
-    checkpoints/rows/000000000000-000000005000.msgpack      consecutive rows of replay, shared by checkpoints
-    checkpoints/step-000005000/agent/{config.json, model.safetensors}
-    checkpoints/step-000005000/{learner.msgpack, replay.msgpack, manifest.json}
+    checkpoints/rows/0-000000000000-000000005000.msgpack    consecutive rows of a replay shard, shared by checkpoints
+    checkpoints/step-000000005000/agent/{config.json, model.safetensors}
+    checkpoints/step-000000005000/{learner.msgpack, replay-0.msgpack, manifest.json}
 
 A folder without its final name is never picked up, so a crash while saving leaves the previous checkpoint in force.
 """
@@ -10,20 +10,29 @@ A folder without its final name is never picked up, so a crash while saving leav
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from worldloom.pretrained import read_description, save_model, save_parameters
+from worldloom.pretrained import read_description, save_described, save_parameters
 from worldloom.training.codec import pack, unpack
 from worldloom.training.replay import ReplayBuffer
-from worldloom.types import Agent
+from worldloom.types import Agent, Array
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # 1 knew no shards
+PARTIAL = ".partial"  # of folders and files that are not complete
+ZLIB_MARK = b"x"  # the first byte of what zlib compressed; a msgpack mapping never starts with it
 SEGMENT_BYTES = 256 * 2**20  # rows files are cut at about this size
 
 
@@ -37,7 +46,7 @@ def checkpoint_folder(run_dir: Path, env_steps: int) -> Path:
 
 def begin_checkpoint(run_dir: Path, env_steps: int) -> Path:
     """An empty folder to save parts into; `commit_checkpoint` makes it valid."""
-    partial = checkpoint_folder(run_dir, env_steps).with_suffix(".partial")
+    partial = checkpoint_folder(run_dir, env_steps).with_suffix(PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
@@ -45,10 +54,16 @@ def begin_checkpoint(run_dir: Path, env_steps: int) -> Path:
 
 def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> Path:
     """Write the manifest, rename the folder into place, then delete all but the `keep` newest checkpoints."""
-    (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
-    final = partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
+    with (partial / "manifest.json").open("w") as file:
+        file.write(json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    final, before = partial.with_suffix(""), partial.with_suffix(".old")
+    if final.exists():  # of the same step
+        shutil.rmtree(before, ignore_errors=True)
+        final.rename(before)
     partial.rename(final)
+    shutil.rmtree(before, ignore_errors=True)
     _prune(final.parent, keep)
     return final
 
@@ -57,7 +72,7 @@ def _prune(folder: Path, keep: int) -> None:
     valid = sorted(path.parent for path in folder.glob("step-*/manifest.json") if path.parent.suffix == "")
     for old in valid[:-keep]:
         shutil.rmtree(old)
-    wanted = {name for kept in valid[-keep:] for name in read_manifest(kept)["rows"]}
+    wanted = {name for kept in valid[-keep:] for shard in read_manifest(kept)["rows"] for name in shard}
     for path in (folder / "rows").glob("*.msgpack"):
         if path.name not in wanted:
             path.unlink()
@@ -80,10 +95,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no readable manifest ({error}). Delete the folder to use the one before."
         ) from error
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{folder} is of format {manifest['format']}, but this version reads up to {FORMAT}. Update WorldLoom."
-        )
+    if manifest["format"] != FORMAT:
+        remedy = "Update WorldLoom" if manifest["format"] > FORMAT else "Go on with the version that wrote it"
+        raise CheckpointError(f"{folder} is of format {manifest['format']}, but this version reads {FORMAT}. {remedy}.")
     return cast(dict[str, Any], manifest)
 
 
@@ -99,14 +113,47 @@ def check_finite(modules: Sequence[nn.Module]) -> None:
         )
 
 
-def save_agent(folder: Path, agent: Agent) -> None:
-    """Raises FloatingPointError rather than save parameters that are NaN or infinite."""
-    modules = [agent.world_model, *([] if agent.behaviour is None else [agent.behaviour])]
-    check_finite(modules)
-    save_model(folder / "agent", agent.describe(), agent.world_model)
-    if agent.behaviour is not None:
-        save_parameters(folder / "agent" / "behaviour.safetensors", agent.behaviour)
-    write_msgpack(folder / "learner.msgpack", agent.state_dict())
+@dataclass(frozen=True)
+class AgentSnapshot:
+    """What a checkpoint holds of an agent."""
+
+    description: dict[str, Any]
+    model: Mapping[str, torch.Tensor]
+    behaviour: Mapping[str, torch.Tensor] | None
+    state: Mapping[str, Any]
+
+
+def take_agent(agent: Agent) -> AgentSnapshot:
+    """Views of everything. Raises FloatingPointError rather than let NaN or infinite parameters be saved."""
+    behaviour = agent.behaviour
+    check_finite([agent.world_model, *([] if behaviour is None else [behaviour])])
+    own = None if behaviour is None else behaviour.state_dict()
+    return AgentSnapshot(agent.describe(), agent.world_model.state_dict(), own, agent.state_dict())
+
+
+def copy_agent(agent: Agent) -> AgentSnapshot:
+    """Copies in this machine's memory, for `write_agent` while the agent goes on learning. Raises as `take_agent`."""
+    taken, copies = take_agent(agent), {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):  # parameters stand in several places
+            key = (value.data_ptr(), tuple(value.shape), value.dtype)
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, Mapping):
+            return {name: copied(part) for name, part in value.items()}
+        return [copied(part) for part in value] if isinstance(value, list | tuple) else value
+
+    behaviour = copied(taken.behaviour) if taken.behaviour is not None else None
+    return AgentSnapshot(taken.description, copied(taken.model), behaviour, copied(taken.state))
+
+
+def write_agent(folder: Path, snapshot: AgentSnapshot) -> None:
+    save_described(folder / "agent", snapshot.description, snapshot.model)
+    if snapshot.behaviour is not None:
+        save_parameters(folder / "agent" / "behaviour.safetensors", snapshot.behaviour)
+    write_msgpack(folder / "learner.msgpack", snapshot.state)
 
 
 def load_agent_state(folder: Path, agent: Agent) -> None:
@@ -136,63 +183,126 @@ def _difference(saved: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
     return "; ".join(part for part in parts if part)
 
 
+@dataclass(frozen=True)
+class ReplaySnapshot:
+    """What a checkpoint holds of replay. Its rows may be drawn lazily, while nothing else changes replay."""
+
+    oldest: int  # number of the oldest row that is held
+    segments: Iterable[tuple[int, int, dict[str, Array]]]  # first and last row number (exclusive), columns
+    state: dict[str, Any]
+    extra: dict[str, Array] | None  # columns that are written back, of every row
+
+
 class ReplayStore:
     """Writes replay's rows once each, into files of consecutive rows named by their numbers."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, shard: int = 0, compress: bool = False) -> None:
         self._folder = run_dir / "checkpoints" / "rows"
-        self._saved: list[tuple[int, int]] = []
+        self._shard, self._compress = shard, compress
+        self._saved: list[tuple[int, int, str]] = []  # first and last row, file
 
     def save(self, folder: Path, replay: ReplayBuffer, exact: bool = False) -> list[str]:
-        """The names of the files that hold every row still in replay.
+        """Snapshot and write in one, without a copy of everything; nothing may change replay meanwhile."""
+        return self.write(folder, self._take(replay, exact))
+
+    def snapshot(self, replay: ReplayBuffer, exact: bool = False) -> ReplaySnapshot:
+        """A copy of what was not saved yet, for `write`, while replay goes on.
 
         Columns that an agent writes back change after their rows were saved; exact: they are saved whole each time.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        taken = self._take(replay, exact)
+        return replace(taken, segments=list(taken.segments))
+
+    def _take(self, replay: ReplayBuffer, exact: bool) -> ReplaySnapshot:
         end = replay.accepted().rows
         oldest = end - len(replay)
-        self._saved = [(first, last) for first, last in self._saved if last > oldest]
         begin = max(self._saved[-1][1] if self._saved else oldest, oldest)
         step = max(SEGMENT_BYTES // (replay.nbytes // replay.capacity), 1)
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            write_msgpack(self._folder / self._name(first, last), replay.rows_between(first, last))
-            self._saved.append((first, last))
-        write_msgpack(folder / "replay.msgpack", replay.state_dict())
-        if exact and replay.extra_columns:
-            write_msgpack(folder / "columns.msgpack", replay.rows_between(oldest, end, replay.extra_columns))
-        return [self._name(*segment) for segment in self._saved]
+        cuts = [(first, min(first + step, end)) for first in range(begin, end, step)]
+        extra = replay.rows_between(oldest, end, replay.extra_columns) if exact and replay.extra_columns else None
+        segments = ((*cut, replay.rows_between(*cut)) for cut in cuts)
+        return ReplaySnapshot(oldest, segments, replay.state_dict(), extra)
 
-    def load(self, folder: Path, replay: ReplayBuffer) -> None:
-        """Fill `replay` from a checkpoint. Raises CheckpointError, naming the file that is missing or damaged."""
-        names = read_manifest(folder)["rows"]
-        segments = [read_msgpack(self._folder / name) for name in names]
+    def write(self, folder: Path, snapshot: ReplaySnapshot) -> list[str]:
+        """Returns the files that hold every row of the snapshot. Raises OSError; what is written by then counts."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._saved = [(first, last, name) for first, last, name in self._saved if last > snapshot.oldest]
+        for first, last, columns in snapshot.segments:
+            name = self._free_name(first, last)
+            write_msgpack(self._folder / name, columns, self._compress)
+            self._saved.append((first, last, name))
+        write_msgpack(folder / f"replay-{self._shard}.msgpack", snapshot.state)
+        if snapshot.extra is not None:
+            write_msgpack(folder / f"columns-{self._shard}.msgpack", snapshot.extra, self._compress)
+        return [name for *_, name in self._saved]
+
+    def load(self, folder: Path, replay: ReplayBuffer) -> int:
+        """Fill `replay` from a checkpoint; returns how many rows are lost with files that are missing or damaged.
+
+        Raises CheckpointError if it is of another replay, or what says how the rows hang together cannot be read.
+        """
+        shards = read_manifest(folder)["rows"]
+        if self._shard >= len(shards):
+            raise CheckpointError(f"{folder} has {len(shards)} replay shards, expected more than {self._shard}.")
+        names: list[str] = shards[self._shard]
+        segments: list[dict[str, Array] | None] = []
+        lost = 0
+        for name in names:
+            try:
+                segments.append(read_msgpack(self._folder / name))
+            except CheckpointError as error:
+                if len(names) == 1:
+                    raise
+                first, last = self._numbers(name)
+                logger.warning("%d rows of replay are lost: %s", last - first, error)
+                segments.append(None)
+                lost += last - first
+        if names and not any(segments):
+            raise CheckpointError(f"{folder}: none of its {len(names)} rows files can be read. Start a new run.")
         try:
-            replay.load_state_dict(read_msgpack(folder / "replay.msgpack"), segments)
-            if (folder / "columns.msgpack").is_file():
-                replay.fill_columns(read_msgpack(folder / "columns.msgpack"))
+            replay.load_state_dict(read_msgpack(folder / f"replay-{self._shard}.msgpack"), segments)
+            if not lost and (columns := folder / f"columns-{self._shard}.msgpack").is_file():
+                replay.fill_columns(read_msgpack(columns))
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        self._saved = [cast(tuple[int, int], tuple(int(n) for n in Path(name).stem.split("-"))) for name in names]
+        self._saved = [] if lost else [(*self._numbers(name), name) for name in names]
+        return lost
+
+    def _free_name(self, first: int, last: int) -> str:
+        """A file that another checkpoint may stand on is never written again."""
+        attempts = (
+            f"{self._shard}-{first:012d}-{last:012d}{again}.msgpack"
+            for again in chain([""], map("-{}".format, count(1)))
+        )
+        return next(name for name in attempts if not (self._folder / name).exists())
 
     @staticmethod
-    def _name(first: int, last: int) -> str:
-        return f"{first:012d}-{last:012d}.msgpack"
+    def _numbers(name: str) -> tuple[int, int]:
+        _, first, last, *_ = name.removesuffix(".msgpack").split("-")
+        return int(first), int(last)
 
 
-def write_msgpack(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(pack(value))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_msgpack(path: Path, value: Any, compress: bool = False) -> None:
+    """Whole or not at all. compress: losslessly (zlib), which `read_msgpack` sees by itself."""
+    partial = path.with_suffix(PARTIAL)
+    packed = zlib.compress(pack(value), level=1) if compress else pack(value)
+    try:
+        with partial.open("wb") as file:
+            file.write(packed)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_msgpack(path: Path) -> Any:
+    """Raises CheckpointError, naming a file that is missing, cut short or of another kind."""
     try:
-        return unpack(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+        return unpack(zlib.decompress(data) if data[:1] == ZLIB_MARK else data)
+    except (OSError, ValueError, zlib.error) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}. Delete its checkpoint to use the one before."
         ) from error

@@ -27,13 +27,15 @@ class ChunkInfo:
 
     key: ChunkKey
     steps: int  # environment steps: rows that an action led to
-    version: int  # of the weights that acted
+    version: int | None  # of the weights that acted; None where actions were drawn at random
     returns: tuple[float, ...]  # of the episodes that ended here
     episode_lengths: tuple[int, ...]  # their agent steps
     true_ends: int  # how many of them ended terminated
     failures: int  # environments rebuilt here after an error
     last_failure: str  # the newest such error, empty if there was none yet
     seconds: float  # spent collecting
+    waited: float  # of these, for actions
+    acting_lost: str  # why nobody acted any more, empty if all went well
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,15 @@ class ReplayConfig:
     """The replay buffer.
 
     Args:
-        capacity: rows kept; the oldest go first
+        capacity: rows kept, of all shards together; the oldest go first
+        shards: replay actors that share the rows; env actors are told apart, so take no more shards than env actors
     """
 
     capacity: int = 1_000_000
+    shards: int = 1
 
     def __post_init__(self) -> None:
+        _require(self.shards >= 1, "replay.shards", self.shards, "at least 1")
         _require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1 row")
 
 
@@ -95,7 +98,10 @@ class RuntimeConfig:
         sync: one vector step, then every update that is due, in turn: on Ray the same numbers as inline, and --resume
             goes on as if the run had never stopped (open episodes are cut short at each checkpoint for that)
         env_actors: remote actors, each with env.num_envs environments; 0 acts in the coordinator
-        acting: local: env actors hold a copy of the weights; auto takes local
+        acting: local: env actors hold a copy of the weights; server: they send observations, and one batched call acts
+            for all; auto takes server for agents that plan, where the learner has a GPU
+        acting_server: where the server runs: in the learner's process, or in an actor of its own
+        acting_deadline: seconds after the first observation in which a batch of the server closes at the latest
         chunk_steps: vector steps per collect; a collect ends earlier after chunk_seconds
         chunk_seconds: seconds
         publish_interval: updates between two versions of the weights
@@ -106,7 +112,9 @@ class RuntimeConfig:
     kind: Literal["ray", "inline"] = "ray"
     sync: bool = False
     env_actors: int = 2
-    acting: Literal["auto", "local"] = "auto"
+    acting: Literal["auto", "local", "server"] = "auto"
+    acting_server: Literal["learner", "actor"] = "learner"
+    acting_deadline: float = 0.003
     chunk_steps: int = 64
     chunk_seconds: float = 1.0
     publish_interval: int = 50
@@ -119,6 +127,13 @@ class RuntimeConfig:
         _require(self.chunk_seconds > 0, "runtime.chunk_seconds", self.chunk_seconds, "above 0")
         _require(self.publish_interval >= 1, "runtime.publish_interval", self.publish_interval, "at least 1")
         _require(self.learner_threads >= 0, "runtime.learner_threads", self.learner_threads, "0 or more")
+        _require(self.acting_deadline >= 0, "runtime.acting_deadline", self.acting_deadline, "0 or more")
+        _require(
+            not (self.sync and self.acting == "server"),
+            "runtime.acting",
+            self.acting,
+            "local or auto with runtime.sync",
+        )
         _require(self.collect_timeout > 0, "runtime.collect_timeout", self.collect_timeout, "above 0")
 
 
@@ -146,10 +161,15 @@ class CheckpointConfig:
     Args:
         interval: environment steps between two checkpoints; 0 saves at the end only
         keep: newest checkpoints kept
+        compress: rows of replay losslessly (zlib): images take a fraction of the room, and longer to write
+        on_error: what follows when the disk is full or cannot be written: continue, and try again at the next interval,
+            or stop the run
     """
 
     interval: int = 10_000
     keep: int = 3
+    compress: bool = False
+    on_error: Literal["continue", "stop"] = "continue"
 
     def __post_init__(self) -> None:
         _require(self.interval >= 0, "checkpoint.interval", self.interval, "0 or more")
@@ -201,4 +221,16 @@ class RunConfig:
             "train.learning_starts",
             self.train.learning_starts,
             f"less than train.total_steps={self.train.total_steps}",
+        )
+        _require(
+            self.runtime.kind == "ray" or self.replay.shards == 1,
+            "replay.shards",
+            self.replay.shards,
+            "1 with runtime.kind inline",
+        )
+        _require(
+            self.replay.shards <= max(self.runtime.env_actors, 1),
+            "replay.shards",
+            self.replay.shards,
+            f"at most runtime.env_actors={max(self.runtime.env_actors, 1)}, each of which fills one",
         )

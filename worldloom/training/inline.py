@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from worldloom.envs import EnvironmentFailed
+from worldloom.training.acting import LocalActing
 from worldloom.training.assembly import (
     actor_seed,
     agent_spec,
@@ -25,13 +26,14 @@ from worldloom.training.checkpoint import (
     begin_checkpoint,
     commit_checkpoint,
     load_agent_state,
-    save_agent,
+    take_agent,
+    write_agent,
 )
 from worldloom.training.config import RunConfig
 from worldloom.training.evaluation import Evaluation
 from worldloom.training.interrupt import GracefulStop
 from worldloom.training.pictures import PICTURE_ROWS, sequence_picture
-from worldloom.training.rollout import Rollout
+from worldloom.training.rollout import Lane, Rollout
 from worldloom.training.run import Run
 
 
@@ -48,16 +50,17 @@ class InlineTrainer:
         spec = agent_spec(self.agent)
         self.replay = make_replay(config, env, spec)
         self.run = Run(config, run_dir, env, spec, resume)
-        self.store = ReplayStore(run_dir)
+        self.store = ReplayStore(run_dir, compress=config.checkpoint.compress)
         if self.run.checkpoint:
             load_agent_state(self.run.checkpoint, self.agent)
-            self.store.load(self.run.checkpoint, self.replay)
+            self.run.recorder.rows_lost(self.store.load(self.run.checkpoint, self.replay))
         self.rollout = self._new_rollout()
 
     def _new_rollout(self) -> Rollout:
         config, incarnation = self.config, self.run.incarnation
         envs = make_run_env(config.env, config.env.num_envs, actor_seed(config, 0, incarnation))
-        return Rollout(envs, self.agent, config.train.seed, incarnation=incarnation)
+        lane = Lane(envs, LocalActing(self.agent))
+        return Rollout([lane], config.train.seed, incarnation=incarnation)
 
     def train(self) -> dict[str, Any]:
         """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
@@ -67,7 +70,7 @@ class InlineTrainer:
                 while not run.finished and not stop.requested:
                     chunk = self.rollout.collect(1, run.random_actions)
                     limiter.env_steps = self.replay.insert(chunk).steps
-                    run.recorder.chunk(chunk.info, self.rollout.version)
+                    run.recorder.chunk(chunk.info, 0)
                     self._learn(stop)
                     if run.log_clock.due(limiter.env_steps):
                         run.recorder.log()
@@ -78,7 +81,7 @@ class InlineTrainer:
                     if run.checkpoint_clock.due(limiter.env_steps) and not run.finished:
                         self.save()
                         if self.config.runtime.sync:  # start all episodes anew, as a resumed run would
-                            self.rollout.env.close()
+                            self.rollout.close()
                             run.incarnation += 1
                             self.rollout = self._new_rollout()
                 return self._finish(stop.requested and not run.finished)
@@ -87,7 +90,7 @@ class InlineTrainer:
                 raise
             finally:
                 run.recorder.close()
-                self.rollout.env.close()
+                self.rollout.close()
 
     def _learn(self, stop: GracefulStop) -> None:
         """Do the updates that are due; write back the replay columns that they refreshed."""
@@ -109,11 +112,14 @@ class InlineTrainer:
         self.run.recorder.picture(sequence_picture(self.agent.world_model, sequence, self.run.title()))
 
     def save(self) -> None:
-        """Write a checkpoint of everything."""
-        partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
-        save_agent(partial, self.agent)
-        rows = self.store.save(partial, self.replay, self.config.runtime.sync)
-        commit_checkpoint(partial, self.run.manifest(rows, self.run.incarnation), self.config.checkpoint.keep)
+        """Write a checkpoint of everything; a disk that refuses it is told of, and ends the run where that is asked."""
+        snapshot = take_agent(self.agent)
+        manifest = self.run.manifest(self.run.incarnation)
+        with self.run.saving():
+            partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
+            write_agent(partial, snapshot)
+            rows = self.store.save(partial, self.replay, self.config.runtime.sync)
+            commit_checkpoint(partial, {**manifest, "rows": [rows]}, self.config.checkpoint.keep)
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         self.save()

@@ -150,7 +150,7 @@ class AgentLearner:
     def save(self, folder: Path) -> None:
         save_model(folder, self.agent.describe(), self.agent.world_model)
         if self.agent.behaviour is not None:
-            save_parameters(folder / "behaviour.safetensors", self.agent.behaviour)
+            save_parameters(folder / "behaviour.safetensors", self.agent.behaviour.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {"agent": self.agent.state_dict()}

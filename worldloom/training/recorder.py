@@ -21,8 +21,15 @@ from worldloom.training.report import PICTURE, write_report
 from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20
-LOSSES = ("env_failures", "actor_restarts", "env_steps_discarded", "updates_lost")
-COUNTERS = ("episodes", "true_ends", "env_failures", "actor_restarts", "env_steps_discarded", "updates_lost")
+LOSSES = (
+    "env_failures",
+    "actor_restarts",
+    "env_steps_discarded",
+    "updates_lost",
+    "rows_lost",
+    "checkpoints_failed",
+)
+COUNTERS = ("episodes", "true_ends", *LOSSES)
 
 
 class Recorder:
@@ -52,6 +59,7 @@ class Recorder:
         self.busy_seconds = 0.0  # seconds of learning, since the start
         self._held = 0.0  # seconds in which collecting had to wait for the learner
         self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
+        self._saving: tuple[float, float] | None = None  # of the newest checkpoint
         self._limits: dict[str, float] = defaultdict(float)  # seconds by what held the run up
         self._true_ends_hint = true_ends_hint
 
@@ -68,7 +76,8 @@ class Recorder:
         self.counters["episodes"] += len(info.returns)
         self.counters["true_ends"] += info.true_ends
         self._returns.extend(info.returns)
-        self._staleness[newest_version - info.version] += 1
+        if info.version is not None:
+            self._staleness[newest_version - info.version] += 1
         if info.failures:
             self.counters["env_failures"] += info.failures
             raised = f"{info.failures} environment(s) raised and were rebuilt in place"
@@ -87,6 +96,16 @@ class Recorder:
         self._learner_updates += updates
         self.busy_seconds += seconds
         self._display.show(self._standing())
+
+    def saved(self, paused: float, seconds: float) -> None:
+        """A checkpoint: the learner stood still for `paused` seconds, and it was complete after `seconds`."""
+        self._saving = (paused, seconds)
+
+    def rows_lost(self, count: int) -> None:
+        """With files of a checkpoint that are missing or damaged."""
+        self.counters["rows_lost"] += count
+        if count:
+            self.say(f"warning: {count:,} rows of replay are lost with damaged files; the run goes on without them")
 
     def held(self, seconds: float) -> None:
         self._held += seconds

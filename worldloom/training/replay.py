@@ -39,6 +39,7 @@ class Acceptance:
     episodes: int  # ended, by a true end or cut short
     chunks: int
     duplicates: int  # chunks that came again and were ignored
+    windows: int  # that can be drawn now; unlike the rest it may shrink
 
 
 class ReplayBuffer:
@@ -93,11 +94,17 @@ class ReplayBuffer:
         self._sequence: dict[int, tuple[int, int]] = {}  # actor -> last accepted (incarnation, sequence)
         self._lengths: dict[int, tuple[int, Array]] = {}  # starts of windows of other lengths
         self._rows = self._steps = self._episodes = self._chunks = self._duplicates = 0
+        self._begin = 0  # number of the first row that was ever here; later where a checkpoint had lost rows
         self._recorded = 0
 
     def __len__(self) -> int:
         """Rows that can be drawn from."""
-        return min(self._rows, self.capacity)
+        return self._rows - self._oldest
+
+    @property
+    def _oldest(self) -> int:
+        """Number of the oldest row that is held."""
+        return max(self._rows - self.capacity, self._begin)
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +121,8 @@ class ReplayBuffer:
         return self._episodes
 
     def accepted(self) -> Acceptance:
-        return Acceptance(self._rows, self._steps, self._episodes, self._chunks, self._duplicates)
+        counts = (self._rows, self._steps, self._episodes, self._chunks, self._duplicates)
+        return Acceptance(*counts, self._index.count)
 
     # In
 
@@ -230,7 +238,7 @@ class ReplayBuffer:
         self._next[positions[-1]] = -1
         oldest = self._rows + count - self.capacity
         previous = self._last.get(origin, -1)
-        if previous >= max(oldest, 0):
+        if previous >= max(oldest, self._begin):
             self._next[previous % self.capacity] = positions[0]
         stream = self._streams.setdefault(origin, Stream(self.windows))
         starts, fresh = stream.extend(numbers, columns["is_first"], oldest)
@@ -246,17 +254,21 @@ class ReplayBuffer:
         """An episode that stops without an end (its actor died) ends truncated, never terminated."""
         ended, is_first = columns["terminated"] | columns["truncated"], columns["is_first"]
         previous = self._last.get(origin, -1)
-        if is_first[0] and previous >= max(self._rows - self.capacity, 0):
-            at = previous % self.capacity
-            if not (self._columns["terminated"][at] or self._columns["truncated"][at]):
-                self._columns["truncated"][at] = True
-                self._episodes += 1
+        if is_first[0] and previous >= self._oldest:
+            self._truncate(previous)
         open_ends = is_first[1:] & ~ended[:-1]
         if not open_ends.any():
             return columns
         truncated = columns["truncated"].copy()
         truncated[:-1] |= open_ends
         return {**columns, "truncated": truncated}
+
+    def _truncate(self, row: int) -> None:
+        """End the episode of that row number there, unless it has ended."""
+        at = row % self.capacity
+        if not (self._columns["terminated"][at] or self._columns["truncated"][at]):
+            self._columns["truncated"][at] = True
+            self._episodes += 1
 
     # Out
 
@@ -329,7 +341,7 @@ class ReplayBuffer:
 
     def _find_starts(self, length: int, crosses: bool | None = None) -> Array:
         """By doubling: `hop` leads 1, 2, 4, … rows ahead, or to -1 where the window would end."""
-        live = np.arange(max(self._rows - self.capacity, 0), self._rows) % self.capacity
+        live = np.arange(self._oldest, self._rows) % self.capacity
         hop = self._next.copy()
         if not (self.windows.crosses_episodes if crosses is None else crosses):
             hop[(hop >= 0) & self._columns["is_first"][hop]] = -1
@@ -369,6 +381,7 @@ class ReplayBuffer:
         """Everything but the rows themselves, which `save_rows` writes."""
         return {
             "rows": self._rows,
+            "begin": self._oldest,
             "steps": self._steps,
             "episodes": self._episodes,
             "chunks": self._chunks,
@@ -394,24 +407,31 @@ class ReplayBuffer:
 
     def fill_columns(self, columns: Mapping[str, Array]) -> None:
         """Replace whole columns of every row that is held, in order of age: [rows, ...] each."""
-        positions = np.arange(max(self._rows - self.capacity, 0), self._rows) % self.capacity
+        positions = np.arange(self._oldest, self._rows) % self.capacity
         for name, values in columns.items():
             self._columns[name][positions] = values
 
-    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[Mapping[str, Array]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[Mapping[str, Array] | None]) -> None:
         """Restore what `state_dict` gave, from segments of consecutive rows in order.
 
-        Raises ValueError if the columns differ or rows are missing.
+        None stands for a segment that is lost: its rows count as evicted, and no window runs over the gap. Raises
+        ValueError if the columns differ or rows are missing.
         """
         expected = {name: [list(s.shape), s.dtype] for name, s in self.specs.items()}
         if state["specs"] != expected:
             raise ValueError(f"the checkpoint's replay has columns {state['specs']}, expected {expected}.")
-        rows = sum(len(segment["rewards"]) for segment in segments)
-        if rows < min(state["rows"], self.capacity):
-            raise ValueError(f"the checkpoint holds {rows} rows of replay, expected {state['rows']}.")
-        self._rows = int(state["rows"]) - rows
+        rows = sum(len(segment["rewards"]) for segment in segments if segment is not None)
+        held = min(state["rows"] - state.get("begin", 0), self.capacity)
+        if rows < held and None not in segments:
+            raise ValueError(f"the checkpoint holds {rows} rows of replay, expected {held}.")
+        self._rows = self._begin = int(state["rows"]) - rows
+        seamless: set[tuple[int, int]] | None = None  # streams that need no seam any more after a gap
         for segment in segments:
-            self._restore(segment)
+            if segment is None:
+                self._forget_streams()
+                seamless = set()
+            else:
+                self._restore(segment, seamless)
         self._steps, self._episodes = int(state["steps"]), int(state["episodes"])
         self._chunks, self._duplicates = int(state["chunks"]), int(state["duplicates"])
         self._sequence = {actor: (incarnation, sequence) for actor, incarnation, sequence in state["sequence"]}
@@ -420,13 +440,13 @@ class ReplayBuffer:
             self._index.remove(order)
             self._index.add(order)
         self._online.clear()
-        self._online.extend(state["online"])
+        self._online.extend(state["online"] if seamless is None else ())
         self._rng.bit_generator.state = state["rng"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything into one npz file, whole or not at all; no entry is pickled."""
         final = Path(path)
-        begin = max(self._rows - self.capacity, 0)
+        begin = self._oldest
         columns = self.rows_between(begin, self._rows) if begin else self._live_columns()
         about = {
             "format": FORMAT,
@@ -501,14 +521,28 @@ class ReplayBuffer:
                 raise ValueError(f"episode {number}: {error}") from error
         return buffer
 
-    def _restore(self, segment: Mapping[str, Array]) -> None:
-        """Append saved rows, one run of a single stream after the other."""
+    def _forget_streams(self) -> None:
+        """What follows belongs to no episode that is open."""
+        for row in self._last.values():
+            if row >= self._oldest:
+                self._truncate(row)
+        self._last.clear()
+        self._streams.clear()
+
+    def _restore(self, segment: Mapping[str, Array], seamless: set[tuple[int, int]] | None) -> None:
+        """Append saved rows, one run of a single stream after the other. After a gap, the first row of each stream
+        becomes a start: what led to it is lost."""
         origin = segment["origin"]
         cuts = np.flatnonzero((origin[1:] != origin[:-1]).any(1)) + 1
         bounds = [0, *cuts.tolist(), len(origin)]
         for begin, end in pairwise(bounds):
             run = {name: segment[name][begin:end] for name in self.specs}
-            self._append((int(origin[begin][0]), int(origin[begin][1])), run)
+            stream = (int(origin[begin][0]), int(origin[begin][1]))
+            if seamless is not None and stream not in seamless:
+                run = {**run, **{name: run[name].copy() for name in ("is_first", "actions", "rewards")}}
+                run["is_first"][0], run["actions"][0], run["rewards"][0] = True, 0, 0
+                seamless.add(stream)
+            self._append(stream, run)
 
 
 def one_hot(choices: Array, count: int) -> Array:

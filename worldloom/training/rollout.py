@@ -3,88 +3,82 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from worldloom.envs import Step, VectorEnv
 from worldloom.spaces import observation_columns
+from worldloom.training.acting import Acted, Acting, ActingLost
 from worldloom.training.chunk import Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
-from worldloom.types import ActState, Agent, Array, ObsArray, Weights, action_rows, join_obs, split_obs
+from worldloom.types import Array, action_rows, split_obs
 
 
-class Rollout:
-    """Acts in a vector of environments with the newest weights and returns chunks of rows.
+@dataclass
+class Ended:
+    """What a lane tells of the episodes that ended in a chunk."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    true_ends: int = 0
+
+
+class Lane:
+    """A vector of environments that are acted on together.
 
     The row of the observation about to be acted on is held back until it was acted on, because the agent's replay
     columns for it are known only then: a chunk ends one row before what the environments have reached.
     """
 
-    def __init__(self, env: VectorEnv, agent: Agent, seed: int, actor: int = 0, incarnation: int = 0) -> None:
-        self.env, self.agent, self.version = env, agent, 0
-        self._actor, self._incarnation, self._sequence = actor, incarnation, 0
-        self._rng = np.random.default_rng([seed, actor, incarnation])
-        agent.acting_generator.manual_seed(int(self._rng.integers(2**31)))
+    def __init__(self, env: VectorEnv, acting: Acting) -> None:
+        self.env, self.acting = env, acting
         self._columns = {
             **base_columns(observation_columns(env.observation_space), env.action_dim),
-            **agent.columns,
+            **acting.columns,
         }
         self._all = np.arange(env.num_envs)
-        self._act_state: ActState | None = None
         self._pending: dict[str, Array] = {}  # the held-back rows, [E, ...] each
+        self._answer: Callable[[], Acted] | None = None
         self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
+        self.waited = 0.0  # seconds, for actions
 
-    def load_weights(self, weights: Weights) -> None:
-        """Act with these from now on. Raises ValueError if the version goes back."""
-        if weights.version < self.version:
-            raise ValueError(f"weights of version {weights.version} came after version {self.version}.")
-        self.agent.load_acting_weights(weights.flat)
-        self.version = weights.version
-
-    def collect(self, steps: int, random: bool = False, seconds: float = float("inf")) -> Chunk:
-        """Step the environments `steps` times, fewer once `seconds` have passed.
-
-        random: act uniformly at random. Raises EnvironmentFailed when an environment cannot be kept alive.
-        """
+    def begin(self, steps: int) -> None:
+        """A new chunk, of at most so many vector steps."""
         if not self._pending:
             self._start(split_obs(self.env.reset()), self._all)
-        builder = ChunkBuilder(self._columns, self.env.num_envs, 2 * steps)
-        episodes: list[tuple[float, int, bool]] = []
-        failures, began = self.env.failures, time.monotonic()
-        for _ in range(steps):
-            actions, extra = self._act(random)
-            step = self.env.step(actions)
-            self._pending["truncated"] |= step.failed  # an episode cut short by an error ends truncated
-            builder.append(self._all, **self._pending, **extra)
-            self._advance(actions, step, builder, episodes)
-            if time.monotonic() - began > seconds:
-                break
-        columns = builder.columns()
-        info = ChunkInfo(
-            key=ChunkKey(self._actor, self._incarnation, self._sequence),
-            steps=int((~columns["is_first"]).sum()),
-            version=self.version,
-            returns=tuple(total for total, _, _ in episodes),
-            episode_lengths=tuple(length for _, length, _ in episodes),
-            true_ends=sum(true_end for _, _, true_end in episodes),
-            failures=self.env.failures - failures,
-            last_failure=self.env.last_failure,
-            seconds=time.monotonic() - began,
-        )
-        self._sequence += 1
-        return Chunk(columns, builder.lengths(), info)
+        self.builder, self.ended = ChunkBuilder(self._columns, self.env.num_envs, 2 * steps), Ended()
+        self._failures = self.env.failures
 
-    def _act(self, random: bool) -> tuple[Array, dict[str, Array]]:
-        if random:
-            actions = action_rows(self._rng, self.env.num_envs, self.env.action_dim, self.env.action_classes)
-            return actions, {}
-        obs: ObsArray = join_obs(self._pending)
-        actions, self._act_state = self.agent.act(obs, self._act_state, self._pending["is_first"])
-        return actions, self.agent.replay_columns(self._act_state)
+    def ask(self, rng: np.random.Generator | None) -> None:
+        """Ask for the next actions; with `rng`, draw them at random."""
+        if rng is not None:
+            actions = action_rows(rng, self.env.num_envs, self.env.action_dim, self.env.action_classes)
+            self._answer = lambda: Acted(actions, {}, -1)
+            return
+        obs = {name: value for name, value in self._pending.items() if name == "obs" or name.startswith("obs/")}
+        self._answer = self.acting.request(obs, self._pending["is_first"])
 
-    def _advance(
-        self, actions: Array, step: Step, builder: ChunkBuilder, episodes: list[tuple[float, int, bool]]
-    ) -> None:
+    def step(self) -> int:
+        """Take the step that was asked for; the version of the weights that acted, -1 for none. Raises ActingLost."""
+        assert self._answer is not None, "ask comes before step"
+        begun = time.monotonic()
+        answer, self._answer = self._answer, None
+        acted = answer()
+        self.waited += time.monotonic() - begun
+        step = self.env.step(acted.actions)
+        self._pending["truncated"] |= step.failed  # an episode cut short by an error ends truncated
+        self.builder.append(self._all, **self._pending, **acted.columns)
+        self._advance(acted.actions, step)
+        return acted.version
+
+    @property
+    def failures(self) -> int:
+        """Environments that were rebuilt since `begin`."""
+        return self.env.failures - self._failures
+
+    def _advance(self, actions: Array, step: Step) -> None:
         """Hold back the row each environment arrived at; where an episode ended, file it and start the next."""
         self._returns += np.where(step.failed, 0, step.rewards)
         self._lengths += ~step.failed
@@ -98,8 +92,10 @@ class Rollout:
         }
         ended = np.flatnonzero(step.terminated | step.truncated)
         if len(ended):
-            builder.append(ended, **{name: value[ended] for name, value in arrived.items()})
-            episodes += [(float(self._returns[e]), int(self._lengths[e]), bool(step.terminated[e])) for e in ended]
+            self.builder.append(ended, **{name: value[ended] for name, value in arrived.items()})
+            self.ended.returns += self._returns[ended].tolist()
+            self.ended.lengths += self._lengths[ended].tolist()
+            self.ended.true_ends += int(step.terminated[ended].sum())
         self._pending = {name: np.array(value) for name, value in arrived.items()}
         first = np.flatnonzero(step.is_first)
         if len(first):
@@ -112,9 +108,92 @@ class Rollout:
             self._pending = {
                 name: np.zeros((count, *column.shape), column.dtype)
                 for name, column in self._columns.items()
-                if name not in self.agent.columns
+                if name not in self.acting.columns
             }
         for name, value in self._pending.items():
             value[envs] = obs.get(name, 0)
         self._pending["is_first"][envs] = True
         self._returns[envs], self._lengths[envs] = 0.0, 0
+
+
+class Rollout:
+    """Acts in one lane of environments, or in several in turn, and returns chunks of rows.
+
+    With several lanes the actions of one are on their way while the environments of another step: that hides the way
+    to an acting server and back.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], seed: int, actor: int = 0, incarnation: int = 0) -> None:
+        self.lanes = list(lanes)
+        self._actor, self._incarnation, self._sequence = actor, incarnation, 0
+        self._rng = np.random.default_rng([seed, actor, incarnation])
+        for lane in self.lanes:
+            lane.acting.start(int(self._rng.integers(2**31)))
+
+    @property
+    def num_envs(self) -> int:
+        return sum(lane.env.num_envs for lane in self.lanes)
+
+    def collect(
+        self,
+        steps: int,
+        random: bool = False,
+        seconds: float = float("inf"),
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Chunk:
+        """Step the environments `steps` times, fewer once `seconds` have passed or `stop` says so.
+
+        random: act uniformly at random. A backend that gives no answer ends the chunk early, which then says so.
+        Raises EnvironmentFailed when an environment cannot be kept alive.
+        """
+        began, waited = time.monotonic(), self._waited()
+        for lane in self.lanes:
+            lane.begin(steps)
+        versions, lost = self._step_in_turn(
+            steps, self._rng if random else None, lambda: time.monotonic() - began > seconds or stop()
+        )
+        columns = [lane.builder.columns() for lane in self.lanes]
+        together = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+        info = ChunkInfo(
+            key=ChunkKey(self._actor, self._incarnation, self._sequence),
+            steps=int((~together["is_first"]).sum()),
+            version=min([v for v in versions if v >= 0], default=None),
+            returns=tuple(total for lane in self.lanes for total in lane.ended.returns),
+            episode_lengths=tuple(length for lane in self.lanes for length in lane.ended.lengths),
+            true_ends=sum(lane.ended.true_ends for lane in self.lanes),
+            failures=sum(lane.failures for lane in self.lanes),
+            last_failure=next((lane.env.last_failure for lane in self.lanes if lane.env.last_failure), ""),
+            seconds=time.monotonic() - began,
+            waited=self._waited() - waited,
+            acting_lost=lost,
+        )
+        self._sequence += 1
+        return Chunk(together, tuple(n for lane in self.lanes for n in lane.builder.lengths()), info)
+
+    def _step_in_turn(
+        self, steps: int, rng: np.random.Generator | None, enough: Callable[[], bool]
+    ) -> tuple[list[int], str]:
+        """The versions of the weights that acted, and what was wrong if nobody acts any more."""
+        versions: list[int] = []
+        try:
+            for lane in self.lanes:
+                lane.ask(rng)
+            for n in range(steps):
+                last = n + 1 == steps or enough()
+                for lane in self.lanes:
+                    versions.append(lane.step())
+                    if not last:
+                        lane.ask(rng)
+                if last:
+                    break
+        except ActingLost as error:
+            return versions, str(error)
+        return versions, ""
+
+    def _waited(self) -> float:
+        return sum(lane.waited for lane in self.lanes)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for lane in self.lanes:
+            lane.env.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,28 @@ class Run:
         """Whether to act at random now: the warm-up of agents that ask for one."""
         return self.spec.random_warmup and not self.limiter.learning
 
-    def manifest(self, rows: list[str], incarnation: int) -> dict[str, Any]:
+    def manifest(self, incarnation: int) -> dict[str, Any]:
+        """What a checkpoint tells of now, but for the files that hold its rows."""
         return {
             "algorithm": self.config.algorithm,
             "env_id": self.config.env.id,
             "limiter": self.limiter.state_dict(),
             "counters": self.recorder.saved_counters(),
             "incarnation": incarnation,
-            "rows": rows,
         }
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what writes a checkpoint: tells of a disk that refuses, and goes on unless checkpoint.on_error says
+        stop. Earlier checkpoints stand."""
+        try:
+            yield
+        except OSError as error:
+            self.recorder.counters["checkpoints_failed"] += 1
+            text = f"no checkpoint could be written at step {self.limiter.env_steps:,} ({error})"
+            if self.config.checkpoint.on_error == "stop":
+                raise OSError(f"{text}. Free or mend the disk, then go on with: {self.resume_command()}") from error
+            self.recorder.say(f"warning: {text}; earlier ones stand, and the next interval tries again")
 
     def title(self) -> str:
         """Of a picture made now."""

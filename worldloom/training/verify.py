@@ -20,32 +20,40 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
     rows are contiguous: every start has a seam before it, an interrupted episode ends truncated, and actions and
     rewards of starts are zero. I4 no more was delivered to the learner than the train ratio allows. I6 learner and
     manifest agree on their updates. No file can tell of the other two: that weights never go back (I5;
-    `Rollout.load_weights` refuses), and that nothing is left running (I7).
+    `worldloom.training.acting` refuses), and that nothing is left running (I7).
 
     Raises CheckpointError if there is no checkpoint or it cannot be read.
     """
     folder = newest_checkpoint(run_dir)
-    manifest, replay = read_manifest(folder), read_msgpack(folder / "replay.msgpack")
-    learner = read_msgpack(folder / "learner.msgpack")
-    segments = [read_msgpack(folder.parent / "rows" / name) for name in manifest["rows"]]
-    rows = {name: np.concatenate([segment[name] for segment in segments]) for name in (*FLAGS, "origin")}
-    rows["file"] = np.repeat(np.arange(len(segments)), [len(segment["rewards"]) for segment in segments])
+    manifest, learner = read_manifest(folder), read_msgpack(folder / "learner.msgpack")
+    shards = [read_msgpack(folder / f"replay-{number}.msgpack") for number in range(len(manifest["rows"]))]
     limiter, counters = manifest["limiter"], manifest["counters"]
     broken = []
-    if limiter["env_steps"] != replay["steps"]:
-        broken.append(f"I1: {limiter['env_steps']:,} steps are reported, but replay accepted {replay['steps']:,}.")
-    if replay["rows"] <= len(rows["is_first"]) and int((~rows["is_first"]).sum()) != replay["steps"]:
-        held = int((~rows["is_first"]).sum())
-        broken.append(f"I1: replay counts {replay['steps']:,} steps, but its rows hold {held:,}.")
-    actors = [entry[0] for entry in replay["sequence"]]
+    if limiter["env_steps"] != (steps := sum(replay["steps"] for replay in shards)):
+        broken.append(f"I1: {limiter['env_steps']:,} steps are reported, but replay accepted {steps:,}.")
+    for replay, names in zip(shards, manifest["rows"], strict=True):
+        broken += _rows(replay, [read_msgpack(folder.parent / "rows" / name) for name in names])
+    actors = [entry[0] for replay in shards for entry in replay["sequence"]]
     if len(actors) != len(set(actors)):
         broken.append("I2: an actor has two last chunks in replay.")
-    broken += [f"I3: {text}" for text in _seams(rows)]
     broken += _ratio(limiter, counters["env_steps_discarded"])
     kept = limiter["updates"] - counters["updates_lost"]
     if learner["updates"] != kept:
         broken.append(f"I6: the learner made {learner['updates']:,} updates, the manifest counts {kept:,}.")
     return broken
+
+
+def _rows(replay: dict[str, Any], segments: list[dict[str, Array]]) -> list[str]:
+    """Of one shard."""
+    if not segments:
+        return []
+    rows = {name: np.concatenate([segment[name] for segment in segments]) for name in (*FLAGS, "origin")}
+    rows["file"] = np.repeat(np.arange(len(segments)), [len(segment["rewards"]) for segment in segments])
+    broken = []
+    held = int((~rows["is_first"]).sum())
+    if replay["rows"] <= len(rows["is_first"]) and held != replay["steps"]:  # else some were evicted
+        broken.append(f"I1: replay counts {replay['steps']:,} steps, but its rows hold {held:,}.")
+    return broken + [f"I3: {text}" for text in _seams(rows)]
 
 
 def _seams(rows: dict[str, Array]) -> list[str]:

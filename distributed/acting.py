@@ -1,0 +1,108 @@
+"""Acting by a server: what an env actor has in place of an agent, and an actor of its own for the server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from worldloom.catalog import agent_from_description
+from worldloom.training.acting import Acted, ActingLost, ActingServer, Client
+from worldloom.training.assembly import AgentSpec, choose_device
+from worldloom.training.config import RunConfig
+from worldloom.types import Agent, Array, ColumnSpec, Weights
+
+LANES = 2  # halves of an actor's environments: one steps while the other waits for its actions
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server batches."""
+
+    rows: int  # environments that wait when a batch closes
+    deadline: float  # seconds
+    clients: int  # that may wait at once
+
+
+def serving(config: RunConfig) -> Serving:
+    """A batch closes with one lane of every env actor: by then the other lanes are stepping."""
+    actors, envs = max(config.runtime.env_actors, 1), config.env.num_envs
+    return Serving(actors * -(-envs // LANES), config.runtime.acting_deadline, LANES * actors + 1)
+
+
+def lane_sizes(num_envs: int, served: bool) -> list[int]:
+    """Environments of each lane."""
+    lanes = min(LANES, num_envs) if served else 1
+    return [len(part) for part in np.array_split(np.arange(num_envs), lanes)]
+
+
+def acts_on_server(config: RunConfig, spec: AgentSpec) -> bool:
+    """What runtime.acting comes to."""
+    if config.runtime.acting != "auto":
+        return config.runtime.acting == "server"
+    return spec.plans and spec.device.startswith("cuda") and not config.runtime.sync
+
+
+class RemoteActing:
+    """Acts through `server`, an actor that has an ActingServer; see `worldloom.training.acting.Acting`."""
+
+    def __init__(self, columns: Mapping[str, ColumnSpec], client: Client, timeout: float) -> None:
+        self.columns, self.server = columns, None
+        self._client, self._timeout = client, timeout
+        self._unanswered = False
+
+    def start(self, seed: int) -> None:
+        """Nothing: the server draws, and starts a client that it does not know anew."""
+
+    def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
+        if self._unanswered:  # the server may have acted on it: it starts this client anew
+            self._client = self._client._replace(session=self._client.session + 1)
+        self._unanswered = True
+        if self.server is None:
+            raise ActingLost("there is no acting server.")
+        reference = self.server.act.remote(self._client, dict(obs), is_first)
+        return lambda: self._receive(reference)
+
+    def _receive(self, reference: Any) -> Acted:
+        try:
+            acted: Acted = ray.get(reference, timeout=self._timeout)
+        except RayActorError as error:
+            raise ActingLost(f"the acting server died ({type(error).__name__}).") from error
+        except GetTimeoutError as error:
+            raise ActingLost(f"the acting server gave no answer for {self._timeout:g} s.") from error
+        except RayTaskError as error:
+            raise error.cause from error
+        self._unanswered = False
+        return acted
+
+
+def make_server(description: dict[str, Any], device: str, seed: int, serving: Serving, threads: int) -> ActingServer:
+    """A server with an agent of its own, so that learning never changes weights that act."""
+    agent: Agent = agent_from_description(description, device, seed)
+    return ActingServer(agent, serving.rows, serving.deadline, threads)
+
+
+class InferenceActor:
+    """Holds an ActingServer and nothing else."""
+
+    def open(self, config: RunConfig, spec: AgentSpec, serving: Serving, incarnation: int) -> None:
+        device = choose_device(config.train.device)
+        self._server = make_server(spec.description, device, config.train.seed + incarnation, serving, 1)
+
+    def __repr__(self) -> str:
+        return "inference"
+
+    def load(self, weights: Weights) -> None:
+        self._server.load(weights)
+
+    @ray.method(concurrency_group="acting")
+    def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
+        return self._server.act(client, obs, is_first)
+
+    def pid(self) -> int:
+        return os.getpid()

@@ -1,0 +1,90 @@
+"""Starting the named actors of a run, and reading their results."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayTaskError
+
+START_SECONDS = 180.0  # for an actor to come up
+
+
+class ActorLost(RuntimeError):
+    """The learner, replay or the acting server died; the coordinator starts it again."""
+
+
+class Launcher:
+    """Starts actors under names in the run's namespace. They end with the driver, and never restart by themselves."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def start(
+        self,
+        kind: type[Any],
+        name: str,
+        *args: Any,
+        cpus: float = 0.0,
+        gpus: float = 0.0,
+        threads: dict[str, int] | None = None,
+        where: Any = "DEFAULT",
+    ) -> Any:
+        """threads: of each concurrency group that the actor's methods name. where: a Ray scheduling strategy."""
+        options = {"name": name, "namespace": self._namespace, "num_cpus": cpus, "num_gpus": gpus}
+        actor = ray.remote(concurrency_groups=threads or {})(kind)  # type: ignore[call-overload]
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return actor.options(**options, scheduling_strategy=where, max_restarts=0, max_task_retries=0).remote(
+                    *args
+                )
+            except ActorAlreadyExistsError:  # it was just killed, and its name is not free yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    @staticmethod
+    def end(handle: Any) -> None:
+        """Also sets the name of an actor free that has died."""
+        ray.kill(handle)
+
+    def wait(self, reference: Any, who: str) -> Any:
+        """The result, or a sentence if the actor does not come up. Raises what it raised, or ActorLost."""
+        try:
+            return ray.get(reference, timeout=START_SECONDS)
+        except GetTimeoutError:
+            raise RuntimeError(
+                f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
+                "Free resources, or lower runtime.env_actors."
+            ) from None
+        except (RayTaskError, RayActorError) as error:
+            raise reason(error, who) from error
+
+
+def result_of(reference: Any, who: str) -> Any:
+    """A result of the learner or of replay. Raises what they raised, ActorLost if one of them died."""
+    try:
+        return ray.get(reference)
+    except (RayTaskError, RayActorError) as error:
+        raise reason(error, who) from error
+
+
+def reason(error: RayTaskError | RayActorError, who: str) -> Exception:
+    """What really happened: an actor's own exception, or ActorLost."""
+    if isinstance(error, RayActorError):
+        return ActorLost(f"{who} died ({type(error).__name__}).")
+    if isinstance(error.cause, RayActorError):  # of an actor that it was to get something from
+        return ActorLost(f"what {who} was to work on was lost ({type(error.cause).__name__}).")
+    cause: Exception = error.cause
+    return cause
+
+
+def alive(handle: Any) -> bool:
+    """Whether the actor answers; it has a method `pid`."""
+    try:
+        ray.get(handle.pid.remote(), timeout=START_SECONDS)
+        return True
+    except RayActorError:
+        return False

@@ -1,0 +1,119 @@
+"""The replay actors of a run, as one replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distributed.actors import ReplayActor
+from distributed.launcher import Launcher, alive, result_of
+from worldloom.training.assembly import AgentSpec, EnvSpec
+from worldloom.training.config import RunConfig
+from worldloom.training.replay import Acceptance
+
+THREADS = {"saving": 1}
+
+
+class Shards:
+    """Chunks go to the shard of their env actor; a batch comes from one shard, drawn in proportion to its windows."""
+
+    def __init__(self, launcher: Launcher, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> None:
+        self._launcher = launcher
+        self._opening = (config, env, spec, run_dir)
+        self._rng = np.random.default_rng([config.train.seed, 0x54A2D])
+        self.handles: list[Any] = [None] * config.replay.shards
+        self.accepted = [Acceptance(0, 0, 0, 0, 0, 0) for _ in self.handles]
+
+    def start(self, node: str) -> None:
+        """All of them; a single one beside the learner, whose batches then need no copy between machines."""
+        for shard in range(len(self.handles)):
+            self._start(shard, node)
+
+    def _start(self, shard: int, node: str) -> None:
+        alone = len(self.handles) == 1
+        where: Any = NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD"
+        handle = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
+        self.handles[shard] = handle
+        self._launcher.wait(handle.open.remote(*self._opening), self.name(shard))
+        self.accepted[shard] = Acceptance(0, 0, 0, 0, 0, 0)
+
+    @staticmethod
+    def name(shard: int) -> str:
+        return f"replay/{shard}"
+
+    def shard_of(self, actor: int) -> int:
+        return actor % len(self.handles)
+
+    @property
+    def steps(self) -> int:
+        """Environment steps that all shards have accepted."""
+        return sum(accepted.steps for accepted in self.accepted)
+
+    def insert(self, chunk: Any, actor: int) -> Any:
+        """chunk: a Chunk, or a reference to one."""
+        return self.handles[self.shard_of(actor)].insert.remote(chunk)
+
+    def take_acceptance(self, reference: Any, actor: int) -> None:
+        """What an insert came to. Raises ActorLost."""
+        shard = self.shard_of(actor)
+        accepted: Acceptance = result_of(reference, self.name(shard))
+        if accepted.chunks + accepted.duplicates >= self.accepted[shard].chunks + self.accepted[shard].duplicates:
+            self.accepted[shard] = accepted
+
+    def sample(self, batches: int) -> tuple[Any, int]:
+        """A reference to so many batches, and their shard."""
+        shard = self._draw()
+        return self.handles[shard].sample.remote(batches), shard
+
+    def _draw(self) -> int:
+        windows = np.array([accepted.windows for accepted in self.accepted], np.float64)
+        if len(windows) == 1 or not windows.any():
+            return int(np.argmax([accepted.rows for accepted in self.accepted]))
+        return int(self._rng.choice(len(windows), p=windows / windows.sum()))
+
+    def write_back(self, shard: int, written: Any) -> Any:
+        return self.handles[shard].write_back.remote(written)
+
+    def draw_sequence(self, rows: int, seed: int) -> Any:
+        """A reference to columns of one episode of the shard that holds most."""
+        shard = int(np.argmax([accepted.windows for accepted in self.accepted]))
+        return self.handles[shard].draw_sequence.remote(rows, seed)
+
+    # Saving
+
+    def snapshot(self, partial: Path) -> list[Any]:
+        """Take a copy of each shard as of now; references to the files' names, written beside everything else."""
+        return [handle.write.remote(partial, handle.snapshot.remote()) for handle in self.handles]
+
+    def save(self, partial: Path) -> list[Any]:
+        """The same without copies, while nothing else goes on."""
+        return [handle.save.remote(partial) for handle in self.handles]
+
+    def load(self, checkpoint: Path) -> int:
+        """Returns how many rows are lost with damaged files."""
+        return sum(self._load(shard, checkpoint) for shard in range(len(self.handles)))
+
+    def _load(self, shard: int, checkpoint: Path) -> int:
+        self.accepted[shard], lost = self._launcher.wait(self.handles[shard].load.remote(checkpoint), self.name(shard))
+        return int(lost)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self._rng.bit_generator.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rng.bit_generator.state = state["rng"]
+
+    # Recovery
+
+    def dead(self) -> list[int]:
+        return [shard for shard, handle in enumerate(self.handles) if not alive(handle)]
+
+    def restart(self, shard: int, node: str, checkpoint: Path | None) -> int:
+        """From the checkpoint, or empty without one; returns how many rows are lost with damaged files."""
+        self._launcher.end(self.handles[shard])
+        self._start(shard, node)
+        return self._load(shard, checkpoint) if checkpoint else 0

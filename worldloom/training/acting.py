@@ -1,0 +1,209 @@
+"""Acting backends: with a copy of the weights in this process, or in batches for many actors at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from worldloom.types import ActState, Agent, Array, ColumnSpec, Weights, join_obs
+
+
+class ActingLost(RuntimeError):
+    """Whoever was to act gives no answer. What was asked may be asked again, of another."""
+
+
+class Acted(NamedTuple):
+    """What to do in E environments."""
+
+    actions: Array  # [E, A]
+    columns: Mapping[str, Array]  # replay columns of the rows acted on, [E, ...]
+    version: int  # of the weights that acted
+
+
+class Acting(Protocol):
+    """Acts for one vector of environments and remembers their acting states."""
+
+    columns: Mapping[str, ColumnSpec]  # extra replay columns that the agent asks for
+
+    def start(self, seed: int) -> None:
+        """Begin anew: no acting states, and where the randomness of acting is this backend's own, that of `seed`."""
+
+    def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
+        """Ask for actions for obs by replay column, [E, ...] each; the result waits for them. Raises ActingLost."""
+
+
+class LocalActing:
+    """Acts with an agent in this process."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent, self.columns, self.version = agent, agent.columns, 0
+        self._act_state: ActState | None = None
+
+    def start(self, seed: int) -> None:
+        self.agent.acting_generator.manual_seed(seed)
+        self._act_state = None
+
+    def load(self, weights: Weights) -> None:
+        """Act with these from now on. Raises ValueError if the version goes back."""
+        check_version(weights, self.version)
+        self.agent.load_acting_weights(weights.flat)
+        self.version = weights.version
+
+    def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
+        actions, self._act_state = self.agent.act(join_obs(obs), self._act_state, is_first)
+        acted = Acted(actions, self.agent.replay_columns(self._act_state), self.version)
+        return lambda: acted
+
+
+def check_version(weights: Weights, version: int) -> None:
+    """Raises ValueError if weights of `version` are newer."""
+    if weights.version < version:
+        raise ValueError(f"weights of version {weights.version} came after version {version}.")
+
+
+class Client(NamedTuple):
+    """Whom a server acts for: one vector of environments of one actor. A later (incarnation, session) starts anew."""
+
+    actor: int
+    lane: int
+    incarnation: int
+    session: int  # counts the requests that were given up
+
+
+@dataclass
+class Request:
+    """One client's observations, waiting for actions."""
+
+    client: Client
+    obs: Mapping[str, Array]
+    is_first: Array
+    answer: Future[Acted] = field(default_factory=Future)
+
+
+class ActingServer:
+    """Acts for many clients with one agent, in batches, in a thread of its own.
+
+    A batch closes once `rows` environments wait, or `deadline` seconds after the first of them came: a client that died
+    or is slow holds nobody up. Acting states stay here, a row for each environment, and go with their incarnation.
+    """
+
+    def __init__(self, agent: Agent, rows: int, deadline: float, threads: int = 1) -> None:
+        self._agent, self._rows, self._deadline, self._threads = agent, rows, deadline, threads
+        self._states: dict[tuple[int, int], tuple[Client, ActState]] = {}  # by actor and lane
+        self._changed = threading.Condition()
+        self._waiting: list[Request] = []
+        self._newest: Weights | None = None  # not taken up yet
+        self._version = 0
+        self._closed = False
+        self.batches = self.rows_acted = 0
+        self.seconds = 0.0  # of acting
+        self._thread = threading.Thread(target=self._serve, name="acting", daemon=True)
+        self._thread.start()
+
+    def load(self, weights: Weights) -> None:
+        """Act with these from the next batch on. Raises ValueError if the version goes back."""
+        with self._changed:
+            check_version(weights, self._version)
+            self._newest = weights
+
+    def act(self, client: Client, obs: Mapping[str, Array], is_first: Array) -> Acted:
+        """Actions for one client, as part of a batch; blocks. obs by replay column, [E, ...] each.
+
+        A client that this server does not know starts afresh, whatever is_first says. Raises what the agent raises,
+        RuntimeError once the server is closed.
+        """
+        request = Request(client, obs, np.asarray(is_first))
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the acting server is closed.")
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request.answer.result()
+
+    def close(self) -> None:
+        """Answer what waits, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def fill(self) -> float:
+        """Mean share of `rows` that a batch held."""
+        return self.rows_acted / max(self.batches * self._rows, 1)
+
+    def _serve(self) -> None:
+        torch.set_num_threads(self._threads)  # holds for the calling thread
+        while batch := self._next_batch():
+            begun = time.monotonic()
+            try:
+                self._act(batch)
+            except Exception as error:
+                for request in batch:
+                    if not request.answer.done():
+                        request.answer.set_exception(error)
+            self.batches += 1
+            self.rows_acted += sum(len(request.is_first) for request in batch)
+            self.seconds += time.monotonic() - begun
+
+    def _next_batch(self) -> list[Request]:
+        """Empty once the server is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            closes = time.monotonic() + self._deadline
+            while sum(len(r.is_first) for r in self._waiting) < self._rows and not self._closed:
+                left = closes - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            batch, self._waiting = self._waiting, []
+            if self._newest is not None:
+                self._agent.load_acting_weights(self._newest.flat)
+                self._version, self._newest = self._newest.version, None
+            return batch
+
+    def _act(self, batch: list[Request]) -> None:
+        obs = {name: np.concatenate([r.obs[name] for r in batch]) for name in batch[0].obs}
+        known = [self._state_of(r.client) for r in batch]
+        first = np.concatenate([r.is_first | (s is None) for r, s in zip(batch, known, strict=True)])
+        actions, after = self._agent.act(join_obs(obs), _join(known, [len(r.is_first) for r in batch]), first)
+        columns = self._agent.replay_columns(after)
+        begin = 0
+        for request in batch:
+            part = slice(begin, begin + len(request.is_first))
+            begin = part.stop
+            self._keep(request.client, {name: value[part] for name, value in after.items()})
+            mine = {name: value[part] for name, value in columns.items()}
+            request.answer.set_result(Acted(actions[part], mine, self._version))
+
+    def _state_of(self, client: Client) -> ActState | None:
+        kept, state = self._states.get(client[:2], (None, None))
+        return state if kept == client else None
+
+    def _keep(self, client: Client, state: ActState) -> None:
+        """Unless a later incarnation has come meanwhile."""
+        kept = self._states.get(client[:2])
+        if kept is None or kept[0] <= client:
+            self._states[client[:2]] = (client, state)
+
+
+def _join(states: list[ActState | None], rows: list[int]) -> ActState | None:
+    """One acting state for all, with zeros for those that have none; None if nobody has one."""
+    template = next((state for state in states if state is not None), None)
+    if template is None:
+        return None
+    joined = {}
+    for name, like in template.items():
+        parts = [
+            torch.zeros(count, *like.shape[1:], dtype=like.dtype, device=like.device) if state is None else state[name]
+            for state, count in zip(states, rows, strict=True)
+        ]
+        joined[name] = torch.cat(parts)
+    return joined
