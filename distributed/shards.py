@@ -66,10 +66,11 @@ class Shards:
 
     def sample(self, batches: int) -> tuple[Any, int]:
         """A reference to so many batches, and their shard."""
-        shard = self._draw()
+        shard = self.draw()
         return self.handles[shard].sample.remote(batches), shard
 
-    def _draw(self) -> int:
+    def draw(self) -> int:
+        """The shard that the next batches come from."""
         windows = np.array([accepted.windows for accepted in self.accepted], np.float64)
         if len(windows) == 1 or not windows.any():
             return int(np.argmax([accepted.rows for accepted in self.accepted]))
