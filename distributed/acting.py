@@ -104,5 +104,9 @@ class InferenceActor:
     def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
         return self._server.act(client, obs, is_first)
 
+    @ray.method(concurrency_group="acting")
+    def serving_gauges(self) -> dict[str, float]:
+        return self._server.gauges()
+
     def pid(self) -> int:
         return os.getpid()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ from worldloom.training.pictures import sequence_picture
 from worldloom.training.replay import Acceptance, as_batch
 from worldloom.training.rollout import Lane, Rollout
 from worldloom.types import Array, Batch, Weights
+
+RECENT_DRAWS = 1000
 
 Batches = list[dict[str, Array]]
 WrittenColumns = tuple[Array, dict[str, Array]]  # row numbers [B, T] and replay columns [B, T, ...]
@@ -82,11 +84,11 @@ class EnvActor:
         lanes = []
         for number, size in enumerate(lane_sizes(config.env.num_envs, self._served)):
             env = make_run_env(config.env, size, actor_seed(config, index, incarnation, number))
-            acting = self._local if not self._served else self._remote(number)
+            acting = self._local if not self._served else self._remote_acting(number)
             lanes.append(Lane(env, acting))
         return Rollout(lanes, config.train.seed, actor=index, incarnation=incarnation)
 
-    def _remote(self, lane: int) -> RemoteActing:
+    def _remote_acting(self, lane: int) -> RemoteActing:
         client = Client(self._index, lane, self._incarnation, session=0)
         return RemoteActing(self._spec.columns, client, self._config.runtime.collect_timeout / 2)
 
@@ -144,6 +146,7 @@ class ReplayActor:
         self._replay = make_replay(config, env, spec, self._shard)
         self._store = ReplayStore(run_dir, self._shard, config.checkpoint.compress)
         self._batch_size, self._exact = spec.batch_size, config.runtime.sync
+        self._drawn: deque[float] = deque(maxlen=RECENT_DRAWS)
 
     def __repr__(self) -> str:
         return f"replay/{self._shard}"
@@ -155,7 +158,16 @@ class ReplayActor:
         return self._replay.accepted()
 
     def sample(self, batches: int) -> Batches:
-        return [self._replay.draw(self._batch_size) for _ in range(batches)]
+        drawn = []
+        for _ in range(batches):
+            begun = time.monotonic()
+            drawn.append(self._replay.draw(self._batch_size))
+            self._drawn.append(time.monotonic() - begun)
+        return drawn
+
+    def gauges(self) -> dict[str, float]:
+        """Seconds that drawing one batch took lately."""
+        return {f"replay/sample_seconds_p{p}": float(np.percentile(self._drawn or [0.0], p)) for p in (50, 95)}
 
     def draw_sequence(self, rows: int, seed: int) -> dict[str, Array] | None:
         return self._replay.draw_sequence(rows, np.random.default_rng(seed))
@@ -216,6 +228,10 @@ class LearnerActor:
         if self._server is None:
             raise RuntimeError("act: this learner does not serve.")
         return self._server.act(client, obs, is_first)
+
+    @ray.method(concurrency_group="control")
+    def serving_gauges(self) -> dict[str, float]:
+        return {} if self._server is None else self._server.gauges()
 
     def update(self, batches: Batches) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
         """Learn from each batch in turn. Returns three objects of their own: what the coordinator counts, columns

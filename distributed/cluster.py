@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from worldloom.training.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FREE_CPU_SECONDS = 60.0  # to wait for a CPU: actors that just ended give theirs back late
@@ -29,6 +32,16 @@ class Shares:
     gpus: float  # of the learner
     server_gpus: float  # of an acting server in an actor of its own
     learner_threads: int
+    processes: int  # that ask for `cpus` each
+
+    def describe(self) -> str:
+        """What is asked for beside what the cluster has."""
+        total, gpus = ray.cluster_resources(), self.gpus + self.server_gpus
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        return (
+            f"cluster: {nodes} node(s) with {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; asked "
+            f"for: {self.processes} processes x {self.cpus:g} CPUs, {gpus:g} GPUs"
+        )
 
 
 def connect(config: RunConfig, namespace: str) -> bool:
@@ -81,7 +94,7 @@ def share(config: RunConfig) -> Shares:
     own_server = config.runtime.acting_server == "actor" and config.runtime.acting != "local"
     processes = 1 + config.runtime.env_actors + int(own_server)
     deadline = time.monotonic() + FREE_CPU_SECONDS
-    while (cpus := min(1.0, math.floor(100 * (free := _free()).get("CPU", 0.0) / processes) / 100)) <= 0:
+    while (cpus := cpus_for(processes, _free_by_node())) <= 0:
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"the cluster had no free CPU for {FREE_CPU_SECONDS:.0f} s, but {processes} processes need some. "
@@ -89,7 +102,7 @@ def share(config: RunConfig) -> Shares:
             )
         time.sleep(0.2)
     wants_gpu = config.train.device.startswith("cuda")
-    gpus = free.get("GPU", 0.0)
+    gpus = float(ray.available_resources().get("GPU", 0.0))
     if wants_gpu and gpus < 1:
         raise RuntimeError(
             f"train.device is {config.train.device!r}, but the cluster has {gpus:g} free GPUs. Use auto or cpu."
@@ -98,12 +111,34 @@ def share(config: RunConfig) -> Shares:
     learner, server = 0.0, 0.0
     if takes_gpu:
         learner, server = (1.0, float(own_server)) if gpus >= 2 or not own_server else (0.5, 0.5)
-    return Shares(cpus, learner, server, config.runtime.learner_threads or learner_threads(config))
+    threads = config.runtime.learner_threads or learner_threads(config)
+    return Shares(cpus, learner, server, threads, processes)
 
 
-def _free() -> dict[str, float]:
-    free: dict[str, float] = ray.available_resources()
-    return free
+def cpus_for(processes: int, free: Sequence[float]) -> float:
+    """The largest share of a CPU, at most 1 and in hundredths, of which nodes with `free` CPUs hold so many."""
+    for hundredths in range(100, 0, -1):
+        if sum(math.floor(100 * cpus / hundredths + 1e-6) for cpus in free) >= processes:
+            return hundredths / 100
+    return 0.0
+
+
+def _free_by_node() -> list[float]:
+    from ray._private.state import available_resources_per_node
+
+    return [float(free.get("CPU", 0.0)) for free in available_resources_per_node().values()]
+
+
+def check_object_store(node: str, batch_bytes: int, batches: int) -> None:
+    """Raises RuntimeError if the object store of that node cannot hold one batch; warns where it cannot hold all that
+    are under way."""
+    has = next(n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["NodeID"] == node)
+    batch, store = f"{batch_bytes / 2**20:,.0f} MiB", f"{has / 2**20:,.0f} MiB"
+    remedy = "Start Ray with a larger object_store_memory, or lower agent.batch_size."
+    if batch_bytes > 0.9 * has:
+        raise RuntimeError(f"a batch takes {batch}, but the learner's node has an object store of {store}. {remedy}")
+    if 2 * batches * batch_bytes > has:
+        logger.warning("%d batches of %s may be under way in an object store of %s. %s", batches, batch, store, remedy)
 
 
 def learner_threads(config: RunConfig) -> int:

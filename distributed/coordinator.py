@@ -15,10 +15,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from distributed.acting import InferenceActor, acts_on_server, serving
 from distributed.actors import EnvActor, LearnerActor
-from distributed.cluster import connect, share
+from distributed.cluster import check_object_store, connect, share
 from distributed.collector import EVALUATION, Collector
 from distributed.launcher import ActorLost, Launcher, alive, reason, result_of
-from distributed.metrics import RayGauges
+from distributed.metrics import ObjectStore, RayGauges
 from distributed.recovery import Recovery
 from distributed.saving import Saving
 from distributed.shards import Shards
@@ -74,6 +74,8 @@ class Coordinator:
         self.saving: Saving | None = None  # the checkpoint that is being written
         self.recovery = Recovery(self)
         self._held_since: float | None = None
+        self._store = ObjectStore()
+        self._spilled = False
 
     # Starting and ending
 
@@ -84,6 +86,7 @@ class Coordinator:
         gauges = RayGauges(self._run_dir.name)
         self.run = Run(self.config, self._run_dir, self._env_spec, self.spec, resume, [gauges])
         self.incarnation = self.run.incarnation  # of the actor started last
+        check_object_store(self.learner_node, self.batch_bytes(), self.bundle() * self.updates_in_flight)
         self.replay = Shards(self.launcher, self.config, self._env_spec, self.spec, self._run_dir)
         self.replay.start(self.learner_node)
         if self.run.checkpoint:
@@ -141,11 +144,12 @@ class Coordinator:
         if not self.collectors:
             torch.set_num_threads(1)
             self.own = EnvActor(self.config, self.spec, 0, self.incarnation, self.server is not None)
+        self.run.recorder.say(self._shares.describe())
         where = f"{len(self.collectors)} env actors" if self.collectors else "the coordinator itself"
         acting = "" if self.server is None else f", acted for by the {self._server_name}"
         self.run.recorder.say(
             f"collecting: {where} x {self.config.env.num_envs} environments{acting}; learner: "
-            f"{self._shares.learner_threads} threads; {self._shares.cpus:g} logical CPUs a process"
+            f"{self._shares.learner_threads} threads"
         )
 
     @property
@@ -156,6 +160,7 @@ class Coordinator:
         """Newest weights, for whoever acts next."""
         self.weights = self.learner.publish.remote()
         self.version = self.launcher.wait(self.weights, "the learner").version
+        self.run.recorder.published(self.version)
         if self.server is not None and self.server is not self.learner:
             self.launcher.wait(self.server.load.remote(self.weights), "the acting server")
 
@@ -331,9 +336,10 @@ class Coordinator:
         task = self.updates.popleft()
         result = result_of(task.result, "learner")
         self.run.limiter.updates += result.updates
-        self.run.recorder.updated(result.metrics, result.updates, result.seconds)
+        self.run.recorder.updated(result.metrics, result.updates, result.seconds, result.publish_seconds)
         if result.published is not None:
             self.weights, self.version = task.weights, result.published
+            self.run.recorder.published(self.version)
             if self.server is not None and self.server is not self.learner:
                 self.server.load.remote(self.weights)
         if self.spec.columns and write_back:
@@ -366,6 +372,7 @@ class Coordinator:
     def at_intervals(self) -> None:
         run, steps = self.run, self.run.limiter.env_steps
         if run.log_clock.due(steps):
+            self._gauge()
             run.recorder.log()
         if run.picture_clock.due(steps) and not run.finished:
             self._picture()
@@ -374,6 +381,19 @@ class Coordinator:
         if run.checkpoint_clock.due(steps) and not run.finished:
             self.begin_saving()
             self.after_checkpoint()
+
+    def _gauge(self) -> None:
+        """Figures that the actors and the object store know."""
+        gauges = {**self._store.gauges(), **self.replay.gauges()}
+        if self.server is not None:
+            gauges |= result_of(self.server.serving_gauges.remote(), "the acting server")
+        if gauges["plasma/spilled_bytes"] and not self._spilled:
+            self._spilled = True
+            self.run.recorder.say(
+                "warning: the object store is too small and spills to disk, which is slow. Start Ray with a larger "
+                "object_store_memory, or lower agent.batch_size or runtime.chunk_steps."
+            )
+        self.run.recorder.gauges(gauges)
 
     def dispatch_evaluation(self) -> None:
         if self.evaluation_due is None or self.evaluating is not None:
@@ -435,7 +455,7 @@ class Coordinator:
         saving, self.saving = self.saving, None
         with self.run.saving():
             paused = saving.commit(self.config.checkpoint.keep)
-            self.run.recorder.saved(paused, saving.seconds)
+            self.run.recorder.gauges({"checkpoint/paused_seconds": paused, "checkpoint/seconds": saving.seconds})
             self.recovery.checkpointed()
 
     def after_checkpoint(self) -> None:

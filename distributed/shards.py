@@ -84,6 +84,11 @@ class Shards:
         shard = int(np.argmax([accepted.windows for accepted in self.accepted]))
         return self.handles[shard].draw_sequence.remote(rows, seed)
 
+    def gauges(self) -> dict[str, float]:
+        """Of the slowest shard."""
+        told = [result_of(handle.gauges.remote(), "replay") for handle in self.handles]
+        return {name: max(each[name] for each in told) for name in told[0]}
+
     # Saving
 
     def snapshot(self, partial: Path) -> list[Any]:

@@ -233,6 +233,17 @@ class SlowCounting(Counting):
         super().__init__(delay=0.002)
 
 
+class OneSlowActor(Counting):
+    """A step takes 20 ms in the second process that makes one (the first tries it out), 2 ms in all others."""
+
+    of_this_process = None
+
+    def __init__(self):
+        if OneSlowActor.of_this_process is None:
+            OneSlowActor.of_this_process = 0.02 if not once("tried") and once("slow") else 0.002
+        super().__init__(delay=OneSlowActor.of_this_process)
+
+
 for name, kind in list(globals().items()):
     if isinstance(kind, type) and issubclass(kind, gym.Env) and kind is not gym.Env:
         gym.register(f"{name}-v0", entry_point=kind)

@@ -108,7 +108,7 @@ def test_a_batch_closes_on_size_without_waiting_for_its_deadline(serve):
         thread.join(60)
     assert answers == {1: [1, 1], 2: [2, 2, 2]}
     assert agent.batches == [5]
-    assert server.fill == 1
+    assert server.gauges()["acting/batch_fill"] == 1
 
 
 def test_a_silent_client_holds_nobody_up(serve):
@@ -117,7 +117,7 @@ def test_a_silent_client_holds_nobody_up(serve):
     for value in range(20):
         ask(server, Client(0, 0, 0, 0), [value])
     assert agent.batches == [1] * 20
-    assert server.fill == pytest.approx(0.001)
+    assert server.gauges()["acting/batch_fill"] == pytest.approx(0.001)
 
 
 def test_what_the_agent_raises_reaches_whoever_asked_and_the_server_goes_on(serve):

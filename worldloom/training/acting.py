@@ -102,8 +102,8 @@ class ActingServer:
         self._newest: Weights | None = None  # not taken up yet
         self._version = 0
         self._closed = False
-        self.batches = self.rows_acted = 0
-        self.seconds = 0.0  # of acting
+        self._batches = self._acted = 0  # batches, and environments in them
+        self._seconds = 0.0  # of acting
         self._thread = threading.Thread(target=self._serve, name="acting", daemon=True)
         self._thread.start()
 
@@ -134,10 +134,10 @@ class ActingServer:
             self._changed.notify_all()
         self._thread.join()
 
-    @property
-    def fill(self) -> float:
-        """Mean share of `rows` that a batch held."""
-        return self.rows_acted / max(self.batches * self._rows, 1)
+    def gauges(self) -> dict[str, float]:
+        """By name: the share of `rows` that a batch held and the seconds that acting took, means since the start."""
+        batches = max(self._batches, 1)
+        return {"acting/batch_fill": self._acted / (batches * self._rows), "acting/seconds": self._seconds / batches}
 
     def _serve(self) -> None:
         torch.set_num_threads(self._threads)  # holds for the calling thread
@@ -149,9 +149,9 @@ class ActingServer:
                 for request in batch:
                     if not request.answer.done():
                         request.answer.set_exception(error)
-            self.batches += 1
-            self.rows_acted += sum(len(request.is_first) for request in batch)
-            self.seconds += time.monotonic() - begun
+            self._batches += 1
+            self._acted += sum(len(request.is_first) for request in batch)
+            self._seconds += time.monotonic() - begun
 
     def _next_batch(self) -> list[Request]:
         """Empty once the server is closed."""

@@ -21,6 +21,8 @@ from worldloom.training.report import PICTURE, write_report
 from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20
+RECENT_CHUNKS = 200
+PUBLISHES_KNOWN = 1000
 LOSSES = (
     "env_failures",
     "actor_restarts",
@@ -59,7 +61,11 @@ class Recorder:
         self.busy_seconds = 0.0  # seconds of learning, since the start
         self._held = 0.0  # seconds in which collecting had to wait for the learner
         self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
-        self._saving: tuple[float, float] | None = None  # of the newest checkpoint
+        self._gauges: dict[str, float] = {}
+        self._published: dict[int, float] = {}  # when, by version
+        self._outdated: deque[float] = deque(maxlen=RECENT_CHUNKS)  # seconds for which newer weights were there
+        self._acting_waited = 0.0  # seconds, of env actors for actions
+        self._publish_seconds = 0.0  # of the learner
         self._limits: dict[str, float] = defaultdict(float)  # seconds by what held the run up
         self._true_ends_hint = true_ends_hint
 
@@ -76,8 +82,11 @@ class Recorder:
         self.counters["episodes"] += len(info.returns)
         self.counters["true_ends"] += info.true_ends
         self._returns.extend(info.returns)
+        self._acting_waited += info.waited
         if info.version is not None:
             self._staleness[newest_version - info.version] += 1
+            superseded = self._published.get(info.version + 1)
+            self._outdated.append(0.0 if superseded is None else time.monotonic() - superseded)
         if info.failures:
             self.counters["env_failures"] += info.failures
             raised = f"{info.failures} environment(s) raised and were rebuilt in place"
@@ -87,8 +96,9 @@ class Recorder:
             self._true_ends_hint = None
         self._display.show(self._standing())
 
-    def updated(self, metrics: Metrics, updates: int, seconds: float) -> None:
-        """`updates` updates took `seconds`; metrics are their means."""
+    def updated(self, metrics: Metrics, updates: int, seconds: float, publish_seconds: float = 0.0) -> None:
+        """`updates` updates took `seconds`, and publishing weights publish_seconds more; metrics are their means."""
+        self._publish_seconds += publish_seconds
         if self._learning_since is None:
             self._learning_since = time.monotonic() - seconds
         for name, value in metrics.items():
@@ -97,9 +107,15 @@ class Recorder:
         self.busy_seconds += seconds
         self._display.show(self._standing())
 
-    def saved(self, paused: float, seconds: float) -> None:
-        """A checkpoint: the learner stood still for `paused` seconds, and it was complete after `seconds`."""
-        self._saving = (paused, seconds)
+    def gauges(self, values: Mapping[str, float]) -> None:
+        """Figures of now by name, for every line of metrics until they are told again."""
+        self._gauges.update(values)
+
+    def published(self, version: int) -> None:
+        """Newer weights than those of lower versions are there from now on."""
+        self._published[version] = time.monotonic()
+        while len(self._published) > PUBLISHES_KNOWN:
+            del self._published[min(self._published)]
 
     def rows_lost(self, count: int) -> None:
         """With files of a checkpoint that are missing or damaged."""
@@ -137,7 +153,7 @@ class Recorder:
         now, limiter = time.monotonic(), self._limiter
         then, steps, updates, busy, held = self._mark
         span = max(now - then, 1e-9)
-        metrics = {
+        metrics: dict[str, float] = {
             "rate/env_steps_per_second": (limiter.env_steps - steps) / span,
             "rate/updates_per_second": (limiter.updates - updates) / span,
             "rate/learner_busy_fraction": self._busy_fraction(),
@@ -145,6 +161,8 @@ class Recorder:
             "rate/train_ratio_error": abs(limiter.actual / limiter.train_ratio - 1) if limiter.updates else 0.0,
             "wait/collecting_seconds": self._held - held,
             "wait/learning_seconds": max(span - (self.busy_seconds - busy), 0.0) if limiter.learning else 0.0,
+            "wait/acting_seconds": self._acting_waited,
+            "weights/publish_fraction": self._publish_seconds / span,
             **{f"count/{name}": float(value) for name, value in self.counters.items() if name in LOSSES},
             "frames": float(limiter.env_steps * self._config.env.action_repeat),
             "episodes": float(self.counters["episodes"]),
@@ -152,12 +170,16 @@ class Recorder:
         if self._returns:
             metrics["episode/return"] = float(np.mean(self._returns))
         metrics["weights/staleness_p95"] = self._staleness_p95()
+        if self._outdated:
+            metrics["weights/staleness_seconds_p95"] = float(np.percentile(self._outdated, 95))
+        metrics |= self._gauges
         for name, total in self._learner_metrics.items():
             metrics[f"learner/{name}"] = total / self._learner_updates
         words = {"limited_by": self.limited_by()}
         self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, **words)
         self._display.line(self._standing())
         self._limits[words["limited_by"]] += span
+        self._acting_waited = self._publish_seconds = 0.0
         self._learner_metrics.clear()
         self._learner_updates = 0
         self._mark = (now, limiter.env_steps, limiter.updates, self.busy_seconds, self._held)

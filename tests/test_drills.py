@@ -1,0 +1,247 @@
+"""Fault drills on one small cluster: deaths between two steps of a protocol, disks that refuse, slow actors."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import ray
+
+from distributed.coordinator import Coordinator, train
+from distributed.launcher import alive
+from tests.test_faults import check, run_and_kill, slow_config
+from tests.test_matrix import matrix_config
+from tests.test_ray import accepted, ray_config
+from worldloom.training.checkpoint import newest_checkpoint
+from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConfig
+from worldloom.training.inline import InlineTrainer
+from worldloom.training.report import read_metrics
+from worldloom.training.verify import verify
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
+
+
+@pytest.fixture
+def coordinator(tmp_path):
+    """Makes coordinators of a run in tmp_path; closes them."""
+    made = []
+
+    def make(config):
+        made.append(Coordinator(config, tmp_path))
+        made[-1].start(resume=False)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def kill(handle):
+    """And wait until it is known to be dead."""
+    os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
+    while alive(handle):
+        pass
+
+
+def finish(made, run_dir):
+    """The run to its end, with all counts checked."""
+    summary = made.train()
+    check(summary, accepted(made), run_dir, made.config)
+    return summary
+
+
+def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):
+    made = coordinator(slow_config())
+    made._dispatch_collects()
+    collector = made.collectors[0]
+    ray.wait([collector.task])
+    kill(collector.handle)
+    made.take_ready(timeout=10)
+    info = next(iter(made.inserts.values()))
+    assert info.key == (0, 0, 0)
+    while made.inserts:
+        made.take_ready(timeout=10)
+    assert made.run.limiter.env_steps == info.steps > 0
+    summary = finish(made, tmp_path)
+    assert summary["actor_restarts"] == 1
+    assert summary["env_steps_discarded"] <= 16  # what the dead actor was asked for next counts, and no more
+
+
+def test_a_chunk_that_comes_twice_counts_once(coordinator, tmp_path):
+    made = coordinator(ray_config(actors=2))
+    insert = made.replay.insert
+
+    def insert_again(chunk, actor):
+        insert(chunk, actor)  # as if its acknowledgement had been lost
+        return insert(chunk, actor)
+
+    made.replay.insert = insert_again
+    summary = made.train()
+    counts = accepted(made)
+    assert counts.duplicates == counts.chunks > 10
+    assert summary["env_steps"] == counts.steps
+    assert summary["updates"] == summary["env_steps"] // 2
+    assert verify(tmp_path) == []
+
+
+def test_all_env_actors_may_die_at_once(coordinator, tmp_path):
+    made = coordinator(slow_config(runtime=RuntimeConfig(env_actors=2, chunk_steps=8, learner_threads=1)))
+    while made.run.limiter.updates < 50:
+        made.advance(None)
+    for collector in made.collectors:
+        kill(collector.handle)
+    summary = finish(made, tmp_path)
+    assert summary["actor_restarts"] == 2
+    assert summary["env_steps_discarded"] <= 2 * 16
+    assert summary["updates"] == summary["env_steps"] // 2
+
+
+@pytest.mark.parametrize("where", ["actor", "learner"])
+def test_an_acting_server_that_dies_loses_no_step(where, tmp_path):
+    steps = TrainConfig(total_steps=1200, learning_starts=100, train_ratio=12)
+    runtime = RuntimeConfig(
+        env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1, acting="server", acting_server=where
+    )
+    config = slow_config(runtime=runtime, train=steps)
+    victim = "server" if where == "actor" else "learner"
+    summary, counts = run_and_kill(config, tmp_path, [(500, victim)])
+    check(summary, counts, tmp_path, config)
+    assert summary["actor_restarts"] == 1
+    assert summary["env_steps_discarded"] == 0
+    assert (summary["updates_lost"] > 0) == (where == "learner")
+
+
+@pytest.mark.parametrize("victim", ["learner", "replay"])
+def test_a_death_while_a_checkpoint_is_written_leaves_a_whole_one(victim, coordinator, tmp_path):
+    made = coordinator(slow_config())
+    begin, killed = made.begin_saving, []
+
+    def begin_and_kill():
+        begin()
+        if not killed and made.run.limiter.env_steps >= 600:
+            handle = made.learner if victim == "learner" else made.replay.handles[0]
+            killed.append(made.run.limiter.env_steps)
+            os.kill(pids[victim], signal.SIGKILL)
+            assert handle is not None
+
+    pids = {
+        "learner": ray.get(made.learner.pid.remote()),
+        "replay": ray.get(made.replay.handles[0].pid.remote()),
+    }
+    made.begin_saving = begin_and_kill
+    summary = finish(made, tmp_path)
+    assert killed
+    assert summary["actor_restarts"] == 1
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordinator, tmp_path):
+    made = coordinator(slow_config(checkpoint=CheckpointConfig(interval=200)))
+    rows, aside = tmp_path / "checkpoints" / "rows", tmp_path / "aside"
+    begin, found = made.begin_saving, {}
+
+    def begin_on_a_bad_disk():
+        step = made.run.limiter.env_steps
+        if 400 <= step < 800 and not rows.is_symlink():
+            made._finish_saving()
+            found["before"] = verify(tmp_path)
+            rows.rename(aside)
+            rows.symlink_to("/proc")  # nobody can make files there
+        elif step >= 800 and rows.is_symlink():
+            made._finish_saving()
+            rows.unlink()
+            aside.rename(rows)
+            found["after"] = newest_checkpoint(tmp_path).name, verify(tmp_path)
+        begin()
+
+    made.begin_saving = begin_on_a_bad_disk
+    summary = finish(made, tmp_path)
+    assert summary["checkpoints_failed"] == 2
+    assert found["before"] == []
+    name, broken = found["after"]
+    assert broken == []
+    assert 200 <= int(name.removeprefix("step-")) < 400
+    assert summary["env_steps_discarded"] == summary["updates_lost"] == 0
+
+
+def test_a_run_may_be_told_to_stop_where_the_disk_refuses(coordinator, tmp_path):
+    made = coordinator(slow_config(checkpoint=CheckpointConfig(interval=300, on_error="stop")))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "rows").symlink_to("/proc")
+    with pytest.raises(OSError, match=r"no checkpoint could be written at step 3\d\d .*launch.train --resume"):
+        made.train()
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_slow_actor_holds_nobody_up(coordinator, tmp_path):
+    config = ray_config(
+        "OneSlowActor", actors=2, train=TrainConfig(total_steps=1500, learning_starts=100, train_ratio=12)
+    )
+    runtime = dataclasses.replace(config.runtime, chunk_steps=64, chunk_seconds=0.3)
+    made = coordinator(dataclasses.replace(config, runtime=runtime))
+    insert, infos = made._insert, []
+    made._insert = lambda chunk, info: (infos.append(info), insert(chunk, info))
+    summary = made.train()
+    assert summary["status"] == "completed"
+    by_actor = [[info for info in infos if info.key.actor == actor] for actor in (0, 1)]
+    pace = sorted(np.median([info.seconds / info.steps for info in each]) for each in by_actor)
+    assert pace[1] > 4 * pace[0]
+    slow = max(by_actor, key=lambda each: np.median([info.seconds / info.steps for info in each]))
+    fast = by_actor[0] if slow is by_actor[1] else by_actor[1]
+    assert sum(i.steps for i in fast) > 1.5 * sum(i.steps for i in slow)
+    assert np.median([info.seconds for info in slow]) < 0.6  # a collect ends after its time
+    assert all(info.version is not None for info in infos[20:])
+    newest = read_metrics(tmp_path)
+    assert any("weights/staleness_seconds_p95" in line for line in newest)
+
+
+def test_what_is_too_big_for_the_object_store_is_refused(tmp_path):
+    config = matrix_config("dreamerv3", 1)
+    config = dataclasses.replace(
+        config,
+        env=dataclasses.replace(config.env, id="tests.environments:Screen-v0"),
+        agent={**config.agent, "batch_size": 2000},
+    )
+    with pytest.raises(
+        RuntimeError, match=r"a batch takes \d+ MiB, but .* object store of 200 MiB.*object_store_memory"
+    ):
+        train(config, tmp_path)
+
+
+def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
+    """In process: whatever the last thing that was done, the checkpoint before loads, and the next one is whole."""
+    config = dataclasses.replace(
+        slow_config(train=TrainConfig(total_steps=400, learning_starts=100, train_ratio=12)),
+        runtime=RuntimeConfig(kind="inline"),
+        checkpoint=CheckpointConfig(interval=100),
+    )
+
+    class Died(BaseException):
+        pass
+
+    def dies(*args, **kwargs):
+        raise Died
+
+    InlineTrainer(config, tmp_path / "run").train()
+    whole = newest_checkpoint(tmp_path / "run").name
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=600))
+    for name in (
+        "worldloom.training.inline.begin_checkpoint",
+        "worldloom.training.inline.write_agent",
+        "worldloom.training.checkpoint.write_msgpack",
+        "worldloom.training.checkpoint.ReplayStore.write",
+        "worldloom.training.inline.commit_checkpoint",
+        "worldloom.training.checkpoint.json.dumps",
+        "pathlib.Path.rename",
+    ):
+        trainer = InlineTrainer(longer, tmp_path / "run", resume=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(name, dies)
+            with pytest.raises(Died):
+                trainer.train()
+        assert newest_checkpoint(tmp_path / "run").name == whole, name
+        assert verify(tmp_path / "run") == [], name
+    summary = InlineTrainer(longer, tmp_path / "run", resume=True).train()
+    assert summary["env_steps"] >= 600
+    assert verify(tmp_path / "run") == []

@@ -1,0 +1,116 @@
+"""The driver's own end: by SIGTERM, as `ray job stop` sends it, and by SIGKILL."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.arguments import dump_config
+from tests.test_faults import slow_config
+from worldloom.training.checkpoint import newest_checkpoint, read_manifest
+from worldloom.training.config import CheckpointConfig, TrainConfig
+from worldloom.training.verify import verify
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parent.parent
+STOP_SECONDS = 3.0  # between the SIGTERM and the SIGKILL of `ray job stop`
+
+
+def parents():
+    """pid -> (parent, state) of every process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue
+        found[int(folder.name)] = (int(parent), state)
+    return found
+
+
+def descendants(pid):
+    tree, wanted = parents(), {pid}
+    while more := {child for child, (parent, _) in tree.items() if parent in wanted} - wanted:
+        wanted |= more
+    return wanted - {pid}
+
+
+def running(pids):
+    return {pid for pid, (_, state) in parents().items() if pid in pids and state != "Z"}
+
+
+def wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """A run in a process of its own, past its first updates; ended at the end whatever happens."""
+    config = slow_config(
+        train=TrainConfig(total_steps=100_000, learning_starts=100, train_ratio=12),
+        checkpoint=CheckpointConfig(interval=0),
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    command = [sys.executable, "-m", "launch.train", "--config", str(tmp_path / "config.yaml")]
+    log = (tmp_path / "log").open("w")
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen([*command, "--run-dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log)
+    metrics = run_dir / "metrics.jsonl"
+    try:
+        wait_for(
+            lambda: metrics.exists() and '"updates": 1' in metrics.read_text(), 180, (tmp_path / "log").read_text()
+        )
+        yield process, run_dir, descendants(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def test_sigterm_leaves_a_manifest_within_the_stop_window_and_the_run_goes_on(driver):
+    process, run_dir, others = driver
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    saved = read_manifest(newest_checkpoint(run_dir))
+    assert saved["limiter"]["env_steps"] > 100
+    assert verify(run_dir) == []
+    wait_for(lambda: not running(others), 30, f"{running(others)} still run")
+    more = saved["limiter"]["env_steps"] + 100
+    command = [sys.executable, "-m", "launch.train", "--resume", "--run-dir", str(run_dir)]
+    done = subprocess.run(
+        [*command, "--train.total_steps", str(more)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"resumed from \S+: ([\d,]+) steps, ([\d,]+) updates", done.stdout)
+    assert [int(n.replace(",", "")) for n in told.groups()] == [
+        saved["limiter"]["env_steps"], saved["limiter"]["updates"],
+    ]  # fmt: skip
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["updates"] == summary["env_steps"] // 2  # owed over both, without a burst
+    assert verify(run_dir) == []
+
+
+def test_sigkill_of_the_driver_leaves_no_actor_behind(driver):
+    process, _, others = driver
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in others}
+    actors = {
+        pid for pid, name in names.items() if re.match(r"ray::(LearnerActor|ReplayActor|learner|replay|env)", name)
+    }
+    assert len(actors) == 3, names
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not running(actors), 30, "an actor still runs")
