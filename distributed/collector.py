@@ -15,7 +15,8 @@ class Collector:
     index: int
     incarnation: int
     handle: Any
-    node: Any  # reference to the id of the node that it runs on
+    coming: Any  # reference to the id of its node, ready once it is up
+    node: str | None = None  # once it is up
     version: int = -1  # of the weights that it holds
     task: Any = None  # reference to the info of the collect, or to the evaluation, that is under way
     chunk: Any = None  # reference to the chunk, or EVALUATION

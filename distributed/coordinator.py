@@ -11,17 +11,17 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from distributed.acting import InferenceActor, acts_on_server, serving
 from distributed.actors import EnvActor, LearnerActor
 from distributed.cluster import check_object_store, connect, share
 from distributed.collector import EVALUATION, Collector
-from distributed.launcher import ActorLost, Launcher, alive, reason, result_of
+from distributed.launcher import START_SECONDS, ActorLost, Launcher, alive, reason, result_of
 from distributed.metrics import ObjectStore, RayGauges
 from distributed.recovery import Recovery
 from distributed.saving import Saving
-from distributed.shards import Shards
+from distributed.shards import ChunkLost, Shards
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.assembly import AgentSpec, probe_env, replay_columns
 from worldloom.training.checkpoint import read_manifest
@@ -139,6 +139,7 @@ class Coordinator:
 
     def start_collecting(self) -> None:
         self.publish()
+        self._began_collecting = time.monotonic()
         for index in range(self.config.runtime.env_actors):
             self.collectors.append(self.start_collector(index))
         if not self.collectors:
@@ -234,7 +235,8 @@ class Coordinator:
     def _dispatch_collects(self) -> None:
         """Give idle env actors something to do, unless collecting is too far ahead of learning."""
         self.dispatch_evaluation()
-        idle = [c for c in self.collectors if c.task is None]
+        idle = [c for c in list(self.collectors) if c.task is None and self._is_up(c)]
+        self._expect_somebody()
         held = False
         for collector in idle:
             steps = self.steps_to_collect()
@@ -243,6 +245,24 @@ class Coordinator:
                 break
             self.collect(collector, steps)
         self._count_held_time(held)
+
+    def _is_up(self, collector: Collector) -> bool:
+        """Work waits until an env actor has found its place in the cluster, so that none is promised in vain."""
+        if collector.node is None and ray.wait([collector.coming], timeout=0)[0]:
+            try:
+                collector.node = ray.get(collector.coming)
+            except RayActorError as error:
+                self.recovery.replace(collector, f"did not come up ({type(error).__name__})", error)
+        return collector.node is not None
+
+    def _expect_somebody(self) -> None:
+        """Raises RuntimeError if no env actor comes up in time; the run goes on with those that do."""
+        waited = time.monotonic() - self._began_collecting
+        if self.collectors and waited > START_SECONDS and not any(c.node for c in self.collectors):
+            raise RuntimeError(
+                f"no env actor came up within {START_SECONDS:.0f} s; each asks for {self._shares.cpus:g} CPUs. "
+                f"The cluster has {ray.available_resources()} free. Free resources, or lower runtime.env_actors."
+            )
 
     def steps_to_collect(self) -> int:
         """Vector steps for the next collect, 0 once total_steps are collected or under way."""
@@ -302,6 +322,7 @@ class Coordinator:
 
     def take_ready(self, timeout: float) -> None:
         pending = [c.task for c in self.collectors if c.task is not None]
+        pending += [c.coming for c in self.collectors if c.node is None]
         pending += [*self.inserts, *(task.result for task in self.updates)]
         pending += self.saving.pending() if self.saving else []
         if not pending:
@@ -326,8 +347,13 @@ class Coordinator:
         return time.monotonic() - collector.since > self.config.runtime.collect_timeout
 
     def _take_insert(self, reference: Any) -> None:
-        self.replay.take_acceptance(reference, self.inserts[reference].key.actor)
-        info = self.inserts.pop(reference)
+        info = self.inserts[reference]
+        try:
+            self.replay.take_acceptance(reference, info.key.actor)
+        except ChunkLost:  # with its actor's node: the actor's next incarnation starts its episodes anew
+            self.run.recorder.counters["env_steps_discarded"] += self.inserts.pop(reference).steps
+            return
+        del self.inserts[reference]
         self.run.limiter.env_steps = self.replay.steps
         self.run.recorder.chunk(info, self.version)
 
@@ -352,8 +378,8 @@ class Coordinator:
         except RayActorError as error:
             self.recovery.replace(collector, f"died ({type(error).__name__})", error)
             return
-        except RayTaskError as error:
-            collector.task = None
+        except (RayTaskError, ObjectLostError) as error:
+            collector.task, collector.requested = None, 0
             if chunk is not EVALUATION:
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
             raise reason(error, f"env/{collector.index:03d}") from error
@@ -405,7 +431,7 @@ class Coordinator:
                 evaluation = self.own.evaluate(None)
             self.run.recorder.evaluated(steps, evaluation)
             return
-        collector = next((c for c in self.collectors if c.task is None), None)
+        collector = next((c for c in list(self.collectors) if c.task is None and self._is_up(c)), None)
         if collector is not None:
             collector.task, collector.chunk = collector.handle.evaluate.remote(self.weights), EVALUATION
             collector.since, collector.version = time.monotonic(), self.version

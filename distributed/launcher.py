@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 START_SECONDS = 180.0  # for an actor to come up
+FAILURES = (RayTaskError, RayActorError, ObjectLostError)
 
 
 class ActorLost(RuntimeError):
@@ -59,7 +60,7 @@ class Launcher:
                 f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
                 "Free resources, or lower runtime.env_actors."
             ) from None
-        except (RayTaskError, RayActorError) as error:
+        except FAILURES as error:
             raise reason(error, who) from error
 
 
@@ -67,17 +68,17 @@ def result_of(reference: Any, who: str) -> Any:
     """A result of the learner or of replay. Raises what they raised, ActorLost if one of them died."""
     try:
         return ray.get(reference)
-    except (RayTaskError, RayActorError) as error:
+    except FAILURES as error:
         raise reason(error, who) from error
 
 
-def reason(error: RayTaskError | RayActorError, who: str) -> Exception:
+def reason(error: RayTaskError | RayActorError | ObjectLostError, who: str) -> Exception:
     """What really happened: an actor's own exception, or ActorLost."""
     if isinstance(error, RayActorError):
         return ActorLost(f"{who} died ({type(error).__name__}).")
-    if isinstance(error.cause, RayActorError):  # of an actor that it was to get something from
-        return ActorLost(f"what {who} was to work on was lost ({type(error.cause).__name__}).")
-    cause: Exception = error.cause
+    cause: Exception = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayActorError | ObjectLostError):  # of an actor, or a node, that it was to get something from
+        return ActorLost(f"what {who} was to work on was lost ({type(cause).__name__}).")
     return cause
 
 

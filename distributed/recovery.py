@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -181,7 +181,7 @@ class Recovery:
             return
         c = self._c
         for collector in list(c.collectors):
-            if not collector.leaving and _here(collector.node) in draining:
+            if not collector.leaving and collector.node in draining:
                 collector.leaving = True
                 collector.handle.interrupt.remote()
             if collector.leaving and collector.task is None:
@@ -198,12 +198,3 @@ def _draining_nodes() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
-
-
-def _here(node: Any) -> str | None:
-    """The node of an actor, None while it is not known yet, or will not be."""
-    ready, _ = ray.wait([node], timeout=0)
-    try:
-        return str(ray.get(ready[0])) if ready else None
-    except RayActorError:
-        return None

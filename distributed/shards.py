@@ -10,12 +10,16 @@ import numpy as np
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.actors import ReplayActor
-from distributed.launcher import Launcher, alive, result_of
+from distributed.launcher import ActorLost, Launcher, alive, result_of
 from worldloom.training.assembly import AgentSpec, EnvSpec
 from worldloom.training.config import RunConfig
 from worldloom.training.replay import Acceptance
 
 THREADS = {"saving": 1}
+
+
+class ChunkLost(RuntimeError):
+    """A chunk went with the node that held it before replay had copied it."""
 
 
 class Shards:
@@ -58,9 +62,14 @@ class Shards:
         return self.handles[self.shard_of(actor)].insert.remote(chunk)
 
     def take_acceptance(self, reference: Any, actor: int) -> None:
-        """What an insert came to. Raises ActorLost."""
+        """What an insert came to. Raises ActorLost, ChunkLost."""
         shard = self.shard_of(actor)
-        accepted: Acceptance = result_of(reference, self.name(shard))
+        try:
+            accepted: Acceptance = result_of(reference, self.name(shard))
+        except ActorLost as error:
+            if alive(self.handles[shard]):
+                raise ChunkLost(str(error)) from error
+            raise
         if accepted.chunks + accepted.duplicates >= self.accepted[shard].chunks + self.accepted[shard].duplicates:
             self.accepted[shard] = accepted
 
