@@ -197,6 +197,7 @@ class ReplayActor:
         lost = self._store.load(folder, self._replay)
         return self._replay.accepted(), lost
 
+    @ray.method(concurrency_group="control")
     def pid(self) -> int:
         return os.getpid()
 
@@ -298,5 +299,6 @@ class LearnerActor:
         load_agent_state(folder, self._agent)
         return self._agent.updates
 
+    @ray.method(concurrency_group="control")
     def pid(self) -> int:
         return os.getpid()

@@ -56,6 +56,7 @@ def connect(config: RunConfig, namespace: str) -> bool:
 
 
 def _connect(config: RunConfig, namespace: str) -> bool:
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of a task's several results the coordinator reads one
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS")

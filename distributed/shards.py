@@ -15,7 +15,7 @@ from worldloom.training.assembly import AgentSpec, EnvSpec
 from worldloom.training.config import RunConfig
 from worldloom.training.replay import Acceptance
 
-THREADS = {"saving": 1}
+THREADS = {"saving": 1, "control": 1}
 
 
 class ChunkLost(RuntimeError):
