@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+import ray
 from ray._private import internal_api
 from ray.util.metrics import Gauge
 
@@ -31,7 +32,7 @@ class ObjectStore:
     """What the cluster's object store holds and moves."""
 
     def __init__(self) -> None:
-        self._state = internal_api.get_state_from_address(None)
+        self._state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
         self._last = (time.monotonic(), self._stats().cumulative_created_bytes)
 
     def gauges(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import ray
 
 from distributed.launcher import result_of
 from distributed.shards import Shards
-from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint
+from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint, drop_partial
 
 
 class Saving:
@@ -23,7 +22,7 @@ class Saving:
     """
 
     def __init__(self, run_dir: Path, manifest: Mapping[str, Any], learner: Any, replay: Shards, beside: bool) -> None:
-        self._manifest = manifest
+        self._run_dir, self._manifest = run_dir, manifest
         self._partial = begin_checkpoint(run_dir, manifest["limiter"]["env_steps"])
         self._begun = time.monotonic()
         self._learner = learner.write.remote(self._partial, learner.snapshot.remote())
@@ -58,5 +57,5 @@ class Saving:
             commit_checkpoint(self._partial, {**self._manifest, "rows": rows}, keep)
             return paused
         except BaseException:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            drop_partial(self._run_dir)
             raise

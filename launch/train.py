@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
+import shutil
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +28,23 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(_with_saved_config(argv))
     config = run_config(parser, parsed)
     run_dir = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
+    fresh = not run_dir.exists()
+    with contextlib.ExitStack() as held:
+        try:
+            check_config(config)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_claimed(run_dir))
+            if fresh:
+                held.callback(_leave_no_husk, run_dir)
+            _prepare(run_dir, config, parsed.resume)
+        except (ValueError, TypeError, OSError) as error:
+            parser.error(str(error))
+        return _run(config, run_dir, parsed.resume)
+
+
+def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
     try:
-        check_config(config)
-        _prepare(run_dir, config, parsed.resume)
-    except (ValueError, TypeError, OSError) as error:
-        parser.error(str(error))
-    try:
-        summary = _train(config, run_dir, parsed.resume)
+        summary = _train(config, run_dir, resume)
     except KeyboardInterrupt:
         saved = any(run_dir.glob("checkpoints/step-*/manifest.json"))
         go_on = (
@@ -75,8 +91,30 @@ def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> None:
     metrics = run_dir / "metrics.jsonl"
     if not resume and ((run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size)):
         raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(config))  # of a resumed run, with what was changed
+
+
+@contextlib.contextmanager
+def _claimed(run_dir: Path) -> Iterator[None]:
+    """The directory for this process alone. Raises ValueError if another run is at work in it."""
+    with (run_dir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{run_dir} is in use by {holder}. Wait for it, or choose another --run-dir.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _leave_no_husk(run_dir: Path) -> None:
+    """Remove the directory of a run that was refused before it did anything."""
+    metrics = run_dir / "metrics.jsonl"
+    if all(path.name in HUSK for path in run_dir.iterdir()) and not (metrics.exists() and metrics.stat().st_size):
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
@@ -116,6 +154,8 @@ SHORT = {
     "--runtime=inline": "--runtime.kind=inline",
     "--runtime=ray": "--runtime.kind=ray",
 }
+LOCK = ".lock"
+HUSK = (LOCK, "config.yaml", "metrics.jsonl", "tensorboard")  # what is there before the first line of metrics
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
 
 if __name__ == "__main__":

@@ -288,3 +288,38 @@ def test_ctrl_c_saves_and_prints_the_resume_command(config, tmp_path, kind, caps
     assert main(["--resume", "--run-dir", str(run_dir), "--runtime", "inline", "--train.total_steps",
                  str(stopped["env_steps"] + 50)]) == 0  # fmt: skip
     assert f"resumed from step-{stopped['env_steps']:012d}" in capsys.readouterr().out
+
+
+def test_two_runs_on_one_directory_are_refused_and_the_first_goes_on(config, tmp_path, capsys):
+    from launch.train import _claimed
+
+    run_dir = tmp_path / "run"
+    assert main(["--config", config, "--run-dir", str(run_dir)]) == 0
+    before = (run_dir / "config.yaml").read_text()
+    with _claimed(run_dir):
+        said = refusal(capsys, "--resume", "--run-dir", str(run_dir), "--train.total_steps", "400")
+        assert f"is in use by process {os.getpid()} on" in said
+        assert (run_dir / "config.yaml").read_text() == before
+    assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0
+
+
+@pytest.mark.parametrize("wrong", [["--env.id", "Nowhere-v0"], ["--replay.capacity", "1000000000000"]])
+def test_a_run_that_is_refused_leaves_no_directory(wrong, config, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main(["--config", config, "--run-dir", str(run_dir), *wrong]) == 1
+    assert not run_dir.exists()
+    run_dir.mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    assert main(["--config", config, "--run-dir", str(run_dir), *wrong]) == 1
+    assert (run_dir / "notes.txt").read_text() == "mine"
+    assert "launch.train:" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(config, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    main(["--config", config, "--run-dir", str(run_dir)])
+    path = next(run_dir.glob("checkpoints/step-*/manifest.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 1
+    assert "is of format 99, but this version reads 2. Update WorldLoom" in capsys.readouterr().err
+    assert json.loads(path.read_text())["format"] == 99

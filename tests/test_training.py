@@ -27,6 +27,7 @@ from worldloom.training.config import (
 )
 from worldloom.training.evaluation import evaluate
 from worldloom.training.inline import InlineTrainer
+from worldloom.training.verify import verify
 
 TINY_AGENT = {
     "encoder_dim": 16, "mlp_dim": 16, "latent_dim": 16, "batch_size": 8, "num_samples": 16, "num_elites": 4,
@@ -295,6 +296,95 @@ def test_a_damaged_rows_file_is_named(tmp_path):
     rows.write_bytes(rows.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=rows.name):
         InlineTrainer(tiny_config(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing"])
+@pytest.mark.parametrize("family", ["tdmpc2", "dreamerv3"])
+def test_a_run_goes_on_without_the_rows_of_a_damaged_file(family, harm, tmp_path, capsys):
+    parts = {
+        "replay": ReplayConfig(capacity=400),
+        "train": TrainConfig(total_steps=500, learning_starts=100, train_ratio=4),
+        "checkpoint": CheckpointConfig(interval=100, compress=True),
+    }
+    config = tiny_config(**parts) if family == "tdmpc2" else dreamer_config(**parts)
+    InlineTrainer(config, tmp_path).train()
+    files = sorted((tmp_path / "checkpoints" / "rows").iterdir())
+    assert len(files) >= 4
+    first, last = (int(part) for part in files[1].stem.split("-")[1:])
+    if harm == "cut":
+        files[1].write_bytes(files[1].read_bytes()[:100])
+    else:
+        files[1].unlink()
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=700))
+    trainer = InlineTrainer(longer, tmp_path, resume=True)
+    assert f"{last - first} rows of replay are lost" in capsys.readouterr().out
+    end = trainer.replay.accepted().rows
+    held = trainer.replay.rows_between(end - len(trainer.replay), end)
+    count = held["obs"][:, 0]
+    for origin in np.unique(held["origin"], axis=0):  # no window runs over the gap: a seam lies there
+        mine = (held["origin"] == origin).all(1)
+        together = ~held["is_first"][mine][1:]
+        np.testing.assert_array_equal(np.diff(count[mine])[together], 1)
+        assert (held["terminated"] | held["truncated"])[mine][:-1][~together].all()
+    summary = trainer.train()
+    assert summary["env_steps"] >= 700
+    assert summary["rows_lost"] == last - first
+    assert verify(tmp_path) == []
+    again = InlineTrainer(longer, tmp_path, resume=True).replay  # what was moved is written anew, under new names
+    assert again.accepted() == trainer.replay.accepted()
+
+
+def test_compressed_rows_are_smaller_and_the_same(tmp_path):
+    sizes = {}
+    for compress in (False, True):
+        config = dreamer_config("Screen", checkpoint=CheckpointConfig(interval=100, compress=compress))
+        config = dataclasses.replace(config, train=TrainConfig(total_steps=200, learning_starts=100, train_ratio=1))
+        folder = tmp_path / str(compress)
+        trainer = InlineTrainer(config, folder)
+        trainer.train()
+        sizes[compress] = sum(path.stat().st_size for path in (folder / "checkpoints" / "rows").iterdir())
+        loaded = InlineTrainer(config, folder, resume=True).replay
+        mine, theirs = (r.rows_between(0, r.accepted().rows) for r in (trainer.replay, loaded))
+        for name in mine:
+            if name not in trainer.replay.extra_columns:  # written back since
+                np.testing.assert_array_equal(mine[name], theirs[name])
+    assert sizes[True] < 0.2 * sizes[False]
+
+
+def test_a_full_disk_ends_no_run_and_leaves_no_half_file(tmp_path):
+    """The kernel refuses to let any file grow beyond a size, as a full disk would."""
+    import resource
+
+    steps = TrainConfig(total_steps=500, learning_starts=100, train_ratio=4)
+    config = tiny_config(checkpoint=CheckpointConfig(interval=100), train=steps)
+    trainer = InlineTrainer(config, tmp_path)
+    limits, save, seen = resource.getrlimit(resource.RLIMIT_FSIZE), trainer.save, []
+
+    def save_on_a_full_disk():
+        full = 200 <= trainer.run.limiter.env_steps < 400
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]) if full else limits)
+        try:
+            save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list((tmp_path / "checkpoints").rglob("*.partial"))
+        seen.append((full, newest_checkpoint(tmp_path).name, verify(tmp_path)))
+
+    trainer.save = save_on_a_full_disk
+    summary = trainer.train()
+    assert [full for full, *_ in seen] == [False, True, True, False, False]
+    assert all(broken == [] for *_, broken in seen)
+    assert len({name for _, name, _ in seen[:3]}) == 1
+    assert summary["checkpoints_failed"] == 2
+    assert not list((tmp_path / "checkpoints").rglob("*.partial"))
+    stop = dataclasses.replace(config, checkpoint=CheckpointConfig(interval=100, on_error="stop"))
+    trainer = InlineTrainer(stop, tmp_path / "stop")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no checkpoint could be written at step 1"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_rows_are_written_once_and_dropped_with_their_checkpoints(tmp_path):

@@ -28,7 +28,11 @@ def save_described(
 
 
 def save_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, path)
+    """Raises OSError where the disk refuses, which safetensors does not tell by a kind of its own."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:

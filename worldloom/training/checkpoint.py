@@ -52,6 +52,12 @@ def begin_checkpoint(run_dir: Path, env_steps: int) -> Path:
     return partial
 
 
+def drop_partial(run_dir: Path) -> None:
+    """Remove what failed or died while it was written."""
+    for partial in run_dir.glob(f"checkpoints/step-*{PARTIAL}"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> Path:
     """Write the manifest, rename the folder into place, then delete all but the `keep` newest checkpoints."""
     with (partial / "manifest.json").open("w") as file:

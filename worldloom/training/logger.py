@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from worldloom.types import Array
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[Mapping[str, float]], None]
 
@@ -21,6 +25,7 @@ class MetricsLogger:
     def __init__(self, run_dir: Path, sinks: Sequence[Sink] = ()) -> None:
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._sinks = sinks
+        self._refused = False
         self._board: Any = None
         try:
             from tensorboardX import SummaryWriter
@@ -34,12 +39,21 @@ class MetricsLogger:
         """TensorBoard counts environment steps, or updates where there is no environment (None). words: go to
         metrics.jsonl alone."""
         counts = {"updates": updates} if env_steps is None else {"env_steps": env_steps, "updates": updates}
-        self._file.write(json.dumps({**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}) + "\n")
+        self._append(json.dumps({**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}) + "\n")
         for sink in self._sinks:
             sink(metrics)
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, updates if env_steps is None else env_steps)
+
+    def _append(self, line: str) -> None:
+        """A disk that is full costs lines, not the run; the first is told of."""
+        try:
+            self._file.write(line)
+        except OSError as error:
+            if not self._refused:
+                logger.warning("metrics.jsonl cannot be written (%s): lines are missing from here on.", error)
+            self._refused = True
 
     def picture(self, env_steps: int, name: str, image: Array) -> None:
         """image: [H, W, 3] uint8, for TensorBoard."""
@@ -47,6 +61,7 @@ class MetricsLogger:
             self._board.add_image(name, image, env_steps, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written is told of
+            self._file.close()
         if self._board is not None:
             self._board.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 from worldloom.spaces import observation_shape
 from worldloom.training.assembly import AgentSpec, EnvSpec, make_limiter, replay_columns
-from worldloom.training.checkpoint import newest_checkpoint, read_manifest
+from worldloom.training.checkpoint import drop_partial, newest_checkpoint, read_manifest
 from worldloom.training.chunk import row_bytes
 from worldloom.training.clock import Every
 from worldloom.training.config import RunConfig
@@ -93,6 +93,7 @@ class Run:
         try:
             yield
         except OSError as error:
+            drop_partial(self.dir)
             self.recorder.counters["checkpoints_failed"] += 1
             text = f"no checkpoint could be written at step {self.limiter.env_steps:,} ({error})"
             if self.config.checkpoint.on_error == "stop":
