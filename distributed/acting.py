@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from worldloom.catalog import agent_from_description
 from worldloom.training.acting import Acted, ActingLost, ActingServer, Client
 from worldloom.training.assembly import AgentSpec, choose_device
 from worldloom.training.config import RunConfig
-from worldloom.types import Agent, Array, ColumnSpec, Weights
+from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray, Weights
 
 LANES = 2  # halves of an actor's environments: one steps while the other waits for its actions
 
@@ -32,7 +33,7 @@ class Serving:
 def serving(config: RunConfig) -> Serving:
     """A batch closes with one lane of every env actor: by then the other lanes are stepping."""
     actors, envs = max(config.runtime.env_actors, 1), config.env.num_envs
-    return Serving(actors * -(-envs // LANES), config.runtime.acting_deadline, LANES * actors + 1)
+    return Serving(actors * -(-envs // LANES), config.runtime.acting_deadline, LANES * actors + 2)
 
 
 def lane_sizes(num_envs: int, served: bool) -> list[int]:
@@ -81,10 +82,28 @@ class RemoteActing:
         return acted
 
 
+class RemoteJudge:
+    """What an evaluation has in place of an agent: `server` acts, with the weights that the evaluation began with."""
+
+    def __init__(self, server: Any, timeout: float) -> None:
+        self._server, self._timeout = server, timeout
+        self.acting_generator = torch.Generator()  # the server has the one that counts
+
+    def act(
+        self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = False
+    ) -> tuple[Array, ActState]:
+        """See `worldloom.types.Agent`; the acting state stays with the server."""
+        if explore:
+            raise ValueError("act: an evaluation does not explore.")
+        actions: Array = ray.get(self._server.act_in_evaluation.remote(obs, is_first), timeout=self._timeout)
+        return actions, act_state or {}
+
+
 def make_server(description: dict[str, Any], device: str, seed: int, serving: Serving, threads: int) -> ActingServer:
-    """A server with an agent of its own, so that learning never changes weights that act."""
-    agent: Agent = agent_from_description(description, device, seed)
-    return ActingServer(agent, serving.rows, serving.deadline, threads)
+    def make_agent() -> Agent:
+        return agent_from_description(description, device, seed)
+
+    return ActingServer(make_agent, serving.rows, serving.deadline, threads)
 
 
 class InferenceActor:
@@ -103,6 +122,14 @@ class InferenceActor:
     @ray.method(concurrency_group="acting")
     def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
         return self._server.act(client, obs, is_first)
+
+    @ray.method(concurrency_group="acting")
+    def begin_evaluation(self, weights: Weights, seed: int) -> int:
+        return self._server.begin_evaluation(weights, seed)
+
+    @ray.method(concurrency_group="acting")
+    def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
+        return self._server.act_in_evaluation(obs, is_first)
 
     @ray.method(concurrency_group="acting")
     def serving_gauges(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 import torch
 
-from distributed.acting import RemoteActing, Serving, lane_sizes, make_server
+from distributed.acting import RemoteActing, RemoteJudge, Serving, lane_sizes, make_server
 from worldloom.catalog import agent_from_description
 from worldloom.training.acting import Acted, ActingServer, Client, LocalActing
 from worldloom.training.assembly import (
@@ -36,7 +36,7 @@ from worldloom.training.evaluation import Evaluation, Evaluator
 from worldloom.training.pictures import sequence_picture
 from worldloom.training.replay import Acceptance, as_batch
 from worldloom.training.rollout import Lane, Rollout
-from worldloom.types import Array, Batch, Weights
+from worldloom.types import Array, Batch, ObsArray, Weights
 
 RECENT_DRAWS = 1000
 
@@ -75,7 +75,7 @@ class EnvActor:
 
     @cached_property
     def _local(self) -> LocalActing:
-        """A copy of the agent here, with one torch thread; a served actor has one for evaluations only."""
+        """A copy of the agent here, with one torch thread."""
         torch.set_num_threads(1)
         return LocalActing(agent_from_description(self._spec.description, seed=self._config.train.seed))
 
@@ -108,11 +108,15 @@ class EnvActor:
         chunk = self._rollout.collect(steps, random, self._config.runtime.chunk_seconds, self._interrupted.is_set)
         return chunk, chunk.info
 
-    def evaluate(self, weights: Weights | None) -> Evaluation | None:
-        """Start an evaluation if weights are given, else go on with it; None while episodes are left to play."""
-        if weights is not None:
-            self._local.load(weights)
+    def evaluate(self, start: Weights | int | None, server: Any = None) -> Evaluation | None:
+        """Start an evaluation with these weights, or those of that version that `server` has for it, else go on with
+        it; None while episodes are left to play."""
+        if isinstance(start, Weights):
+            self._local.load(start)
             self._evaluator = start_run_evaluation(self._config, self._local.agent)
+        elif start is not None:
+            judge = RemoteJudge(server, self._config.runtime.collect_timeout)
+            self._evaluator = start_run_evaluation(self._config, judge)
         if self._evaluator is None:
             raise RuntimeError("evaluate: there is no evaluation to go on with, expected weights to start one.")
         return self._evaluator.play(self._config.runtime.chunk_seconds)
@@ -226,9 +230,20 @@ class LearnerActor:
 
     @ray.method(concurrency_group="acting")
     def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
+        return self._served().act(client, obs, is_first)
+
+    @ray.method(concurrency_group="acting")
+    def begin_evaluation(self, weights: Weights, seed: int) -> int:
+        return self._served().begin_evaluation(weights, seed)
+
+    @ray.method(concurrency_group="acting")
+    def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
+        return self._served().act_in_evaluation(obs, is_first)
+
+    def _served(self) -> ActingServer:
         if self._server is None:
-            raise RuntimeError("act: this learner does not serve.")
-        return self._server.act(client, obs, is_first)
+            raise RuntimeError("this learner does not act for others: serve comes first.")
+        return self._server
 
     @ray.method(concurrency_group="control")
     def serving_gauges(self) -> dict[str, float]:

@@ -23,7 +23,7 @@ from distributed.recovery import Recovery
 from distributed.saving import Saving
 from distributed.shards import ChunkLost, Shards
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.assembly import AgentSpec, probe_env, replay_columns
+from worldloom.training.assembly import EVAL_SEED, AgentSpec, probe_env, replay_columns
 from worldloom.training.checkpoint import read_manifest
 from worldloom.training.chunk import ChunkInfo, row_bytes
 from worldloom.training.config import RunConfig
@@ -379,9 +379,11 @@ class Coordinator:
             self.recovery.replace(collector, f"died ({type(error).__name__})", error)
             return
         except (RayTaskError, ObjectLostError) as error:
-            collector.task, collector.requested = None, 0
-            if chunk is not EVALUATION:
+            if collector.evaluating:
+                self.evaluation_due, self.evaluating = self.evaluating, None
+            else:
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
+            collector.task, collector.requested = None, 0
             raise reason(error, f"env/{collector.index:03d}") from error
         if collector.evaluating and result is None:  # episodes are left to play
             collector.task, collector.since = collector.handle.evaluate.remote(None), time.monotonic()
@@ -426,16 +428,23 @@ class Coordinator:
             return
         if self.own is not None:
             steps, self.evaluation_due = self.evaluation_due, None
-            evaluation = self.own.evaluate(result_of(self.weights, "learner"))
+            evaluation = self.own.evaluate(result_of(self._begin_evaluation(), "learner"), self.server)
             while evaluation is None:
                 evaluation = self.own.evaluate(None)
             self.run.recorder.evaluated(steps, evaluation)
             return
         collector = next((c for c in list(self.collectors) if c.task is None and self._is_up(c)), None)
         if collector is not None:
-            collector.task, collector.chunk = collector.handle.evaluate.remote(self.weights), EVALUATION
-            collector.since, collector.version = time.monotonic(), self.version
+            collector.task = collector.handle.evaluate.remote(self._begin_evaluation(), self.server)
+            collector.chunk, collector.since = EVALUATION, time.monotonic()
+            collector.version = collector.version if self.server is not None else self.version
             self.evaluating, self.evaluation_due = self.evaluation_due, None
+
+    def _begin_evaluation(self) -> Any:
+        """A reference to the newest weights, or to their version once the acting server has set them aside."""
+        if self.server is None:
+            return self.weights
+        return self.server.begin_evaluation.remote(self.weights, EVAL_SEED)
 
     def _settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree."""

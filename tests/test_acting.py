@@ -13,6 +13,7 @@ from worldloom import create_agent
 from worldloom.catalog import agent_from_description
 from worldloom.envs import make_env
 from worldloom.training.acting import Acted, ActingLost, ActingServer, Client, LocalActing
+from worldloom.training.evaluation import evaluate
 from worldloom.training.replay import ReplayBuffer
 from worldloom.training.rollout import Lane, Rollout
 from worldloom.types import ColumnSpec, Weights, WindowSpec
@@ -48,7 +49,7 @@ def serve():
     servers = []
 
     def start(agent, rows, deadline):
-        servers.append(ActingServer(agent, rows, deadline))
+        servers.append(ActingServer(lambda: agent, rows, deadline))
         return servers[-1]
 
     yield start
@@ -167,6 +168,31 @@ def test_a_server_acts_bit_for_bit_like_the_agent_itself(preset, fields, serve):
         obs, first = step.obs, step.is_first
 
 
+@pytest.mark.parametrize(
+    ("preset", "fields"), [("tdmpc2:1m", TINY_AGENT), ("dreamerv3:size1m", TINY_DREAMER)], ids=["tdmpc2", "dreamerv3"]
+)
+def test_an_evaluation_on_a_server_plays_the_episodes_that_the_agent_plays(preset, fields):
+    make = lambda count: make_env("tests.environments:Target-v0", count, 3)  # noqa: E731
+    env = make(1)
+    made = create_agent(preset, env.observation_space, env.action_space, episode_length=20, **fields)
+    server = ActingServer(lambda: agent_from_description(made.describe(), seed=8), rows=1, deadline=0.0)
+
+    class Judge:
+        acting_generator = torch.Generator()
+
+        def act(self, obs, act_state, is_first, explore=True):
+            assert not explore
+            server.load(Weights(3, -made.acting_weights()))  # what others act with changes nothing
+            ask(server, Client(0, 0, 0, 0), [0.5])
+            return server.act_in_evaluation(obs, is_first), {}
+
+    expected = evaluate(made, make, episodes=6, seed=5)
+    for _ in range(2):
+        server.begin_evaluation(Weights(1, made.acting_weights()), 5)
+        assert evaluate(Judge(), make, episodes=6, seed=5) == expected
+    server.close()
+
+
 # Lanes
 
 
@@ -248,3 +274,21 @@ def test_a_chunk_ends_early_when_it_is_told_to_and_after_its_time():
     random_one = rollout.collect(4, random=True)
     assert random_one.info.version is None
     assert not random_one.columns["mark"][: random_one.lengths[0] - 1].any()
+
+
+@pytest.mark.parametrize("length", [100, 36_000])
+def test_an_episode_travels_in_chunks_of_bounded_size_and_is_one_again_in_replay(length):
+    lane = Lane(make_env("tests.environments:Counting-v0", 1), Asked("a", []))
+    lane.env._envs[0]._env.unwrapped.length = length
+    rollout, replay = Rollout([lane], seed=0), ReplayBuffer(40_000, (3,), 1, columns=Asked.columns)
+    largest = 0
+    for _ in range(length // 64 + 2):
+        chunk = rollout.collect(64)
+        largest = max(largest, sum(column.nbytes for column in chunk.columns.values()))
+        replay.insert(chunk)
+    row = sum(column.nbytes for column in chunk.columns.values()) / len(chunk.columns["rewards"])
+    assert largest <= 66 * row  # 64 steps, and one end and start among them
+    rows = replay.rows_between(0, length + 1)
+    assert np.flatnonzero(rows["is_first"]).tolist() == [0]
+    np.testing.assert_array_equal(rows["obs"][:, 0], np.arange(length + 1))
+    assert rows["terminated"].sum() == rows["terminated"][-1] == 1

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from worldloom.types import ActState, Agent, Array, ColumnSpec, Weights, join_obs
+from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray, Weights, join_obs
 
 
 class ActingLost(RuntimeError):
@@ -88,14 +88,19 @@ class Request:
 
 
 class ActingServer:
-    """Acts for many clients with one agent, in batches, in a thread of its own.
+    """Acts for many clients with one agent, in batches, in a thread of its own; evaluations have another agent.
 
+    make_agent: gives agents that this server alone uses, so that learning never changes weights that act.
     A batch closes once `rows` environments wait, or `deadline` seconds after the first of them came: a client that died
     or is slow holds nobody up. Acting states stay here, a row for each environment, and go with their incarnation.
     """
 
-    def __init__(self, agent: Agent, rows: int, deadline: float, threads: int = 1) -> None:
-        self._agent, self._rows, self._deadline, self._threads = agent, rows, deadline, threads
+    def __init__(self, make_agent: Callable[[], Agent], rows: int, deadline: float, threads: int = 1) -> None:
+        self._make_agent, self._agent = make_agent, make_agent()
+        self._rows, self._deadline, self._threads = rows, deadline, threads
+        self._judging = threading.Lock()
+        self._judge: Agent | None = None
+        self._judge_state: ActState | None = None
         self._states: dict[tuple[int, int], tuple[Client, ActState]] = {}  # by actor and lane
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
@@ -126,6 +131,24 @@ class ActingServer:
             self._waiting.append(request)
             self._changed.notify_all()
         return request.answer.result()
+
+    def begin_evaluation(self, weights: Weights, seed: int) -> int:
+        """Act with these weights in `act_in_evaluation` until another evaluation begins, while others go on with newer
+        ones: the same weights and seed play the same episodes. Returns the version."""
+        with self._judging:
+            self._judge = self._judge or self._make_agent()
+            self._judge.load_acting_weights(weights.flat)
+            self._judge.acting_generator.manual_seed(seed)
+            self._judge_state = None
+        return weights.version
+
+    def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
+        """Actions [E, A] without exploration, for the one vector of environments that the evaluation plays on."""
+        with self._judging:
+            if self._judge is None:
+                raise RuntimeError("act_in_evaluation: begin_evaluation comes first.")
+            actions, self._judge_state = self._judge.act(obs, self._judge_state, is_first, explore=False)
+            return actions
 
     def close(self) -> None:
         """Answer what waits, then end the thread."""

@@ -18,7 +18,7 @@ from worldloom.spaces import observation_columns
 from worldloom.training.chunk import base_columns
 from worldloom.training.clock import RateLimiter
 from worldloom.training.config import EnvConfig, RunConfig
-from worldloom.training.evaluation import Evaluator, start_evaluation
+from worldloom.training.evaluation import Evaluator, Player, start_evaluation
 from worldloom.training.replay import ReplayBuffer
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
 
@@ -110,7 +110,7 @@ def make_run_env(env: EnvConfig, num_envs: int, seed: int, render_mode: str | No
     )
 
 
-def start_run_evaluation(config: RunConfig, agent: Agent) -> Evaluator:
+def start_run_evaluation(config: RunConfig, agent: Player) -> Evaluator:
     """An evaluation that is about to begin; the same seed and weights play the same episodes."""
 
     def make(num_envs: int) -> VectorEnv:

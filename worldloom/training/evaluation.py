@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from worldloom.envs import VectorEnv
-from worldloom.types import ActState, Agent, Array, join_obs, split_obs
+from worldloom.types import ActState, Agent, Array, ObsArray, join_obs, split_obs
 
 ENVS_AT_ONCE = 16
 
@@ -33,6 +33,17 @@ class Evaluation:
         return float(np.std(self.returns))
 
 
+class Player(Protocol):
+    """What of an agent an evaluation needs; see `worldloom.types.Agent`."""
+
+    acting_generator: torch.Generator
+
+    def act(
+        self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
+    ) -> tuple[Array, ActState]:
+        """Actions [E, A]."""
+
+
 class Evaluator:
     """Plays `episodes` whole episodes on `env`, as far as it is let at a time; closes `env` at the end.
 
@@ -40,7 +51,7 @@ class Evaluator:
     Each environment plays a fixed share of the episodes: short episodes count no more than long ones.
     """
 
-    def __init__(self, agent: Agent, env: VectorEnv, episodes: int, seed: int) -> None:
+    def __init__(self, agent: Player, env: VectorEnv, episodes: int, seed: int) -> None:
         self._agent, self._env = agent, env
         count = env.num_envs
         self._left = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
@@ -123,7 +134,7 @@ def evaluate(
     return start_evaluation(agent, make_env, episodes, seed).finish(on_frame)
 
 
-def start_evaluation(agent: Agent, make_env: Callable[[int], VectorEnv], episodes: int, seed: int) -> Evaluator:
+def start_evaluation(agent: Player, make_env: Callable[[int], VectorEnv], episodes: int, seed: int) -> Evaluator:
     """An Evaluator on at most ENVS_AT_ONCE environments. Raises ValueError for fewer than one episode."""
     if episodes < 1:
         raise ValueError(f"evaluate: episodes is {episodes}, expected at least 1.")

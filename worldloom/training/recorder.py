@@ -197,15 +197,17 @@ class Recorder:
         )
 
     def limited_by(self) -> str:
-        """What the run waited for since the last log line: the learner where it was busy, replay where collecting had
-        to wait although the learner was idle, the environments otherwise."""
+        """What the run waited for since the last log line: the learner where it was busy, or the train ratio where env
+        actors could have gone on besides; replay where they had to wait although the learner was idle; the environments
+        otherwise."""
         if not self._limiter.learning:
             return "environments (warm-up)"
         then, _, _, busy, held = self._mark
         span = max(time.monotonic() - then, 1e-9)
-        if (self.busy_seconds - busy) / span >= 0.8:
-            return "learner"
-        return "replay" if (self._held - held) / span >= 0.5 else "environments"
+        learning, waiting = (self.busy_seconds - busy) / span >= 0.8, (self._held - held) / span >= 0.5
+        if learning:
+            return "ratio" if waiting else "learner"
+        return "replay" if waiting else "environments"
 
     def _busy_fraction(self) -> float:
         if self._learning_since is None:
