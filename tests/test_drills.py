@@ -85,6 +85,7 @@ def test_a_chunk_that_comes_twice_counts_once(coordinator, tmp_path):
     assert verify(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_all_env_actors_may_die_at_once(coordinator, tmp_path):
     made = coordinator(slow_config(runtime=RuntimeConfig(env_actors=2, chunk_steps=8, learner_threads=1)))
     while made.run.limiter.updates < 50:
@@ -97,7 +98,7 @@ def test_all_env_actors_may_die_at_once(coordinator, tmp_path):
     assert summary["updates"] == summary["env_steps"] // 2
 
 
-@pytest.mark.parametrize("where", ["actor", "learner"])
+@pytest.mark.parametrize("where", ["actor", pytest.param("learner", marks=pytest.mark.slow)])
 def test_an_acting_server_that_dies_loses_no_step(where, tmp_path):
     steps = TrainConfig(total_steps=1200, learning_starts=100, train_ratio=12)
     runtime = RuntimeConfig(
@@ -112,6 +113,7 @@ def test_an_acting_server_that_dies_loses_no_step(where, tmp_path):
     assert (summary["updates_lost"] > 0) == (where == "learner")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["learner", "replay"])
 def test_a_death_while_a_checkpoint_is_written_leaves_a_whole_one(victim, coordinator, tmp_path):
     made = coordinator(slow_config())
@@ -174,6 +176,7 @@ def test_a_run_may_be_told_to_stop_where_the_disk_refuses(coordinator, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_a_slow_actor_holds_nobody_up(coordinator, tmp_path):
     config = ray_config(
         "OneSlowActor", actors=2, train=TrainConfig(total_steps=1500, learning_starts=100, train_ratio=12)
