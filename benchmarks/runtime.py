@@ -26,6 +26,7 @@ import ray
 import torch
 
 from distributed.actors import ReplayActor
+from distributed.cluster import OBJECT_STORE_BYTES
 from distributed.coordinator import Coordinator
 from distributed.launcher import Launcher
 from distributed.shards import THREADS
@@ -39,6 +40,7 @@ from worldloom.training.rollout import Lane, Rollout
 from worldloom.types import Weights
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "tdmpc2_pendulum.yaml"
+WARM = 60  # batches, until every page of the store has been touched
 WEIGHTS_BYTES = 48 * 2**20
 
 
@@ -150,7 +152,7 @@ def sample(options: argparse.Namespace) -> None:
             for column in before[0].values():
                 column.copy()
             took["memcpy"].append(time.perf_counter() - begun)
-            if n == 10:  # the store's pages are warm from here on
+            if n == WARM:  # the store's pages are warm from here on
                 took = {"memcpy": [], "sample": []}
         ray.kill(actor)
     size = sum(column.nbytes for column in copied.values())
@@ -287,7 +289,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home directory
     cores = os.cpu_count() or 1
-    ray.init(address="local", num_cpus=max(cores, 4), include_dashboard=False, log_to_driver=False)
+    store = {"object_store_memory": OBJECT_STORE_BYTES}  # as a local run has it
+    ray.init(address="local", num_cpus=max(cores, 4), include_dashboard=False, log_to_driver=False, **store)
     print(f"{cores} cores, torch {torch.__version__}, Ray {ray.__version__}, seed {options.seed}")
     for name in options.only:
         PARTS[name](options)
