@@ -235,7 +235,7 @@ class Coordinator:
     def _dispatch_collects(self) -> None:
         """Give idle env actors something to do, unless collecting is too far ahead of learning."""
         self.dispatch_evaluation()
-        idle = [c for c in list(self.collectors) if c.task is None and self._is_up(c)]
+        idle = [c for c in self.collectors if c.task is None and c.node]
         self._expect_somebody()
         held = False
         for collector in idle:
@@ -245,15 +245,6 @@ class Coordinator:
                 break
             self.collect(collector, steps)
         self._count_held_time(held)
-
-    def _is_up(self, collector: Collector) -> bool:
-        """Work waits until an env actor has found its place in the cluster, so that none is promised in vain."""
-        if collector.node is None and ray.wait([collector.coming], timeout=0)[0]:
-            try:
-                collector.node = ray.get(collector.coming)
-            except RayActorError as error:
-                self.recovery.replace(collector, f"did not come up ({type(error).__name__})", error)
-        return collector.node is not None
 
     def _expect_somebody(self) -> None:
         """Raises RuntimeError if no env actor comes up in time; the run goes on with those that do."""
@@ -338,7 +329,9 @@ class Coordinator:
         if self.saving and self.saving.done(ready):
             self._commit()
         for collector in list(self.collectors):
-            if collector.task in ready:
+            if collector.node is None and collector.coming in ready:
+                self._take_up(collector)
+            elif collector.task in ready:
                 self.take_collector(collector)
             elif collector.task is not None and self._hangs(collector):
                 self.recovery.replace(collector, f"gave no answer for {self.config.runtime.collect_timeout:g} s")
@@ -370,6 +363,13 @@ class Coordinator:
                 self.server.load.remote(self.weights)
         if self.spec.columns and write_back:
             result_of(self.replay.write_back(task.shard, task.written), "replay")
+
+    def _take_up(self, collector: Collector) -> None:
+        """It has found its place in the cluster; work waited for that, so that no step is promised in vain."""
+        try:
+            collector.node = ray.get(collector.coming)
+        except RayActorError as error:
+            self.recovery.replace(collector, f"did not come up ({type(error).__name__})", error)
 
     def take_collector(self, collector: Collector) -> None:
         reference, chunk = collector.task, collector.chunk
@@ -433,7 +433,7 @@ class Coordinator:
                 evaluation = self.own.evaluate(None)
             self.run.recorder.evaluated(steps, evaluation)
             return
-        collector = next((c for c in list(self.collectors) if c.task is None and self._is_up(c)), None)
+        collector = next((c for c in self.collectors if c.task is None and c.node), None)
         if collector is not None:
             collector.task = collector.handle.evaluate.remote(self._begin_evaluation(), self.server)
             collector.chunk, collector.since = EVALUATION, time.monotonic()
