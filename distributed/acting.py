@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
+from distributed.launcher import DEATHS
 from worldloom.catalog import agent_from_description
 from worldloom.training.acting import Acted, ActingLost, ActingServer, Client
 from worldloom.training.assembly import AgentSpec, choose_device
@@ -70,16 +71,21 @@ class RemoteActing:
         return lambda: self._receive(reference)
 
     def _receive(self, reference: Any) -> Acted:
-        try:
-            acted: Acted = ray.get(reference, timeout=self._timeout)
-        except RayActorError as error:
-            raise ActingLost(f"the acting server died ({type(error).__name__}).") from error
-        except GetTimeoutError as error:
-            raise ActingLost(f"the acting server gave no answer for {self._timeout:g} s.") from error
-        except RayTaskError as error:
-            raise error.cause from error
+        acted: Acted = answer(reference, self._timeout)
         self._unanswered = False
         return acted
+
+
+def answer(reference: Any, timeout: float) -> Any:
+    """What the server said. Raises ActingLost if it died or is silent, or what its agent raised."""
+    try:
+        return ray.get(reference, timeout=timeout)
+    except GetTimeoutError as error:
+        raise ActingLost(f"the acting server gave no answer for {timeout:g} s.") from error
+    except DEATHS as error:
+        raise ActingLost(f"the acting server died ({type(error).__name__}).") from error
+    except RayTaskError as error:
+        raise error.cause from error
 
 
 class RemoteJudge:
@@ -92,11 +98,11 @@ class RemoteJudge:
     def act(
         self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = False
     ) -> tuple[Array, ActState]:
-        """See `worldloom.types.Agent`; the acting state stays with the server."""
+        """See `worldloom.types.Agent`; the acting state stays with the server. Raises ActingLost."""
         if explore:
             raise ValueError("act: an evaluation does not explore.")
-        actions: Array = ray.get(self._server.act_in_evaluation.remote(obs, is_first), timeout=self._timeout)
-        return actions, act_state or {}
+        reference = self._server.act_in_evaluation.remote(obs, is_first)
+        return answer(reference, self._timeout), act_state or {}
 
 
 def make_server(description: dict[str, Any], device: str, seed: int, serving: Serving, threads: int) -> ActingServer:

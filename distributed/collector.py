@@ -26,6 +26,11 @@ class Collector:
     leaving: bool = False  # its node is about to go: it is moved once its chunk is here
 
     @property
+    def idle(self) -> bool:
+        """Up, with nothing to do, and to stay."""
+        return self.task is None and self.node is not None and not self.leaving
+
+    @property
     def evaluating(self) -> bool:
         """Whether what is under way is an evaluation."""
         return self.task is not None and self.chunk is EVALUATION

@@ -11,18 +11,19 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from distributed.acting import InferenceActor, acts_on_server, serving
 from distributed.actors import EnvActor, LearnerActor
 from distributed.cluster import check_object_store, connect, share
 from distributed.collector import EVALUATION, Collector
-from distributed.launcher import START_SECONDS, ActorLost, Launcher, alive, reason, result_of
+from distributed.launcher import DEATHS, START_SECONDS, ActorLost, Launcher, alive, reason, result_of
 from distributed.metrics import ObjectStore, RayGauges
 from distributed.recovery import Recovery
 from distributed.saving import Saving
 from distributed.shards import ChunkLost, Shards
 from worldloom.envs import EnvironmentFailed
+from worldloom.training.acting import ActingLost
 from worldloom.training.assembly import EVAL_SEED, AgentSpec, probe_env, replay_columns
 from worldloom.training.checkpoint import read_manifest
 from worldloom.training.chunk import ChunkInfo, row_bytes
@@ -90,7 +91,7 @@ class Coordinator:
         self.replay = Shards(self.launcher, self.config, self._env_spec, self.spec, self._run_dir)
         self.replay.start(self.learner_node)
         if self.run.checkpoint:
-            self.launcher.wait(self.learner.load.remote(self.run.checkpoint), "the learner")
+            result_of(self.learner.load.remote(self.run.checkpoint), "learner")
             self.run.recorder.rows_lost(self.replay.load(self.run.checkpoint))
             self.replay.load_state_dict(read_manifest(self.run.checkpoint)["replay"])
         self.start_server()
@@ -139,7 +140,7 @@ class Coordinator:
 
     def start_collecting(self) -> None:
         self.publish()
-        self._began_collecting = time.monotonic()
+        self._somebody_at = time.monotonic()  # was up last
         for index in range(self.config.runtime.env_actors):
             self.collectors.append(self.start_collector(index))
         if not self.collectors:
@@ -192,11 +193,20 @@ class Coordinator:
                     except ActorLost as error:
                         lost = error
             except EnvironmentFailed:
-                self._settle()
-                self.save()  # what was accepted is kept for --resume
+                self._save_what_was_accepted()
                 raise
             finally:
                 self.run.recorder.close()
+
+    def _save_what_was_accepted(self) -> None:
+        """For --resume, while another error is on its way; collects under way may bring the same again."""
+        for collector in self.collectors:
+            collector.task, collector.requested = None, 0
+        try:
+            self._settle()
+            self.save()
+        except ActorLost as error:
+            self.run.recorder.say(f"the last checkpoint stands: {error}")
 
     def _run_to_end(self, stop: GracefulStop) -> dict[str, Any]:
         run = self.run
@@ -235,8 +245,8 @@ class Coordinator:
     def _dispatch_collects(self) -> None:
         """Give idle env actors something to do, unless collecting is too far ahead of learning."""
         self.dispatch_evaluation()
-        idle = [c for c in self.collectors if c.task is None and c.node]
-        self._expect_somebody()
+        idle = [c for c in self.collectors if c.idle]
+        self.expect_somebody()
         held = False
         for collector in idle:
             steps = self.steps_to_collect()
@@ -246,10 +256,12 @@ class Coordinator:
             self.collect(collector, steps)
         self._count_held_time(held)
 
-    def _expect_somebody(self) -> None:
+    def expect_somebody(self) -> None:
         """Raises RuntimeError if no env actor comes up in time; the run goes on with those that do."""
-        waited = time.monotonic() - self._began_collecting
-        if self.collectors and waited > START_SECONDS and not any(c.node for c in self.collectors):
+        now = time.monotonic()
+        if not self.collectors or any(c.node for c in self.collectors):
+            self._somebody_at = now
+        elif now - self._somebody_at > START_SECONDS:
             raise RuntimeError(
                 f"no env actor came up within {START_SECONDS:.0f} s; each asks for {self._shares.cpus:g} CPUs. "
                 f"The cluster has {ray.available_resources()} free. Free resources, or lower runtime.env_actors."
@@ -262,9 +274,10 @@ class Coordinator:
         return max(min(self.config.runtime.chunk_steps, math.ceil(left / self.config.env.num_envs)), 0)
 
     def too_far_ahead(self) -> bool:
-        """Collecting may lead by one round of chunks."""
-        actors = max(len(self.collectors), 1)
-        return self.run.limiter.steps_ahead() > self.config.runtime.chunk_steps * self.config.env.num_envs * actors
+        """Collecting may lead by one round of chunks, and by what the next update takes."""
+        round_of_chunks = self.config.runtime.chunk_steps * self.config.env.num_envs * max(len(self.collectors), 1)
+        limiter = self.run.limiter
+        return limiter.steps_ahead() > round_of_chunks + 1 / limiter.updates_per_step
 
     def collect(self, collector: Collector, steps: int) -> None:
         fresh = self.server is not None or collector.version == self.version
@@ -308,8 +321,15 @@ class Coordinator:
     def _insert(self, chunk: Any, info: ChunkInfo) -> None:
         """chunk: a Chunk, or a reference to one. Raises ActorLost if it ended because nobody acted any more."""
         self.inserts[self.replay.insert(chunk, info.key.actor)] = info
-        if info.acting_lost and not alive(self.server):
-            raise ActorLost(info.acting_lost)
+        if info.acting_lost:
+            self._blame_server(info.acting_lost)
+
+    def _blame_server(self, why: str) -> None:
+        """Raises ActorLost, unless the server that is there now has not been asked yet; one that is silent is ended."""
+        if alive(self.server) and "died" in why:
+            return
+        self.launcher.end(self.server)
+        raise ActorLost(why)
 
     def take_ready(self, timeout: float) -> None:
         pending = [c.task for c in self.collectors if c.task is not None]
@@ -368,23 +388,23 @@ class Coordinator:
         """It has found its place in the cluster; work waited for that, so that no step is promised in vain."""
         try:
             collector.node = ray.get(collector.coming)
-        except RayActorError as error:
+        except DEATHS as error:
             self.recovery.replace(collector, f"did not come up ({type(error).__name__})", error)
 
     def take_collector(self, collector: Collector) -> None:
         reference, chunk = collector.task, collector.chunk
         try:
             result = ray.get(reference)
-        except RayActorError as error:
-            self.recovery.replace(collector, f"died ({type(error).__name__})", error)
-            return
-        except (RayTaskError, ObjectLostError) as error:
+        except (RayTaskError, ObjectLostError) as error:  # before deaths: of what it asked another for, it is both
             if collector.evaluating:
                 self.evaluation_due, self.evaluating = self.evaluating, None
             else:
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
             collector.task, collector.requested = None, 0
             raise reason(error, f"env/{collector.index:03d}") from error
+        except DEATHS as error:
+            self.recovery.replace(collector, f"died ({type(error).__name__})", error)
+            return
         if collector.evaluating and result is None:  # episodes are left to play
             collector.task, collector.since = collector.handle.evaluate.remote(None), time.monotonic()
             return
@@ -412,10 +432,10 @@ class Coordinator:
 
     def _gauge(self) -> None:
         """Figures that the actors and the object store know."""
-        gauges = {**self._store.gauges(), **self.replay.gauges()}
+        gauges: dict[str, float] = {**self._store.gauges(), **self.replay.gauges()}
         if self.server is not None:
             gauges |= result_of(self.server.serving_gauges.remote(), "the acting server")
-        if gauges["plasma/spilled_bytes"] and not self._spilled:
+        if gauges.get("plasma/spilled_bytes") and not self._spilled:
             self._spilled = True
             self.run.recorder.say(
                 "warning: the object store is too small and spills to disk, which is slow. Start Ray with a larger "
@@ -427,13 +447,16 @@ class Coordinator:
         if self.evaluation_due is None or self.evaluating is not None:
             return
         if self.own is not None:
-            steps, self.evaluation_due = self.evaluation_due, None
-            evaluation = self.own.evaluate(result_of(self._begin_evaluation(), "learner"), self.server)
-            while evaluation is None:
-                evaluation = self.own.evaluate(None)
-            self.run.recorder.evaluated(steps, evaluation)
+            try:
+                evaluation = self.own.evaluate(result_of(self._begin_evaluation(), "learner"), self.server)
+                while evaluation is None:
+                    evaluation = self.own.evaluate(None)
+            except ActingLost as error:
+                raise ActorLost(str(error)) from error
+            self.run.recorder.evaluated(self.evaluation_due, evaluation)
+            self.evaluation_due = None
             return
-        collector = next((c for c in self.collectors if c.task is None and c.node), None)
+        collector = next((c for c in self.collectors if c.idle), None)
         if collector is not None:
             collector.task = collector.handle.evaluate.remote(self._begin_evaluation(), self.server)
             collector.chunk, collector.since = EVALUATION, time.monotonic()
@@ -514,6 +537,7 @@ class Coordinator:
         while self.evaluation_due is not None or self.evaluating is not None:
             if stop.requested:
                 return False
+            self.expect_somebody()
             self.dispatch_evaluation()
             self.take_ready(timeout=1.0)
         return True

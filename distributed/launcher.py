@@ -6,10 +6,21 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorAlreadyExistsError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
+
+from worldloom.training.acting import ActingLost
 
 START_SECONDS = 180.0  # for an actor to come up
-FAILURES = (RayTaskError, RayActorError, ObjectLostError)
+DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError)  # the last: by Ray's memory monitor
+FAILURES = (RayTaskError, ObjectLostError, *DEATHS)
 
 
 class ActorLost(RuntimeError):
@@ -72,13 +83,15 @@ def result_of(reference: Any, who: str) -> Any:
         raise reason(error, who) from error
 
 
-def reason(error: RayTaskError | RayActorError | ObjectLostError, who: str) -> Exception:
-    """What really happened: an actor's own exception, or ActorLost."""
-    if isinstance(error, RayActorError):
-        return ActorLost(f"{who} died ({type(error).__name__}).")
+def reason(error: Exception, who: str) -> Exception:
+    """What really happened: an actor's own exception, or ActorLost.
+
+    A task that could not get something from a dead actor raises what is both a RayTaskError and a death.
+    """
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RayActorError | ObjectLostError):  # of an actor, or a node, that it was to get something from
-        return ActorLost(f"what {who} was to work on was lost ({type(cause).__name__}).")
+    if isinstance(cause, (ObjectLostError, ActingLost, *DEATHS)):
+        lost = "what it was to work on was lost" if cause is not error or isinstance(cause, ObjectLostError) else "died"
+        return ActorLost(f"{who}: {lost} ({type(cause).__name__}).")
     return cause
 
 
@@ -87,5 +100,5 @@ def alive(handle: Any) -> bool:
     try:
         ray.get(handle.pid.remote(), timeout=START_SECONDS)
         return True
-    except RayActorError:
+    except DEATHS:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ray
 
+from distributed.collector import Collector
 from distributed.coordinator import Coordinator
 from worldloom.training.interrupt import GracefulStop
 
@@ -30,12 +31,19 @@ class Lockstep(Coordinator):
             self.publish()
 
     def _collect_in_order(self) -> None:
+        for collector in list(self.collectors):  # what a recovery left under way
+            self._take(collector)
         steps = self.steps_to_collect()
         if not steps:
             return
         for collector in self.collectors:
             self.collect(collector, steps)
         for collector in list(self.collectors):
+            self._take(collector)
+
+    def _take(self, collector: Collector) -> None:
+        """Wait for what is under way in it; an evaluation to its end."""
+        while collector.task is not None and collector in self.collectors:
             ready, _ = ray.wait([collector.task], timeout=self.config.runtime.collect_timeout)
             if ready:
                 self.take_collector(collector)
@@ -53,7 +61,9 @@ class Lockstep(Coordinator):
 
     def at_intervals(self) -> None:
         super().at_intervals()
+        self.recovery.leave_draining_nodes()
         while self.evaluation_due is not None or self.evaluating is not None:
+            self.expect_somebody()
             self.dispatch_evaluation()
             self.take_ready(timeout=1.0)
 

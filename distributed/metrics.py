@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+import grpc  # type: ignore[import-untyped]
 import ray
 from ray._private import internal_api
 from ray.util.metrics import Gauge
@@ -37,8 +38,11 @@ class ObjectStore:
 
     def gauges(self) -> dict[str, float]:
         """By name: share of the store in use, bytes put into it per second since the last call, and bytes that it had
-        to spill to disk, which a run sized for its cluster never does."""
-        stats, now = self._stats(), time.monotonic()
+        to spill to disk, which a run sized for its cluster never does. Empty where no node answers."""
+        try:
+            stats, now = self._stats(), time.monotonic()
+        except grpc.RpcError:  # of a node that is going
+            return {}
         then, before = self._last
         self._last = (now, stats.cumulative_created_bytes)
         return {

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
-from distributed.launcher import ActorLost, alive
+from distributed.launcher import DEATHS, ActorLost, alive, result_of
 from worldloom.training.checkpoint import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -80,14 +80,14 @@ class Recovery:
         c.launcher.end(c.learner)
         c.updates.clear()
         c.start_learner()
-        done = c.launcher.wait(c.learner.load.remote(checkpoint), "the learner") if checkpoint else 0
+        done = result_of(c.learner.load.remote(checkpoint), "learner") if checkpoint else 0
+        counters = c.run.recorder.counters
+        lost: int = c.run.limiter.updates - done - counters["updates_lost"]
+        counters["updates_lost"] += lost
         if served_there:
             c.start_server()
         if c.server is None or served_there or alive(c.server):
             c.publish()
-        counters = c.run.recorder.counters
-        lost: int = c.run.limiter.updates - done - counters["updates_lost"]
-        counters["updates_lost"] += lost
         return lost
 
     def _server(self) -> None:
@@ -105,22 +105,21 @@ class Recovery:
                 c.take_update(write_back=False)
             except ActorLost:
                 continue
-        before = self._steps()
+        self.restart_collecting(dead)  # first, since what follows may fail half-way
+        lost = 0
         for reference, info in list(c.inserts.items()):
             if c.replay.shard_of(info.key.actor) in dead:
                 del c.inserts[reference]
-        for shard in dead:
-            c.run.recorder.rows_lost(c.replay.restart(shard, c.learner_node, checkpoint))
-        c.run.limiter.env_steps = c.replay.steps
-        self.restart_collecting(dead)
-        lost = before - self._steps()
+                lost += info.steps
         c.run.recorder.counters["env_steps_discarded"] += lost
+        for shard in dead:
+            held = c.replay.accepted[shard].steps
+            rows = c.replay.restart(shard, c.learner_node, checkpoint)
+            c.run.recorder.rows_lost(rows)
+            c.run.recorder.counters["env_steps_discarded"] += held - c.replay.accepted[shard].steps
+            lost += held - c.replay.accepted[shard].steps
+            c.run.limiter.env_steps = c.replay.steps
         return lost
-
-    def _steps(self) -> int:
-        """Accepted, or on their way."""
-        c = self._c
-        return c.replay.steps + sum(i.steps for i in c.inserts.values()) + sum(x.requested for x in c.collectors)
 
     def restart_collecting(self, shards: list[int] | None = None) -> None:
         """Start all episodes anew, in actors that live on; only those of these shards."""
@@ -132,11 +131,12 @@ class Recovery:
         for collector in mine:  # what is under way ends before the restart, and is not taken in
             if collector.evaluating:
                 c.evaluation_due, c.evaluating = c.evaluating, None
+            c.run.recorder.counters["env_steps_discarded"] += collector.requested
             collector.task, collector.chunk, collector.requested = None, None, 0
             restarted = collector.handle.restart.remote(c.incarnation)
             try:
                 ray.get(restarted, timeout=c.config.runtime.collect_timeout)
-            except (RayActorError, GetTimeoutError) as error:
+            except (GetTimeoutError, *DEATHS) as error:
                 self.replace(collector, f"could not start anew ({type(error).__name__})", error)
             else:
                 collector.incarnation = c.incarnation
@@ -187,9 +187,9 @@ class Recovery:
             if collector.leaving and collector.task is None:
                 c.run.recorder.say(f"env/{collector.index:03d} leaves a node that is about to go")
                 self._start_anew(collector, 0)
-        if c.learner_node in draining and c.learner_node not in self._saved_for:
-            self._saved_for.add(c.learner_node)
-            c.run.recorder.say("the learner's node is about to go: saving")
+        if leaving := draining & {c.learner_node, *c.replay.nodes} - self._saved_for:
+            self._saved_for |= leaving
+            c.run.recorder.say("a node of the learner or replay is about to go: saving")
             c.begin_saving()
 
 

@@ -15,6 +15,7 @@ from worldloom.training.assembly import AgentSpec, EnvSpec
 from worldloom.training.config import RunConfig
 from worldloom.training.replay import Acceptance
 
+NOTHING = Acceptance(0, 0, 0, 0, 0, 0)
 THREADS = {"saving": 1, "control": 1}
 
 
@@ -30,7 +31,8 @@ class Shards:
         self._opening = (config, env, spec, run_dir)
         self._rng = np.random.default_rng([config.train.seed, 0x54A2D])
         self.handles: list[Any] = [None] * config.replay.shards
-        self.accepted = [Acceptance(0, 0, 0, 0, 0, 0) for _ in self.handles]
+        self.nodes: list[str] = [""] * config.replay.shards  # their ids
+        self.accepted = [NOTHING for _ in self.handles]
 
     def start(self, node: str) -> None:
         """All of them; a single one beside the learner, whose batches then need no copy between machines."""
@@ -43,7 +45,7 @@ class Shards:
         handle = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
         self.handles[shard] = handle
         self._launcher.wait(handle.open.remote(*self._opening), self.name(shard))
-        self.accepted[shard] = Acceptance(0, 0, 0, 0, 0, 0)
+        self.nodes[shard] = self._launcher.wait(handle.node.remote(), self.name(shard))
 
     @staticmethod
     def name(shard: int) -> str:
@@ -109,11 +111,12 @@ class Shards:
         return [handle.save.remote(partial) for handle in self.handles]
 
     def load(self, checkpoint: Path) -> int:
-        """Returns how many rows are lost with damaged files."""
-        return sum(self._load(shard, checkpoint) for shard in range(len(self.handles)))
+        """All at once; returns how many rows are lost with damaged files. Raises ActorLost, CheckpointError."""
+        loading = [handle.load.remote(checkpoint) for handle in self.handles]
+        return sum(self._loaded(shard, reference) for shard, reference in enumerate(loading))
 
-    def _load(self, shard: int, checkpoint: Path) -> int:
-        self.accepted[shard], lost = self._launcher.wait(self.handles[shard].load.remote(checkpoint), self.name(shard))
+    def _loaded(self, shard: int, reference: Any) -> int:
+        self.accepted[shard], lost = result_of(reference, self.name(shard))
         return int(lost)
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,4 +134,6 @@ class Shards:
         """From the checkpoint, or empty without one; returns how many rows are lost with damaged files."""
         self._launcher.end(self.handles[shard])
         self._start(shard, node)
-        return self._load(shard, checkpoint) if checkpoint else 0
+        if checkpoint is None:
+            self.accepted[shard] = NOTHING
+        return self._loaded(shard, self.handles[shard].load.remote(checkpoint)) if checkpoint else 0

@@ -18,6 +18,7 @@ from typing import Any
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.assembly import check_config
+from worldloom.training.checkpoint import CheckpointError
 from worldloom.training.config import RunConfig
 
 
@@ -36,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
             held.enter_context(_claimed(run_dir))
             if fresh:
                 held.callback(_leave_no_husk, run_dir)
-            _prepare(run_dir, config, parsed.resume)
+            before = _prepare(run_dir, config, parsed.resume)
         except (ValueError, TypeError, OSError) as error:
             parser.error(str(error))
-        return _run(config, run_dir, parsed.resume)
+        return _run(config, run_dir, parsed.resume, before)
 
 
-def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
+def _run(config: RunConfig, run_dir: Path, resume: bool, before: str | None) -> int:
+    """before: the config of the run that is resumed, which stands where what was given does not fit it."""
     try:
         summary = _train(config, run_dir, resume)
     except KeyboardInterrupt:
@@ -55,6 +57,8 @@ def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
     except Exception as error:
         if not isinstance(error, EXPECTED):
             raise
+        if before is not None and isinstance(error, CheckpointError | ValueError | TypeError):
+            (run_dir / "config.yaml").write_text(before)
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # where in the user's own code
         print(f"launch.train: {error}", file=sys.stderr)
@@ -87,11 +91,15 @@ def _default_run_dir(config: RunConfig) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> None:
+def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> str | None:
+    """Write config.yaml; returns the one of before, of a resumed run."""
     metrics = run_dir / "metrics.jsonl"
     if not resume and ((run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size)):
         raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
-    (run_dir / "config.yaml").write_text(dump_config(config))  # of a resumed run, with what was changed
+    path = run_dir / "config.yaml"
+    saved = path.read_text() if resume else None
+    path.write_text(dump_config(config))  # of a resumed run, with what was changed
+    return saved
 
 
 @contextlib.contextmanager

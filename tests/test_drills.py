@@ -14,7 +14,7 @@ from tests.test_faults import check, run_and_kill, slow_config
 from tests.test_matrix import matrix_config
 from tests.test_ray import accepted, ray_config
 from worldloom.training.checkpoint import newest_checkpoint
-from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConfig
+from worldloom.training.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.training.inline import InlineTrainer
 from worldloom.training.report import read_metrics
 from worldloom.training.verify import verify
@@ -53,8 +53,9 @@ def finish(made, run_dir):
 
 def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):
     made = coordinator(slow_config())
-    made._dispatch_collects()
     collector = made.collectors[0]
+    while collector.task is None:
+        made.advance(None)
     ray.wait([collector.task])
     kill(collector.handle)
     made.take_ready(timeout=10)
@@ -111,6 +112,57 @@ def test_an_acting_server_that_dies_loses_no_step(where, tmp_path):
     assert summary["actor_restarts"] == 1
     assert summary["env_steps_discarded"] == 0
     assert (summary["updates_lost"] > 0) == (where == "learner")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["actor", "learner"])
+def test_an_acting_server_that_dies_in_an_evaluation_plays_it_again(where, coordinator, tmp_path):
+    runtime = RuntimeConfig(env_actors=1, chunk_steps=8, learner_threads=1, acting="server", acting_server=where)
+    made = coordinator(slow_config(runtime=runtime))
+    begin, killed = made._begin_evaluation, []
+
+    def begin_and_kill():
+        reference = begin()
+        if not killed:
+            killed.append(made.server)
+            kill(made.server)
+        return reference
+
+    made._begin_evaluation = begin_and_kill
+    summary = finish(made, tmp_path)
+    assert killed
+    assert summary["actor_restarts"] == 1  # of the server; the env actor lives on
+    assert summary["eval_return_mean"] == 280
+
+
+@pytest.mark.slow
+def test_a_shard_that_dies_while_it_is_restored_is_counted_once(coordinator, tmp_path):
+    made = coordinator(slow_config(replay=ReplayConfig(capacity=2000, shards=2), **two_actors()))
+    restart, struck = made.replay.restart, []
+
+    def restart_and_die(shard, node, checkpoint):
+        if len(struck) < 2:
+            struck.append(shard)
+            kill(made.replay.handles[1 - shard])  # so that the next one fails half-way
+        return restart(shard, node, checkpoint)
+
+    made.replay.restart = restart_and_die
+    begin = made.begin_saving
+
+    def begin_then_kill():
+        begin()
+        if made.run.limiter.env_steps >= 600 and not struck:
+            made._finish_saving()
+            kill(made.replay.handles[0])
+
+    made.begin_saving = begin_then_kill
+    summary = finish(made, tmp_path)
+    assert struck
+    assert 0 <= summary["env_steps_discarded"] < 900
+
+
+def two_actors():
+    return {"runtime": RuntimeConfig(env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1)}
 
 
 @pytest.mark.slow

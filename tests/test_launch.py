@@ -323,3 +323,13 @@ def test_a_checkpoint_of_a_newer_version_is_refused(config, tmp_path, capsys):
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 1
     assert "is of format 99, but this version reads 2. Update WorldLoom" in capsys.readouterr().err
     assert json.loads(path.read_text())["format"] == 99
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(config, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    main(["--config", config, "--run-dir", str(run_dir)])
+    before = (run_dir / "config.yaml").read_text()
+    assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400", "--agent.mlp_dim", "24"]) == 1
+    assert "is of another model" in capsys.readouterr().err
+    assert (run_dir / "config.yaml").read_text() == before
+    assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0

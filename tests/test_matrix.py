@@ -10,7 +10,7 @@ from distributed.shards import Shards
 from tests.test_ray import ray_config, run
 from tests.test_training import dreamer_config
 from worldloom.training.assembly import agent_spec, make_run_agent, probe_env
-from worldloom.training.checkpoint import newest_checkpoint, read_manifest, read_msgpack
+from worldloom.training.checkpoint import CheckpointError, newest_checkpoint, read_manifest, read_msgpack
 from worldloom.training.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.training.replay import Acceptance
 from worldloom.training.verify import verify
@@ -101,6 +101,9 @@ def test_three_shards_of_replay_are_one(family, tmp_path):
     assert summary["env_steps"] == after.steps >= 500
     assert after.rows > accepted.rows
     assert verify(tmp_path) == []
+    fewer = dataclasses.replace(longer, replay=dataclasses.replace(longer.replay, shards=1))
+    with pytest.raises(CheckpointError, match="has 3 replay shards, expected 1"):
+        run(fewer, tmp_path, resume=True)
     shards = read_manifest(newest_checkpoint(tmp_path))["rows"]
     assert [len(shard) > 0 for shard in shards] == [True] * 3
     actors = [{int(a) for name in shard for a in origins(tmp_path, name)} for shard in shards]

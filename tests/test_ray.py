@@ -116,9 +116,16 @@ def test_a_hanging_environment_is_replaced_after_the_time_out(tmp_path):
 
 def test_an_environment_that_always_fails_ends_the_run_with_its_traceback(tmp_path):
     with pytest.raises(EnvironmentFailed, match="the simulator exploded") as failure:
-        train(ray_config("AlwaysFaulty"), tmp_path)
+        train(ray_config("AlwaysFaulty", actors=2), tmp_path)  # which fails in both
     assert "environments.py" in str(failure.value.__cause__)
     assert newest_checkpoint(tmp_path).is_dir()  # what was accepted is kept for --resume
+
+
+def test_a_ratio_so_low_that_a_round_of_chunks_owes_no_update_is_kept(tmp_path):
+    config = ray_config(train=TrainConfig(total_steps=400, learning_starts=100, train_ratio=0.2))
+    summary, accepted = run(config, tmp_path)
+    assert summary["env_steps"] == accepted.steps >= 400
+    assert summary["updates"] == int(summary["env_steps"] * 0.2 / 24) >= 3
 
 
 def test_an_environment_that_always_kills_its_process_ends_the_run(tmp_path):

@@ -264,7 +264,7 @@ def test_saved_replay_draws_the_same_batches():
     total = state["rows"]
     segments = [original.rows_between(total - 50, total - 20), original.rows_between(total - 20, total)]
     restored = buffer(50, spec(4), seed=99)
-    restored.load_state_dict(state, segments)
+    restored.load_state_dict(state, segments, sum(len(s["rewards"]) for s in segments))
     assert restored.accepted() == original.accepted()
     for _ in range(3):
         a, b = original.draw(16), restored.draw(16)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +28,7 @@ from worldloom.training.config import (
 )
 from worldloom.training.evaluation import evaluate
 from worldloom.training.inline import InlineTrainer
+from worldloom.training.logger import MetricsLogger
 from worldloom.training.verify import verify
 
 TINY_AGENT = {
@@ -79,6 +81,25 @@ def test_rate_limiter_owes_updates_in_proportion_to_steps():
     limiter.env_steps, limiter.updates = 300, 99
     assert limiter.updates_due() == 1
     assert limiter.steps_ahead() == 2
+
+
+def test_a_ratio_that_changes_at_a_resume_holds_for_what_follows():
+    before = RateLimiter(train_ratio=64, replayed_per_update=1024, learning_starts=100, pretrain=False)
+    before.env_steps, before.updates = 100_100, 6250
+    state = before.state_dict()
+    same = RateLimiter(train_ratio=64, replayed_per_update=1024, learning_starts=100, pretrain=False)
+    same.load_state_dict(state)
+    assert same.state_dict() == state
+    for ratio in (512, 8):
+        after = RateLimiter(train_ratio=ratio, replayed_per_update=1024, learning_starts=50, pretrain=False)
+        after.load_state_dict(state)
+        assert after.updates_due() == 0
+        assert after.steps_ahead() == 0
+        after.env_steps += 1024
+        assert after.updates_due() == ratio
+        again = RateLimiter(train_ratio=ratio, replayed_per_update=1024, learning_starts=50, pretrain=False)
+        again.load_state_dict(after.state_dict())
+        assert again.updates_due() == ratio
 
 
 def test_pretraining_replays_the_warm_up_in_one_burst():
@@ -385,6 +406,25 @@ def test_a_full_disk_ends_no_run_and_leaves_no_half_file(tmp_path):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.timeout(120)
+def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(tmp_path, caplog):
+    """TensorBoard's writing thread dies of a full disk, and its queue would then block."""
+    import resource
+
+    logger = MetricsLogger(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        for step in range(400):
+            logger.write(step, step, 0.0, {f"metric/{n}": 1.0 for n in range(20)})
+            time.sleep(0.001)
+        logger.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics.jsonl cannot be written" in caplog.text
+    assert "TensorBoard's events cannot be written" in caplog.text
 
 
 def test_rows_are_written_once_and_dropped_with_their_checkpoints(tmp_path):

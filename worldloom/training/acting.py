@@ -115,7 +115,7 @@ class ActingServer:
     def load(self, weights: Weights) -> None:
         """Act with these from the next batch on. Raises ValueError if the version goes back."""
         with self._changed:
-            check_version(weights, self._version)
+            check_version(weights, self._newest.version if self._newest else self._version)
             self._newest = weights
 
     def act(self, client: Client, obs: Mapping[str, Array], is_first: Array) -> Acted:
@@ -167,6 +167,7 @@ class ActingServer:
         while batch := self._next_batch():
             begun = time.monotonic()
             try:
+                self._take_up_weights()
                 self._act(batch)
             except Exception as error:
                 for request in batch:
@@ -187,10 +188,14 @@ class ActingServer:
                     break
                 self._changed.wait(left)
             batch, self._waiting = self._waiting, []
-            if self._newest is not None:
-                self._agent.load_acting_weights(self._newest.flat)
-                self._version, self._newest = self._newest.version, None
             return batch
+
+    def _take_up_weights(self) -> None:
+        with self._changed:
+            newest, self._newest = self._newest, None
+        if newest is not None:
+            self._agent.load_acting_weights(newest.flat)
+            self._version = newest.version
 
     def _act(self, batch: list[Request]) -> None:
         obs = {name: np.concatenate([r.obs[name] for r in batch]) for name in batch[0].obs}

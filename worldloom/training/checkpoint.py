@@ -202,9 +202,9 @@ class ReplaySnapshot:
 class ReplayStore:
     """Writes replay's rows once each, into files of consecutive rows named by their numbers."""
 
-    def __init__(self, run_dir: Path, shard: int = 0, compress: bool = False) -> None:
+    def __init__(self, run_dir: Path, shard: int = 0, shards: int = 1, compress: bool = False) -> None:
         self._folder = run_dir / "checkpoints" / "rows"
-        self._shard, self._compress = shard, compress
+        self._shard, self._shards, self._compress = shard, shards, compress
         self._saved: list[tuple[int, int, str]] = []  # first and last row, file
 
     def save(self, folder: Path, replay: ReplayBuffer, exact: bool = False) -> list[str]:
@@ -248,31 +248,41 @@ class ReplayStore:
         Raises CheckpointError if it is of another replay, or what says how the rows hang together cannot be read.
         """
         shards = read_manifest(folder)["rows"]
-        if self._shard >= len(shards):
-            raise CheckpointError(f"{folder} has {len(shards)} replay shards, expected more than {self._shard}.")
+        if len(shards) != self._shards:
+            raise CheckpointError(
+                f"{folder} has {len(shards)} replay shards, expected {self._shards}. Resume with its own replay.shards."
+            )
         names: list[str] = shards[self._shard]
-        segments: list[dict[str, Array] | None] = []
-        lost = 0
-        for name in names:
-            try:
-                segments.append(read_msgpack(self._folder / name))
-            except CheckpointError as error:
-                if len(names) == 1:
-                    raise
-                first, last = self._numbers(name)
-                logger.warning("%d rows of replay are lost: %s", last - first, error)
-                segments.append(None)
-                lost += last - first
-        if names and not any(segments):
-            raise CheckpointError(f"{folder}: none of its {len(names)} rows files can be read. Start a new run.")
+        damaged = self._damaged(names)
+        if damaged and len(damaged) == len(names):
+            raise CheckpointError(
+                f"{folder}: its rows files {', '.join(names)} cannot be read. Delete it to use the one before."
+            )
+        counts = {name: last - first for name in names for first, last in [self._numbers(name)]}
+        lost = sum(counts[name] for name in damaged)
+        segments = (None if name in damaged else read_msgpack(self._folder / name) for name in names)
         try:
-            replay.load_state_dict(read_msgpack(folder / f"replay-{self._shard}.msgpack"), segments)
+            state = read_msgpack(folder / f"replay-{self._shard}.msgpack")
+            replay.load_state_dict(state, segments, sum(counts.values()) - lost, lost)
             if not lost and (columns := folder / f"columns-{self._shard}.msgpack").is_file():
                 replay.fill_columns(read_msgpack(columns))
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         self._saved = [] if lost else [(*self._numbers(name), name) for name in names]
         return lost
+
+    def _damaged(self, names: Sequence[str]) -> set[str]:
+        """Files that are missing or cannot be read; each is looked at by itself, since together they may be as large
+        as replay."""
+        found = set()
+        for name in names:
+            try:
+                read_msgpack(self._folder / name)
+            except CheckpointError as error:
+                first, last = self._numbers(name)
+                logger.warning("%d rows of replay are lost: %s", last - first, error)
+                found.add(name)
+        return found
 
     def _free_name(self, first: int, last: int) -> str:
         """A file that another checkpoint may stand on is never written again."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+SETTINGS = ("train_ratio", "replayed_per_update", "learning_starts", "pretrain")
+
 
 class RateLimiter:
     """Keeps the train ratio: replayed steps per environment (policy) step.
@@ -20,6 +22,7 @@ class RateLimiter:
         self.learning_starts, self.pretrain = learning_starts, pretrain
         self.env_steps = 0
         self.updates = 0
+        self._ahead = 0.0  # updates made under other settings, beyond what these would have owed by then
 
     @property
     def updates_per_step(self) -> float:
@@ -38,19 +41,22 @@ class RateLimiter:
         """Updates owed now; 0 until learning starts."""
         if not self.learning:
             return 0
-        owed = self.counted_steps * self.train_ratio / self.replayed_per_update
-        return max(math.floor(owed + 1e-9) - self.updates, 0)
+        return max(math.floor(self.owed() + 1e-9) - self.updates, 0)
+
+    def owed(self) -> float:
+        """Updates that are owed for all steps so far."""
+        return self.counted_steps * self.train_ratio / self.replayed_per_update + self._ahead
 
     def steps_ahead(self) -> float:
         """How many environment steps the collecting side is ahead of the learner; 0 until learning starts."""
         if not self.learning:
             return 0.0
-        return max(self.counted_steps - self.updates / self.updates_per_step, 0.0)
+        return max(self.counted_steps - (self.updates - self._ahead) / self.updates_per_step, 0.0)
 
     @property
     def actual(self) -> float:
         """Replayed steps per counted environment step so far; 0 before the first."""
-        return self.updates * self.replayed_per_update / max(self.counted_steps, 1)
+        return (self.updates - self._ahead) * self.replayed_per_update / max(self.counted_steps, 1)
 
     def describe(self) -> str:
         """The ratio in all the usual units."""
@@ -70,11 +76,18 @@ class RateLimiter:
             "replayed_per_update": self.replayed_per_update,
             "learning_starts": self.learning_starts,
             "pretrain": self.pretrain,
+            "ahead": self._ahead,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Both totals together, so that nothing is owed after a resume that was not owed before."""
+        """Both totals together, so that nothing is owed after a resume that was not owed before, also where the
+        settings have changed: they hold for the steps that follow."""
         self.env_steps, self.updates = int(state["env_steps"]), int(state["updates"])
+        self._ahead = float(state["ahead"])
+        kept_by = {name: value for name, value in self.state_dict().items() if name in SETTINGS}
+        if any(state[name] != value for name, value in kept_by.items()):
+            self._ahead = 0.0
+            self._ahead = self.updates - self.owed() if self.learning else 0.0
 
 
 class Every:

@@ -42,8 +42,8 @@ class MetricsLogger:
         self._append(json.dumps({**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}) + "\n")
         for sink in self._sinks:
             sink(metrics)
-        if self._board is not None:
-            for name, value in metrics.items():
+        for name, value in metrics.items():
+            if self._board_lives():
                 self._board.add_scalar(name, value, updates if env_steps is None else env_steps)
 
     def _append(self, line: str) -> None:
@@ -55,13 +55,21 @@ class MetricsLogger:
                 logger.warning("metrics.jsonl cannot be written (%s): lines are missing from here on.", error)
             self._refused = True
 
+    def _board_lives(self) -> bool:
+        """A disk that is full ends tensorboardX's writing thread, whose queue then blocks whoever adds to it."""
+        if self._board is not None and not self._board.file_writer.event_writer._worker.is_alive():
+            logger.warning("TensorBoard's events cannot be written: there are none from here on.")
+            self._board = None
+        return self._board is not None
+
     def picture(self, env_steps: int, name: str, image: Array) -> None:
         """image: [H, W, 3] uint8, for TensorBoard."""
-        if self._board is not None:
+        if self._board_lives():
             self._board.add_image(name, image, env_steps, dataformats="HWC")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written is told of
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._board_lives():
+            with contextlib.suppress(OSError):
+                self._board.close()

@@ -146,7 +146,10 @@ class Recorder:
         import imageio.v3 as imageio
 
         self._logger.picture(self._limiter.env_steps, "imagination", image)
-        imageio.imwrite(self._run_dir / PICTURE, image)
+        try:
+            imageio.imwrite(self._run_dir / PICTURE, image)
+        except OSError as error:
+            self.say(f"{PICTURE} was not written: {error}")
 
     def log(self) -> None:
         """Write a line of metrics over the time since the last."""
@@ -255,7 +258,10 @@ class Recorder:
             "device": device,
             "runtime": self._config.runtime.kind,
         }
-        (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        try:
+            (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            self.say(f"summary.json was not written: {error}")
         self._report()
         return summary
 

@@ -411,18 +411,19 @@ class ReplayBuffer:
         for name, values in columns.items():
             self._columns[name][positions] = values
 
-    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[Mapping[str, Array] | None]) -> None:
-        """Restore what `state_dict` gave, from segments of consecutive rows in order.
+    def load_state_dict(
+        self, state: Mapping[str, Any], segments: Iterable[Mapping[str, Array] | None], rows: int, lost: int = 0
+    ) -> None:
+        """Restore what `state_dict` gave, from segments of consecutive rows in order, `rows` of them in all.
 
-        None stands for a segment that is lost: its rows count as evicted, and no window runs over the gap. Raises
-        ValueError if the columns differ or rows are missing.
+        None stands for a segment that is lost: its rows (`lost` together) count as evicted, and no window runs over
+        the gap. Raises ValueError if the columns differ or rows are missing.
         """
         expected = {name: [list(s.shape), s.dtype] for name, s in self.specs.items()}
         if state["specs"] != expected:
             raise ValueError(f"the checkpoint's replay has columns {state['specs']}, expected {expected}.")
-        rows = sum(len(segment["rewards"]) for segment in segments if segment is not None)
         held = min(state["rows"] - state.get("begin", 0), self.capacity)
-        if rows < held and None not in segments:
+        if rows + lost < held:
             raise ValueError(f"the checkpoint holds {rows} rows of replay, expected {held}.")
         self._rows = self._begin = int(state["rows"]) - rows
         seamless: set[tuple[int, int]] | None = None  # streams that need no seam any more after a gap
@@ -486,7 +487,7 @@ class ReplayBuffer:
             windows=WindowSpec(**about["windows"]),
             columns={name: specs[name] for name in about["extra"]},
         )
-        buffer.load_state_dict(about["state"], [columns])
+        buffer.load_state_dict(about["state"], [columns], len(columns["rewards"]))
         return buffer
 
     @classmethod

@@ -83,7 +83,7 @@ def _ratio(limiter: dict[str, Any], discarded: int) -> list[str]:
     """Steps that were learned from and then lost with replay count as well."""
     steps, starts = limiter["env_steps"] + discarded, limiter["learning_starts"]
     counted = 0 if steps < starts else steps if limiter["pretrain"] else steps - starts
-    owed = counted * limiter["train_ratio"] / limiter["replayed_per_update"]
+    owed = counted * limiter["train_ratio"] / limiter["replayed_per_update"] + limiter["ahead"]
     if limiter["updates"] > owed + 1:
         return [f"I4: {limiter['updates']:,} updates were made, but the train ratio allows {owed:,.1f}."]
     return []
