@@ -409,6 +409,7 @@ def test_a_full_disk_ends_no_run_and_leaves_no_half_file(tmp_path):
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(tmp_path, caplog):
     """TensorBoard's writing thread dies of a full disk, and its queue would then block."""
     import resource

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from worldloom.types import Array
 
 logger = logging.getLogger(__name__)
+
+QUEUE = 100_000  # events that may wait for the disk before adding one blocks
+CLOSE_SECONDS = 30.0
 
 Sink = Callable[[Mapping[str, float]], None]
 
@@ -31,7 +35,7 @@ class MetricsLogger:
             from tensorboardX import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), max_queue=QUEUE)
 
     def write(
         self, env_steps: int | None, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
@@ -70,6 +74,7 @@ class MetricsLogger:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written is told of
             self._file.close()
-        if self._board_lives():
-            with contextlib.suppress(OSError):
-                self._board.close()
+        if self._board_lives():  # it may die of a full disk even now, and would then be waited for without end
+            closing = threading.Thread(target=self._board.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_SECONDS)
