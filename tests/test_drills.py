@@ -69,6 +69,7 @@ def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator,
     assert summary["env_steps_discarded"] <= 16  # what the dead actor was asked for next counts, and no more
 
 
+@pytest.mark.slow
 def test_a_chunk_that_comes_twice_counts_once(coordinator, tmp_path):
     made = coordinator(ray_config(actors=2))
     insert = made.replay.insert
@@ -219,6 +220,7 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
     assert summary["env_steps_discarded"] == summary["updates_lost"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_may_be_told_to_stop_where_the_disk_refuses(coordinator, tmp_path):
     made = coordinator(slow_config(checkpoint=CheckpointConfig(interval=300, on_error="stop")))
     (tmp_path / "checkpoints").mkdir()

@@ -48,7 +48,9 @@ def run(config, run_dir, resume=False):
         coordinator.close()
 
 
-@pytest.mark.parametrize("env", [pytest.param("Counting", marks=pytest.mark.slow), "Screen", "Mixed"])
+@pytest.mark.parametrize(
+    "env", [pytest.param("Counting", marks=pytest.mark.slow), "Screen", pytest.param("Mixed", marks=pytest.mark.slow)]
+)
 def test_dreamerv3_trains_on_ray_and_writes_its_latents_back(env, tmp_path):
     runtime = RuntimeConfig(kind="ray", env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1)
     steps = TrainConfig(total_steps=500 if env == "Mixed" else 1000, learning_starts=100, train_ratio=4)
@@ -148,6 +150,7 @@ def test_actors_have_names_while_they_run_and_are_gone_afterwards(tmp_path):
     assert ray.util.list_named_actors(all_namespaces=True) == []
 
 
+@pytest.mark.slow
 def test_resume_on_ray_goes_on_with_replay_and_counters(tmp_path):
     config = ray_config(
         actors=1, eval=EvalConfig(interval=400, episodes=2), checkpoint=CheckpointConfig(interval=300, keep=2)
