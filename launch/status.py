@@ -74,9 +74,14 @@ FIGURES = [
     ("learner busy", "rate/learner_busy_fraction", "{:.0%}"),
     ("train ratio", "rate/train_ratio", "{:g}"),
     ("staleness p95", "weights/staleness_p95", "{:g} publishes"),
+    ("acting batch fill", "acting/batch_fill", "{:.0%}"),
+    ("object store used", "plasma/used_fraction", "{:.0%}"),
+    ("checkpoint pause", "checkpoint/paused_seconds", "{:.3f} s of learning"),
     ("actor restarts", "count/actor_restarts", "{:g}"),
     ("steps discarded", "count/env_steps_discarded", "{:g}"),
     ("updates lost", "count/updates_lost", "{:g}"),
+    ("rows lost", "count/rows_lost", "{:g}"),
+    ("checkpoints failed", "count/checkpoints_failed", "{:g}"),
 ]
 
 
