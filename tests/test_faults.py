@@ -118,6 +118,7 @@ def test_dreamerv3_recovers_with_its_latents(tmp_path):
     assert summary["actor_restarts"] == 2
 
 
+@pytest.mark.slow
 def test_a_learner_that_dies_again_and_again_ends_the_run(tmp_path):
     coordinator = Coordinator(slow_config(checkpoint=CheckpointConfig(interval=0)), tmp_path)
     stopped = threading.Event()

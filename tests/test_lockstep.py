@@ -75,7 +75,12 @@ def assert_equal(a, b, path=""):
 
 @pytest.mark.parametrize(
     ("family", "actors"),
-    [("tdmpc2", 0), ("tdmpc2", 1), pytest.param("dreamerv3", 0, marks=pytest.mark.slow), ("dreamerv3", 1)],
+    [
+        pytest.param("tdmpc2", 0, marks=pytest.mark.slow),
+        ("tdmpc2", 1),
+        pytest.param("dreamerv3", 0, marks=pytest.mark.slow),
+        ("dreamerv3", 1),
+    ],
 )
 def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, tmp_path):
     made = config(family, env_actors=actors)

@@ -130,6 +130,7 @@ def test_a_ratio_so_low_that_a_round_of_chunks_owes_no_update_is_kept(tmp_path):
     assert summary["updates"] == int(summary["env_steps"] * 0.2 / 24) >= 3
 
 
+@pytest.mark.slow
 def test_an_environment_that_always_kills_its_process_ends_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="was lost 6 times in a row"):
         train(ray_config("Killer", runtime=RuntimeConfig(env_actors=1, chunk_steps=64, learner_threads=1)), tmp_path)
