@@ -2,7 +2,7 @@
 
 A tiny TD-MPC2 on Pendulum-v1, on a local Ray of its own. After each kill the time is taken until the part that was lost
 delivers again: a chunk of the new env actor, an update of the new learner, a step accepted by the new replay. At the
-end the invariants are checked (`worldloom.training.verify`).
+end the invariants are checked (`worldloom.runs.verify`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import ray
 
 from distributed.coordinator import Coordinator
-from worldloom.training.config import (
+from worldloom.runs.config import (
     CheckpointConfig,
     EnvConfig,
     EvalConfig,
@@ -30,7 +30,7 @@ from worldloom.training.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from worldloom.training.verify import verify
+from worldloom.runs.verify import verify
 
 CONFIG = RunConfig(
     algorithm="tdmpc2:1m",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.catalog import agent_from_description, build_config, resolve
+from worldloom.families import agent_from_description, build_config, resolve
 from worldloom.types import Agent
 
 WARMUP = 3  # updates; compilation is among them

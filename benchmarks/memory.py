@@ -17,7 +17,7 @@ import ray
 
 from benchmarks.runtime import preset
 from distributed.coordinator import Coordinator
-from worldloom.training.report import read_metrics
+from worldloom.report.page import read_metrics
 
 
 def resident(pid: int) -> float:

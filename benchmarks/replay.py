@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from worldloom.training.chunk import Chunk, ChunkInfo, ChunkKey
-from worldloom.training.replay import ReplayBuffer
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.chunk import Chunk, ChunkInfo, ChunkKey
 from worldloom.types import WindowSpec
 
 IMAGE = (3, 64, 64)

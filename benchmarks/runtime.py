@@ -31,12 +31,12 @@ from distributed.coordinator import Coordinator
 from distributed.launcher import Launcher
 from distributed.shards import THREADS
 from launch.arguments import run_config, run_parser
-from worldloom.training.acting import LocalActing
-from worldloom.training.assembly import agent_spec, make_replay, make_run_agent, make_run_env, probe_env
-from worldloom.training.config import RunConfig
-from worldloom.training.replay import ReplayBuffer
-from worldloom.training.report import read_metrics
-from worldloom.training.rollout import Lane, Rollout
+from worldloom.acting.local import LocalActing
+from worldloom.acting.rollout import Lane, Rollout
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.report.page import read_metrics
+from worldloom.runs.build import agent_spec, make_replay, make_run_agent, make_run_env, probe_env
+from worldloom.runs.config import RunConfig
 from worldloom.types import Weights
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "tdmpc2_pendulum.yaml"

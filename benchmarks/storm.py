@@ -2,7 +2,7 @@
 
 TD-MPC2 on Pendulum-v1 with the settings of configs/tdmpc2_pendulum.yaml, on a local Ray of its own. Victims are the
 learner, the replay shards, the env actors and, with --acting server, the acting server, each as likely. At the end
-the invariants are checked: I1 to I4 and I6 from the files (`worldloom.training.verify`), I5 as versions came in, I7 by
+the invariants are checked: I1 to I4 and I6 from the files (`worldloom.runs.verify`), I5 as versions came in, I7 by
 looking for actors and processes that are left.
 """
 
@@ -27,9 +27,9 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from distributed.coordinator import Coordinator
 from launch.arguments import run_config, run_parser
-from worldloom.training.chunk import ChunkInfo
-from worldloom.training.config import RunConfig
-from worldloom.training.verify import verify
+from worldloom.replay.chunk import ChunkInfo
+from worldloom.runs.config import RunConfig
+from worldloom.runs.verify import verify
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "tdmpc2_pendulum.yaml"
 GONE_SECONDS = 30.0  # for the last process to end

@@ -13,10 +13,11 @@ import torch
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from distributed.launcher import DEATHS
-from worldloom.catalog import agent_from_description
-from worldloom.training.acting import Acted, ActingLost, ActingServer, Client
-from worldloom.training.assembly import AgentSpec, choose_device
-from worldloom.training.config import RunConfig
+from worldloom.acting.rollout import Acted, ActingLost
+from worldloom.acting.server import ActingServer, Client
+from worldloom.families import agent_from_description
+from worldloom.runs.build import AgentSpec, choose_device
+from worldloom.runs.config import RunConfig
 from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray, Weights
 
 LANES = 2  # halves of an actor's environments: one steps while the other waits for its actions
@@ -51,7 +52,7 @@ def acts_on_server(config: RunConfig, spec: AgentSpec) -> bool:
 
 
 class RemoteActing:
-    """Acts through `server`, an actor that has an ActingServer; see `worldloom.training.acting.Acting`."""
+    """Acts through `server`, an actor that has an ActingServer; see `worldloom.acting.rollout.Acting`."""
 
     def __init__(self, columns: Mapping[str, ColumnSpec], client: Client, timeout: float) -> None:
         self.columns, self.server = columns, None

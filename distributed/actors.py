@@ -16,9 +16,15 @@ import ray
 import torch
 
 from distributed.acting import RemoteActing, RemoteJudge, Serving, lane_sizes, make_server
-from worldloom.catalog import agent_from_description
-from worldloom.training.acting import Acted, ActingServer, Client, LocalActing
-from worldloom.training.assembly import (
+from worldloom.acting.evaluation import Evaluation, Evaluator
+from worldloom.acting.local import LocalActing
+from worldloom.acting.rollout import Acted, Lane, Rollout
+from worldloom.acting.server import ActingServer, Client
+from worldloom.families import agent_from_description
+from worldloom.replay.buffer import Acceptance, as_batch
+from worldloom.replay.chunk import Chunk, ChunkInfo
+from worldloom.report.pictures import sequence_picture
+from worldloom.runs.build import (
     AgentSpec,
     EnvSpec,
     actor_seed,
@@ -29,13 +35,8 @@ from worldloom.training.assembly import (
     make_run_env,
     start_run_evaluation,
 )
-from worldloom.training.checkpoint import ReplayStore, copy_agent, load_agent_state, write_agent
-from worldloom.training.chunk import Chunk, ChunkInfo
-from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation, Evaluator
-from worldloom.training.pictures import sequence_picture
-from worldloom.training.replay import Acceptance, as_batch
-from worldloom.training.rollout import Lane, Rollout
+from worldloom.runs.checkpoint import ReplayStore, copy_agent, load_agent_state, write_agent
+from worldloom.runs.config import RunConfig
 from worldloom.types import Array, Batch, ObsArray, Weights
 
 RECENT_DRAWS = 1000

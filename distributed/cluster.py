@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from worldloom.training.config import RunConfig
+from worldloom.runs.config import RunConfig
 
 logger = logging.getLogger(__name__)
 

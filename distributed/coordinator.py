@@ -22,15 +22,15 @@ from distributed.metrics import ObjectStore, RayGauges
 from distributed.recovery import Recovery
 from distributed.saving import Saving
 from distributed.shards import ChunkLost, Shards
+from worldloom.acting.rollout import ActingLost
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.acting import ActingLost
-from worldloom.training.assembly import EVAL_SEED, AgentSpec, probe_env, replay_columns
-from worldloom.training.checkpoint import read_manifest
-from worldloom.training.chunk import ChunkInfo, row_bytes
-from worldloom.training.config import RunConfig
-from worldloom.training.interrupt import GracefulStop
-from worldloom.training.pictures import PICTURE_ROWS
-from worldloom.training.run import Run
+from worldloom.replay.chunk import ChunkInfo, row_bytes
+from worldloom.report.pictures import PICTURE_ROWS
+from worldloom.runs.build import EVAL_SEED, AgentSpec, probe_env, replay_columns
+from worldloom.runs.checkpoint import read_manifest
+from worldloom.runs.config import RunConfig
+from worldloom.runs.interrupt import GracefulStop
+from worldloom.runs.run import Run
 
 BUNDLE_BYTES = 4 * 2**20  # batches of a task together hold about this much
 BUNDLE_UPDATES = 8  # and are at most so many

@@ -16,7 +16,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from worldloom.training.acting import ActingLost
+from worldloom.acting.rollout import ActingLost
 
 START_SECONDS = 180.0  # for an actor to come up
 DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError)  # the last: by Ray's memory monitor

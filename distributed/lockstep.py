@@ -6,7 +6,7 @@ import ray
 
 from distributed.collector import Collector
 from distributed.coordinator import Coordinator
-from worldloom.training.interrupt import GracefulStop
+from worldloom.runs.interrupt import GracefulStop
 
 
 class Lockstep(Coordinator):

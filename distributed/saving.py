@@ -11,7 +11,7 @@ import ray
 
 from distributed.launcher import result_of
 from distributed.shards import Shards
-from worldloom.training.checkpoint import begin_checkpoint, commit_checkpoint, drop_partial
+from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint, drop_partial
 
 
 class Saving:

@@ -11,9 +11,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.actors import ReplayActor
 from distributed.launcher import ActorLost, Launcher, alive, result_of
-from worldloom.training.assembly import AgentSpec, EnvSpec
-from worldloom.training.config import RunConfig
-from worldloom.training.replay import Acceptance
+from worldloom.replay.buffer import Acceptance
+from worldloom.runs.build import AgentSpec, EnvSpec
+from worldloom.runs.config import RunConfig
 
 NOTHING = Acceptance(0, 0, 0, 0, 0, 0)
 THREADS = {"saving": 1, "control": 1}

@@ -13,10 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from worldloom.dreamerv3 import DreamerV3Config
-from worldloom.suites import AtariConfig, DMCConfig
-from worldloom.tdmpc2 import TDMPC2Config
-from worldloom.training import TrainingConfig
-from worldloom.training.config import (
+from worldloom.envs.suites import AtariConfig, DMCConfig
+from worldloom.runs.config import (
     CheckpointConfig,
     EnvConfig,
     EvalConfig,
@@ -26,6 +24,8 @@ from worldloom.training.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from worldloom.tdmpc2 import TDMPC2Config
+from worldloom.training import TrainingConfig
 
 SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "run": ("", RunConfig),

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from worldloom.catalog import config_fields
-from worldloom.training.config import RunConfig
+from worldloom.families import config_fields
+from worldloom.runs.config import RunConfig
 
 
 class Parser(ArgumentParser):

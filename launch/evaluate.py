@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser
 
 from launch.runs import FAILURES, env_config, run_envs
 from worldloom import load_agent
-from worldloom.training.assembly import choose_device
-from worldloom.training.config import EnvConfig
-from worldloom.training.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
+from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
+from worldloom.runs.build import choose_device
+from worldloom.runs.config import EnvConfig
 from worldloom.types import Agent, Array
 
 

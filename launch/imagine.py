@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 from launch.evaluate import save_frames
 from launch.runs import FAILURES, env_config, run_envs
 from worldloom import load_agent
+from worldloom.acting.evaluation import record_episode
 from worldloom.imagination import OBSERVED, OpenLoop, open_loop
-from worldloom.training.assembly import choose_device
-from worldloom.training.evaluation import record_episode
-from worldloom.training.pictures import film, image_keys, plot
+from worldloom.report.pictures import film, image_keys, plot
+from worldloom.runs.build import choose_device
 
 FRAMES_PER_SECOND = 10
 DESCRIPTION = """Play one episode, show the world model its first steps, and let it imagine the rest under the true

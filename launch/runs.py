@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from worldloom.envs import EnvironmentFailed, VectorEnv
-from worldloom.suites import AtariConfig, DMCConfig
-from worldloom.training.assembly import make_run_env
-from worldloom.training.checkpoint import CheckpointError
-from worldloom.training.config import EnvConfig
+from worldloom.envs.suites import AtariConfig, DMCConfig
+from worldloom.runs.build import make_run_env
+from worldloom.runs.checkpoint import CheckpointError
+from worldloom.runs.config import EnvConfig
 
 FAILURES = (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed)  # told in a sentence
 

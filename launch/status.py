@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from worldloom.training.checkpoint import CheckpointError
-from worldloom.training.report import read_metrics
-from worldloom.training.verify import verify
+from worldloom.report.page import read_metrics
+from worldloom.runs.checkpoint import CheckpointError
+from worldloom.runs.verify import verify
 
 QUIET_SECONDS = 600.0  # without a line of metrics, after which a run without a summary is taken to be gone
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.assembly import check_config
-from worldloom.training.checkpoint import CheckpointError
-from worldloom.training.config import RunConfig
+from worldloom.runs.build import check_config
+from worldloom.runs.checkpoint import CheckpointError
+from worldloom.runs.config import RunConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +127,7 @@ def _leave_no_husk(run_dir: Path) -> None:
 
 def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
     if config.runtime.kind == "inline":
-        from worldloom.training.inline import InlineTrainer
+        from worldloom.runs.inline import InlineTrainer
 
         return InlineTrainer(config, run_dir, resume).train()
     from distributed.coordinator import train

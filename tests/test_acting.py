@@ -10,12 +10,13 @@ import torch
 
 from tests.test_training import TINY_AGENT, TINY_DREAMER
 from worldloom import create_agent
-from worldloom.catalog import agent_from_description
+from worldloom.acting.evaluation import evaluate
+from worldloom.acting.local import LocalActing
+from worldloom.acting.rollout import Acted, ActingLost, Lane, Rollout
+from worldloom.acting.server import ActingServer, Client
 from worldloom.envs import make_env
-from worldloom.training.acting import Acted, ActingLost, ActingServer, Client, LocalActing
-from worldloom.training.evaluation import evaluate
-from worldloom.training.replay import ReplayBuffer
-from worldloom.training.rollout import Lane, Rollout
+from worldloom.families import agent_from_description
+from worldloom.replay.buffer import ReplayBuffer
 from worldloom.types import ColumnSpec, Weights, WindowSpec
 
 

@@ -56,7 +56,7 @@ def test_worldloom_works_where_ray_cannot_be_imported():
 import sys
 for name in ("ray", "yaml", "jsonargparse", "rich", "tensorboardX", "matplotlib", "imageio"):
     sys.modules[name] = None
-import torch, worldloom, worldloom.training.inline
+import torch, worldloom, worldloom.runs.inline
 model = worldloom.create_world_model("tdmpc2:1m", obs_shape=(3,), action_dim=1)
 print(tuple(model.imagine(model.encode(torch.zeros(1, 3)), torch.zeros(15, 1, 1)).rewards.shape))
 """

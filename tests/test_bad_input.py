@@ -7,9 +7,9 @@ from tests.dreamerv3_models import MIXED, batch_of, tiny_agent
 from tests.tdmpc2_models import batch_of as tdmpc2_batch
 from tests.tdmpc2_models import tiny_model
 from worldloom import create_world_model
+from worldloom.runs.build import agent_spec, make_replay, probe_env
+from worldloom.runs.config import EnvConfig, RunConfig
 from worldloom.tdmpc2 import TDMPC2Agent
-from worldloom.training.assembly import agent_spec, make_replay, probe_env
-from worldloom.training.config import EnvConfig, RunConfig
 
 
 @pytest.mark.parametrize(

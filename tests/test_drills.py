@@ -13,11 +13,11 @@ from distributed.launcher import alive
 from tests.test_faults import check, run_and_kill, slow_config
 from tests.test_matrix import matrix_config
 from tests.test_ray import accepted, ray_config
-from worldloom.training.checkpoint import newest_checkpoint
-from worldloom.training.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
-from worldloom.training.inline import InlineTrainer
-from worldloom.training.report import read_metrics
-from worldloom.training.verify import verify
+from worldloom.report.page import read_metrics
+from worldloom.runs.checkpoint import newest_checkpoint
+from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.inline import InlineTrainer
+from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
@@ -284,12 +284,12 @@ def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
     whole = newest_checkpoint(tmp_path / "run").name
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=600))
     for name in (
-        "worldloom.training.inline.begin_checkpoint",
-        "worldloom.training.inline.write_agent",
-        "worldloom.training.checkpoint.write_msgpack",
-        "worldloom.training.checkpoint.ReplayStore.write",
-        "worldloom.training.inline.commit_checkpoint",
-        "worldloom.training.checkpoint.json.dumps",
+        "worldloom.runs.inline.begin_checkpoint",
+        "worldloom.runs.inline.write_agent",
+        "worldloom.runs.checkpoint.write_msgpack",
+        "worldloom.runs.checkpoint.ReplayStore.write",
+        "worldloom.runs.inline.commit_checkpoint",
+        "worldloom.runs.checkpoint.json.dumps",
         "pathlib.Path.rename",
     ):
         trainer = InlineTrainer(longer, tmp_path / "run", resume=True)

@@ -13,9 +13,9 @@ import pytest
 
 from launch.arguments import dump_config
 from tests.test_faults import slow_config
-from worldloom.training.checkpoint import newest_checkpoint, read_manifest
-from worldloom.training.config import CheckpointConfig, TrainConfig
-from worldloom.training.verify import verify
+from worldloom.runs.checkpoint import newest_checkpoint, read_manifest
+from worldloom.runs.config import CheckpointConfig, TrainConfig
+from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,10 +14,10 @@ import ray
 from distributed.coordinator import Coordinator
 from tests.test_ray import accepted, ray_config
 from tests.test_training import dreamer_config
-from worldloom.training.checkpoint import newest_checkpoint, read_manifest, read_msgpack
-from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConfig
-from worldloom.training.inline import InlineTrainer
-from worldloom.training.verify import verify
+from worldloom.runs.checkpoint import newest_checkpoint, read_manifest, read_msgpack
+from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.inline import InlineTrainer
+from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 

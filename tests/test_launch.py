@@ -55,7 +55,7 @@ def parse(*argv):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_presets_parse_and_fit_their_algorithm(path):
-    from worldloom.training.assembly import check_config
+    from worldloom.runs.build import check_config
 
     check_config(parse("--config", str(path)))
 

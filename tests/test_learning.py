@@ -8,8 +8,8 @@ import pytest
 from distributed.coordinator import train
 from launch.arguments import run_config, run_parser
 from tests.test_training import tiny_config
-from worldloom.training.config import EnvConfig, EvalConfig, RuntimeConfig, TrainConfig
-from worldloom.training.inline import InlineTrainer
+from worldloom.runs.config import EnvConfig, EvalConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.inline import InlineTrainer
 
 LEARNER = {
     "encoder_dim": 32, "mlp_dim": 32, "latent_dim": 32, "batch_size": 64, "num_samples": 64, "num_elites": 8,

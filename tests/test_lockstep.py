@@ -9,10 +9,10 @@ import torch
 
 from distributed.coordinator import train
 from tests.test_training import dreamer_config, tiny_config
-from worldloom.training.checkpoint import newest_checkpoint, read_msgpack
-from worldloom.training.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig
-from worldloom.training.inline import InlineTrainer
-from worldloom.training.report import read_metrics
+from worldloom.report.page import read_metrics
+from worldloom.runs.checkpoint import newest_checkpoint, read_msgpack
+from worldloom.runs.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.inline import InlineTrainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 

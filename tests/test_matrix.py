@@ -9,11 +9,11 @@ from distributed.launcher import Launcher
 from distributed.shards import Shards
 from tests.test_ray import ray_config, run
 from tests.test_training import dreamer_config
-from worldloom.training.assembly import agent_spec, make_run_agent, probe_env
-from worldloom.training.checkpoint import CheckpointError, newest_checkpoint, read_manifest, read_msgpack
-from worldloom.training.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
-from worldloom.training.replay import Acceptance
-from worldloom.training.verify import verify
+from worldloom.replay.buffer import Acceptance
+from worldloom.runs.build import agent_spec, make_run_agent, probe_env
+from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint, read_manifest, read_msgpack
+from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from distributed.coordinator import Coordinator
 from tests.test_faults import check, slow_config
 from tests.test_ray import accepted
-from worldloom.training.config import CheckpointConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STORE = 100 * 2**20

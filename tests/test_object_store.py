@@ -7,9 +7,9 @@ import ray
 
 from tests.test_ray import run
 from tests.test_training import TINY_DREAMER, dreamer_config
-from worldloom.training.config import LogConfig, ReplayConfig, RuntimeConfig, TrainConfig
-from worldloom.training.report import read_metrics
-from worldloom.training.verify import verify
+from worldloom.report.page import read_metrics
+from worldloom.runs.config import LogConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STORE = 80 * 2**20  # about the least that Ray takes

@@ -13,11 +13,11 @@ import torch
 from tests.dreamerv3_models import tiny_agent
 from worldloom import create_world_model
 from worldloom.imagination import OpenLoop, open_loop
+from worldloom.report.page import read_metrics, write_report
+from worldloom.report.pictures import film, image_keys, plot, sequence_picture, strip
+from worldloom.report.published import published_curve
+from worldloom.runs.config import EnvConfig, RunConfig
 from worldloom.training import ReplayBuffer
-from worldloom.training.config import EnvConfig, RunConfig
-from worldloom.training.pictures import film, image_keys, plot, sequence_picture, strip
-from worldloom.training.published import published_curve
-from worldloom.training.report import read_metrics, write_report
 from worldloom.types import LatentState, Trajectory
 
 # Open loop

@@ -246,7 +246,7 @@ def test_the_wheel_runs_the_quick_start_without_ray(tmp_path):
         wheel.extractall(site)
     top = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"worldloom"}
-    for name in ("py.typed", "training/published_scores.csv", "training/report.html.j2"):
+    for name in ("py.typed", "report/published_scores.csv", "report/report.html.j2"):
         assert (site / "worldloom" / name).is_file()
     absent = ("ray", "jsonargparse", "tensorboardX", "rich", "matplotlib", "imageio", "h5py", "yaml")
     program = f"""

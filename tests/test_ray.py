@@ -14,10 +14,10 @@ import ray
 from distributed.coordinator import Coordinator, train
 from tests.test_training import diverging, dreamer_config, tiny_config
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
-from worldloom.training.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
-from worldloom.training.inline import InlineTrainer
-from worldloom.training.replay import Acceptance
+from worldloom.replay.buffer import Acceptance
+from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint
+from worldloom.runs.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.inline import InlineTrainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import environments  # noqa: F401
+from worldloom.acting.local import LocalActing
+from worldloom.acting.rollout import Lane, Rollout
 from worldloom.envs import make_env
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.chunk import Chunk, ChunkInfo, ChunkKey
 from worldloom.spaces import observation_columns
-from worldloom.training.acting import LocalActing
-from worldloom.training.chunk import Chunk, ChunkInfo, ChunkKey
-from worldloom.training.replay import ReplayBuffer
-from worldloom.training.rollout import Lane, Rollout
 from worldloom.types import ColumnSpec, WindowSpec, action_rows, join_obs
 
 

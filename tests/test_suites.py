@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from worldloom.catalog import create_agent
 from worldloom.envs import make_env
-from worldloom.suites import AtariConfig, DMCConfig, make_dm_control
+from worldloom.envs.suites import AtariConfig, DMCConfig, make_dm_control
+from worldloom.families import create_agent
 
 
 def test_dm_control_gives_flat_states_and_ends_by_its_time_limit():
@@ -94,7 +94,7 @@ def test_atari_cuts_episodes_at_the_frame_limit_without_a_true_end():
 def test_atari_pools_the_last_two_frames_and_repeats_rewards():
     import gymnasium
 
-    from worldloom.suites import Atari
+    from worldloom.envs.suites import Atari
 
     class Flicker(gymnasium.Env):
         """Odd frames show the left half, even ones the right; a reward of 1 each."""

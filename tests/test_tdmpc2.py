@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.tdmpc2_models import batch_of, shake, tiny_model
 from worldloom import create_world_model
-from worldloom.catalog import build_config
+from worldloom.families import build_config
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 from worldloom.tdmpc2.agent import RunningScale, policy_loss
 from worldloom.tdmpc2.world_model import squashed_sample

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from tests.tdmpc2_models import TINY, batch_of, shake
 from worldloom import create_world_model
 from worldloom import functional as fn
+from worldloom.replay.buffer import ReplayBuffer
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel, read_official_episodes
 from worldloom.tdmpc2.agent import boltzmann
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Planner, PlanNoise
 from worldloom.tdmpc2.world_model import LossNoise, alternatives, categorical_sample, choose, cut_windows
-from worldloom.training.replay import ReplayBuffer
 
 # Several tasks
 

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from tests.recorded import cartpole_episodes
 from worldloom import create_world_model, load_agent
-from worldloom.catalog import create_agent
 from worldloom.envs import make_env
+from worldloom.families import create_agent
 from worldloom.training import (
     Callback,
     CallbackError,

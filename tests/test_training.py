@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom import load_agent
+from worldloom.acting.evaluation import evaluate
 from worldloom.envs import EnvironmentFailed, make_env
-from worldloom.training.checkpoint import CheckpointError, newest_checkpoint
-from worldloom.training.clock import Every, RateLimiter
-from worldloom.training.codec import pack, unpack
-from worldloom.training.config import (
+from worldloom.report.sinks import MetricsLogger
+from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint
+from worldloom.runs.config import (
     CheckpointConfig,
     EnvConfig,
     EvalConfig,
@@ -26,10 +26,10 @@ from worldloom.training.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from worldloom.training.evaluation import evaluate
-from worldloom.training.inline import InlineTrainer
-from worldloom.training.logger import MetricsLogger
-from worldloom.training.verify import verify
+from worldloom.runs.encoding import pack, unpack
+from worldloom.runs.inline import InlineTrainer
+from worldloom.runs.limiter import Every, RateLimiter
+from worldloom.runs.verify import verify
 
 TINY_AGENT = {
     "encoder_dim": 16, "mlp_dim": 16, "latent_dim": 16, "batch_size": 8, "num_samples": 16, "num_elites": 4,

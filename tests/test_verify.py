@@ -8,10 +8,10 @@ import pytest
 
 from launch import status
 from tests.test_training import dreamer_config, tiny_config
-from worldloom.training.checkpoint import CheckpointError, newest_checkpoint, read_msgpack, write_msgpack
-from worldloom.training.config import TrainConfig
-from worldloom.training.inline import InlineTrainer
-from worldloom.training.verify import verify
+from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint, read_msgpack, write_msgpack
+from worldloom.runs.config import TrainConfig
+from worldloom.runs.inline import InlineTrainer
+from worldloom.runs.verify import verify
 
 
 @pytest.fixture(scope="module")

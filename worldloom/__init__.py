@@ -1,6 +1,6 @@
 """World models for reinforcement learning: one typed API, no cluster needed."""
 
-from worldloom.catalog import (
+from worldloom.families import (
     Family,
     ModelInfo,
     create_agent,

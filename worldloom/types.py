@@ -2,7 +2,7 @@
 
 Rows arrive. Row t is what is known on arriving at step t: obs[t], and the actions[t], rewards[t], terminated[t]
 and truncated[t] that LED there. On an is_first row no action led here, so action and reward are zero. An episode of
-L actions has L + 1 rows, the final observation included. Gymnasium's order is converted in training/rollout.py
+L actions has L + 1 rows, the final observation included. Gymnasium's order is converted in acting/rollout.py
 (and in `ReplayBuffer.add_episode` for recorded data), nowhere else.
 
 Letters: B sequences or environments, T steps, H imagined steps, A action size, D deterministic size, S stochastic size.

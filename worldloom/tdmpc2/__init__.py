@@ -2,8 +2,7 @@
 
 from worldloom.tdmpc2.agent import TDMPC2Agent
 from worldloom.tdmpc2.config import SIZES, TDMPC2Config
-from worldloom.tdmpc2.official_checkpoints import load_official, save_official
-from worldloom.tdmpc2.official_episodes import read_official_episodes
+from worldloom.tdmpc2.official import load_official, read_official_episodes, save_official
 from worldloom.tdmpc2.tasks import TASK_SETS, Task
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 

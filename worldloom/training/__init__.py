@@ -1,5 +1,8 @@
 """Training from recorded data, and what the in-process trainer and the Ray actors share; needs no cluster."""
 
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.recorded import read_episodes
+from worldloom.runs.checkpoint import CheckpointError
 from worldloom.training.callbacks import (
     Callback,
     CallbackError,
@@ -8,11 +11,8 @@ from worldloom.training.callbacks import (
     LoggingCallback,
     ProgressCallback,
 )
-from worldloom.training.checkpoint import CheckpointError
-from worldloom.training.episodes import read_episodes
-from worldloom.training.replay import ReplayBuffer
+from worldloom.training.config import TrainingConfig
 from worldloom.training.trainer import Trainer, train
-from worldloom.training.training_config import TrainingConfig
 
 __all__ = [
     "Callback",

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worldloom.training.display import Display
-from worldloom.training.logger import MetricsLogger
+from worldloom.report.display import Display
+from worldloom.report.sinks import MetricsLogger
 
 if TYPE_CHECKING:
     from worldloom.training.trainer import Trainer

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.runs.checkpoint import CheckpointError, read_msgpack, write_msgpack
+from worldloom.runs.interrupt import GracefulStop
 from worldloom.training.callbacks import Callback, CallbackError, ProgressCallback, check_callbacks
-from worldloom.training.checkpoint import CheckpointError, read_msgpack, write_msgpack
-from worldloom.training.interrupt import GracefulStop
-from worldloom.training.learners import make_learner
-from worldloom.training.replay import ReplayBuffer
-from worldloom.training.training_config import TrainingConfig
+from worldloom.training.config import TrainingConfig
+from worldloom.training.updates import make_learner
 from worldloom.types import Agent, WorldModel
 
 LEARNING, EVALUATION = 0, 1  # purposes of randomness

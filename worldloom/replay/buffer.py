@@ -18,10 +18,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from worldloom.training.chunk import Chunk, base_columns, row_bytes
-from worldloom.training.codec import pack, unpack
-from worldloom.training.episodes import Episode
-from worldloom.training.windows import Stream, WindowIndex
+from worldloom.replay.chunk import Chunk, base_columns, row_bytes
+from worldloom.replay.recorded import Episode
+from worldloom.replay.windows import Stream, WindowIndex
+from worldloom.runs.encoding import pack, unpack
 from worldloom.types import Array, Batch, ColumnSpec, ObsShape, WindowSpec, is_image, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
@@ -504,7 +504,7 @@ class ReplayBuffer:
         """A buffer filled with recorded episodes, of `worldloom.training.read_episodes`, Minari, or your own.
 
         trajectories: mappings or objects with observations (or obs), actions, rewards, and terminations (or dones)
-        and truncations; see `worldloom.training.episodes.Episode` for every name that is read. Shapes come from the
+        and truncations; see `worldloom.replay.recorded.Episode` for every name that is read. Shapes come from the
         first episode, the number of choices of integer actions from all. action_range: (low, high) of continuous
         actions that are to be scaled to [-1, 1]. capacity: rows; None takes what the episodes fill. options: of
         ReplayBuffer. Raises ValueError, naming the episode.

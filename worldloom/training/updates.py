@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from worldloom.pretrained import load_parameters, save_model, save_parameters
-from worldloom.training.assembly import choose_device
-from worldloom.training.checkpoint import CheckpointError, check_finite
-from worldloom.training.replay import ReplayBuffer
-from worldloom.training.training_config import TrainingConfig
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.runs.build import choose_device
+from worldloom.runs.checkpoint import CheckpointError, check_finite
+from worldloom.training.config import TrainingConfig
 from worldloom.types import Agent, Batch, WorldModel
 
 

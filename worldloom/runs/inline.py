@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldloom.acting.evaluation import Evaluation
+from worldloom.acting.local import LocalActing
+from worldloom.acting.rollout import Lane, Rollout
 from worldloom.envs import EnvironmentFailed
-from worldloom.training.acting import LocalActing
-from worldloom.training.assembly import (
+from worldloom.report.pictures import PICTURE_ROWS, sequence_picture
+from worldloom.runs.build import (
     actor_seed,
     agent_spec,
     choose_device,
@@ -21,7 +24,7 @@ from worldloom.training.assembly import (
     probe_env,
     start_run_evaluation,
 )
-from worldloom.training.checkpoint import (
+from worldloom.runs.checkpoint import (
     ReplayStore,
     begin_checkpoint,
     commit_checkpoint,
@@ -29,12 +32,9 @@ from worldloom.training.checkpoint import (
     take_agent,
     write_agent,
 )
-from worldloom.training.config import RunConfig
-from worldloom.training.evaluation import Evaluation
-from worldloom.training.interrupt import GracefulStop
-from worldloom.training.pictures import PICTURE_ROWS, sequence_picture
-from worldloom.training.rollout import Lane, Rollout
-from worldloom.training.run import Run
+from worldloom.runs.config import RunConfig
+from worldloom.runs.interrupt import GracefulStop
+from worldloom.runs.run import Run
 
 
 class InlineTrainer:

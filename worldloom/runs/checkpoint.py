@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from worldloom.pretrained import read_description, save_described, save_parameters
-from worldloom.training.codec import pack, unpack
-from worldloom.training.replay import ReplayBuffer
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.runs.encoding import pack, unpack
 from worldloom.types import Agent, Array
 
 logger = logging.getLogger(__name__)

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from worldloom.replay.buffer import ring_bytes
+from worldloom.replay.chunk import row_bytes
+from worldloom.report.metrics import Recorder
+from worldloom.report.sinks import Sink
+from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns
+from worldloom.runs.checkpoint import drop_partial, newest_checkpoint, read_manifest
+from worldloom.runs.config import RunConfig
+from worldloom.runs.limiter import Every
 from worldloom.spaces import observation_shape
-from worldloom.training.assembly import AgentSpec, EnvSpec, make_limiter, replay_columns
-from worldloom.training.checkpoint import drop_partial, newest_checkpoint, read_manifest
-from worldloom.training.chunk import row_bytes
-from worldloom.training.clock import Every
-from worldloom.training.config import RunConfig
-from worldloom.training.logger import Sink
-from worldloom.training.recorder import Recorder
-from worldloom.training.replay import ring_bytes
 from worldloom.types import ObsShape
 
 

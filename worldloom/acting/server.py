@@ -1,4 +1,4 @@
-"""Acting backends: with a copy of the weights in this process, or in batches for many actors at once."""
+"""Acting in batches, for many actors at once."""
 
 from __future__ import annotations
 
@@ -7,65 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray, Weights, join_obs
-
-
-class ActingLost(RuntimeError):
-    """Whoever was to act gives no answer. What was asked may be asked again, of another."""
-
-
-class Acted(NamedTuple):
-    """What to do in E environments."""
-
-    actions: Array  # [E, A]
-    columns: Mapping[str, Array]  # replay columns of the rows acted on, [E, ...]
-    version: int  # of the weights that acted
-
-
-class Acting(Protocol):
-    """Acts for one vector of environments and remembers their acting states."""
-
-    columns: Mapping[str, ColumnSpec]  # extra replay columns that the agent asks for
-
-    def start(self, seed: int) -> None:
-        """Begin anew: no acting states, and where the randomness of acting is this backend's own, that of `seed`."""
-
-    def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
-        """Ask for actions for obs by replay column, [E, ...] each; the result waits for them. Raises ActingLost."""
-
-
-class LocalActing:
-    """Acts with an agent in this process."""
-
-    def __init__(self, agent: Agent) -> None:
-        self.agent, self.columns, self.version = agent, agent.columns, 0
-        self._act_state: ActState | None = None
-
-    def start(self, seed: int) -> None:
-        self.agent.acting_generator.manual_seed(seed)
-        self._act_state = None
-
-    def load(self, weights: Weights) -> None:
-        """Act with these from now on. Raises ValueError if the version goes back."""
-        check_version(weights, self.version)
-        self.agent.load_acting_weights(weights.flat)
-        self.version = weights.version
-
-    def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
-        actions, self._act_state = self.agent.act(join_obs(obs), self._act_state, is_first)
-        acted = Acted(actions, self.agent.replay_columns(self._act_state), self.version)
-        return lambda: acted
-
-
-def check_version(weights: Weights, version: int) -> None:
-    """Raises ValueError if weights of `version` are newer."""
-    if weights.version < version:
-        raise ValueError(f"weights of version {weights.version} came after version {version}.")
+from worldloom.acting.local import check_version
+from worldloom.acting.rollout import Acted
+from worldloom.types import ActState, Agent, Array, ObsArray, Weights, join_obs
 
 
 class Client(NamedTuple):

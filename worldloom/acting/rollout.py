@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from worldloom.envs import Step, VectorEnv
+from worldloom.replay.chunk import Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
 from worldloom.spaces import observation_columns
-from worldloom.training.acting import Acted, Acting, ActingLost
-from worldloom.training.chunk import Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
-from worldloom.types import Array, action_rows, split_obs
+from worldloom.types import Array, ColumnSpec, action_rows, split_obs
+
+
+class ActingLost(RuntimeError):
+    """Whoever was to act gives no answer. What was asked may be asked again, of another."""
+
+
+class Acted(NamedTuple):
+    """What to do in E environments."""
+
+    actions: Array  # [E, A]
+    columns: Mapping[str, Array]  # replay columns of the rows acted on, [E, ...]
+    version: int  # of the weights that acted
+
+
+class Acting(Protocol):
+    """Acts for one vector of environments and remembers their acting states."""
+
+    columns: Mapping[str, ColumnSpec]  # extra replay columns that the agent asks for
+
+    def start(self, seed: int) -> None:
+        """Begin anew: no acting states, and where the randomness of acting is this backend's own, that of `seed`."""
+
+    def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
+        """Ask for actions for obs by replay column, [E, ...] each; the result waits for them. Raises ActingLost."""
 
 
 @dataclass

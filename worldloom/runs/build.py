@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.catalog import build_config, create_agent
+from worldloom.acting.evaluation import Evaluator, Player, start_evaluation
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, make_environment
+from worldloom.families import build_config, create_agent
+from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.chunk import base_columns
+from worldloom.runs.config import EnvConfig, RunConfig
+from worldloom.runs.limiter import RateLimiter
 from worldloom.spaces import observation_columns
-from worldloom.training.chunk import base_columns
-from worldloom.training.clock import RateLimiter
-from worldloom.training.config import EnvConfig, RunConfig
-from worldloom.training.evaluation import Evaluator, Player, start_evaluation
-from worldloom.training.replay import ReplayBuffer
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
 
 logger = logging.getLogger(__name__)

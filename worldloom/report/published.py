@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 
-from worldloom.catalog import resolve
-from worldloom.training.config import RunConfig
+from worldloom.families import resolve
+from worldloom.runs.config import RunConfig
 
 NAMES = {"dreamerv3": "DreamerV3, published", "tdmpc2": "TD-MPC2, published"}
 
@@ -31,7 +31,7 @@ def published_curve(config: RunConfig) -> Curve | None:
     """What the authors of this algorithm report on this task; None where they report nothing."""
     suite, task = _suite_and_task(config)
     family = resolve(config.algorithm)[0]
-    table = (files("worldloom.training") / "published_scores.csv").read_text()
+    table = (files("worldloom.report") / "published_scores.csv").read_text()
     known = csv.DictReader(table.splitlines())
     rows = [row for row in known if (row["family"], row["suite"], row["task"]) == (family, suite, task)]
     if not rows:

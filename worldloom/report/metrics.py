@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.training.chunk import ChunkInfo
-from worldloom.training.clock import RateLimiter
-from worldloom.training.config import RunConfig
-from worldloom.training.display import Display, Standing
-from worldloom.training.evaluation import Evaluation
-from worldloom.training.logger import MetricsLogger, Sink
-from worldloom.training.report import PICTURE, write_report
+from worldloom.acting.evaluation import Evaluation
+from worldloom.replay.chunk import ChunkInfo
+from worldloom.report.display import Display, Standing
+from worldloom.report.page import PICTURE, write_report
+from worldloom.report.sinks import MetricsLogger, Sink
+from worldloom.runs.config import RunConfig
+from worldloom.runs.limiter import RateLimiter
 from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20

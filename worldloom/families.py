@@ -316,7 +316,7 @@ def load_agent(
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for overrides that the parameters do not fit.
     """
-    from worldloom.training.checkpoint import newest_checkpoint
+    from worldloom.runs.checkpoint import newest_checkpoint
 
     folder = Path(directory)
     if folder.is_file():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.training.checkpoint import newest_checkpoint, read_manifest, read_msgpack
+from worldloom.runs.checkpoint import newest_checkpoint, read_manifest, read_msgpack
 from worldloom.types import Array
 
 FLAGS = ("is_first", "terminated", "truncated", "rewards", "actions")
@@ -20,7 +20,7 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
     rows are contiguous: every start has a seam before it, an interrupted episode ends truncated, and actions and
     rewards of starts are zero. I4 no more was delivered to the learner than the train ratio allows. I6 learner and
     manifest agree on their updates. No file can tell of the other two: that weights never go back (I5;
-    `worldloom.training.acting` refuses), and that nothing is left running (I7).
+    `worldloom.acting.local` refuses), and that nothing is left running (I7).
 
     Raises CheckpointError if there is no checkpoint or it cannot be read.
     """

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.training.config import RunConfig
-from worldloom.training.published import published_curve
+from worldloom.report.published import published_curve
+from worldloom.runs.config import RunConfig
 
 INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
 PICTURE = "imagined.png"
@@ -42,7 +42,7 @@ def write_report(run_dir: Path, config: RunConfig, settings: str = "") -> Path:
         _rates(lines, summary),
         _imagined(run_dir),
     ]
-    template = (files("worldloom.training") / "report.html.j2").read_text()
+    template = (files("worldloom.report") / "report.html.j2").read_text()
     page = (
         jinja2.Environment(autoescape=True)
         .from_string(template)

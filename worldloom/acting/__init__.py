@@ -1,0 +1,1 @@
+"""Acting in environments: rollouts, the backends that act, evaluation."""

@@ -1,0 +1,74 @@
+"""One environment behind one contract: its actions in [-1, 1] or one-hot, its images channel-first."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from worldloom.spaces import ActionCodec, ObservationCodec
+from worldloom.types import Array, ObsArray
+
+
+class Environment:
+    """One Gymnasium environment under the contract; actions are [A], observations [*obs_shape] or a mapping of them.
+
+    observation_space: images uint8 (C, H, W), vectors float32, class indices; or a Dict of these. action_space: Box in
+    [-1, 1] of shape (A,), or Discrete and MultiDiscrete, whose actions are given one-hot (see `worldloom.spaces`).
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        action_repeat: int = 1,
+        episode_length: int | None = None,
+        frame_stack: int = 1,
+        image_size: int | None = None,
+    ) -> None:
+        if action_repeat < 1:
+            raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
+        self._env, self._repeat = env, action_repeat
+        self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        self._actions = ActionCodec(self.name, env.action_space)
+        self._observations = ObservationCodec(self.name, env.observation_space, frame_stack, image_size)
+        self.action_dim, self.action_classes = self._actions.size, self._actions.classes
+        self.action_space, self.observation_space = self._actions.space, self._observations.space
+        limit = env.spec.max_episode_steps if env.spec else None
+        steps = None if limit is None else math.ceil(limit / action_repeat)
+        self.episode_length = episode_length or steps  # in agent steps, None where there is no limit
+
+    def reset(self, seed: int | None = None) -> ObsArray:
+        obs, _ = self._env.reset(seed=seed)
+        return self._observations(obs, first=True)
+
+    def step(self, action: Array) -> tuple[ObsArray, float, bool, bool]:
+        """Repeat `action` [A] and sum the rewards: (obs, reward, terminated, truncated)."""
+        native, total, terminated, truncated = self._actions.native(action), 0.0, False, False
+        for _ in range(self._repeat):
+            obs, reward, terminated, truncated, _ = self._env.step(native)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        if not math.isfinite(total):
+            raise ValueError(f"{self.name} gave reward {total}, expected a finite number. Check its reward function.")
+        return self._observations(obs), total, bool(terminated), bool(truncated)
+
+    def step_once(self) -> None:
+        """Reset and take one step in the middle of the action space: what is broken shows here, before a run starts."""
+        self.reset(seed=0)
+        middle = np.zeros(self.action_dim, np.float32)
+        self.step(middle)
+
+    def render(self) -> Array:
+        """An RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
+        return np.asarray(self._env.render())
+
+    @property
+    def frames_per_second(self) -> float:
+        """Steps a second in the environment's own time; 30 where it does not say."""
+        return float(self._env.metadata.get("render_fps") or 30) / self._repeat
+
+    def close(self) -> None:
+        self._env.close()

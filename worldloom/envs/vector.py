@@ -1,0 +1,143 @@
+"""Several environments stepped together; one that breaks is rebuilt in its place."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from worldloom.envs.environment import Environment
+from worldloom.types import Array, ObsArray, join_obs, split_obs
+
+logger = logging.getLogger(__name__)
+
+FAILURES_ALLOWED = 5  # of one environment within FAILURE_WINDOW of its steps, before the run is given up
+FAILURE_WINDOW = 100
+
+
+class EnvironmentFailed(RuntimeError):
+    """An environment failed again and again; the last failure is the cause."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of E environments gave, in Gymnasium's order: these came out of the actions just taken."""
+
+    obs: ObsArray  # [E, *obs_shape] (or a mapping) to act on next: of the new episode where one ended
+    final_obs: ObsArray  # [E, *obs_shape] that the action led to; equals obs where no episode ended
+    rewards: Array  # [E] float32
+    terminated: Array  # [E] bool
+    truncated: Array  # [E] bool
+    failed: Array  # [E] bool: the step raised; the environment was rebuilt and its episode cut short before it
+
+    @property
+    def is_first(self) -> Array:
+        """[E] bool: obs starts an episode."""
+        return cast(Array, self.terminated | self.truncated | self.failed)
+
+
+class VectorEnv:
+    """E environments stepped together; those that end are reset in the same step.
+
+    An environment that raises is rebuilt in its place. One that fails over and over ends the run with
+    `EnvironmentFailed`, caused by its last error.
+    """
+
+    def __init__(self, make: Callable[[], Environment], num_envs: int, seed: int) -> None:
+        if num_envs < 1:
+            raise ValueError(f"env.num_envs is {num_envs}, expected at least 1.")
+        self._make = make
+        self._seeds = [np.random.default_rng([seed, index]) for index in range(num_envs)]
+        self._envs = [make() for _ in range(num_envs)]
+        self._steps = 0
+        self._failures: list[deque[int]] = [deque(maxlen=FAILURES_ALLOWED) for _ in self._envs]
+        self.num_envs, self.failures, self.last_failure = num_envs, 0, ""
+        one = self._envs[0]
+        self.observation_space, self.action_space = one.observation_space, one.action_space
+        self.action_classes, self.action_dim, self.episode_length = (
+            one.action_classes,
+            one.action_dim,
+            one.episode_length,
+        )
+        self.name = one.name
+
+    def reset(self) -> ObsArray:
+        """Start every environment: obs [E, *obs_shape], or a mapping of such."""
+        return _stack([self._reset(index) for index in range(self.num_envs)])
+
+    def step(self, actions: Array) -> Step:
+        """actions: [E, A]. Raises ValueError for another shape, EnvironmentFailed for a broken environment."""
+        if actions.shape != (self.num_envs, self.action_dim):
+            raise ValueError(
+                f"{self.name}: actions are {actions.shape}, expected {(self.num_envs, self.action_dim)}: [E, A]."
+            )
+        if not np.isfinite(actions).all():
+            raise FloatingPointError(
+                f"{self.name}: the agent gave actions that are NaN or infinite, so its parameters are. Lower agent.lr, "
+                "or go on from the last checkpoint with --resume."
+            )
+        self._steps += 1
+        obs: list[ObsArray] = []
+        final_obs: list[ObsArray] = []
+        rewards = np.zeros(self.num_envs, np.float32)
+        terminated, truncated, failed = np.zeros((3, self.num_envs), bool)
+        for i, env in enumerate(self._envs):
+            arrived: ObsArray | None = None
+            try:
+                arrived, rewards[i], terminated[i], truncated[i] = env.step(actions[i])
+            except Exception as error:
+                self._rebuild(i, error)
+                failed[i] = True
+            if arrived is None or terminated[i] or truncated[i]:
+                obs.append(self._reset(i))
+            else:
+                obs.append(arrived)
+            final_obs.append(obs[-1] if arrived is None else arrived)
+        return Step(_stack(obs), _stack(final_obs), rewards, terminated, truncated, failed)
+
+    def render(self) -> Array:
+        """The first environment's frame [H, W, 3] uint8."""
+        return self._envs[0].render()
+
+    @property
+    def frames_per_second(self) -> float:
+        return self._envs[0].frames_per_second
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+    def _reset(self, index: int) -> ObsArray:
+        while True:
+            try:
+                return self._envs[index].reset(seed=int(self._seeds[index].integers(2**31)))
+            except Exception as error:
+                self._rebuild(index, error)
+
+    def _rebuild(self, index: int, error: Exception) -> None:
+        """Replace a broken environment, unless it broke too often."""
+        recent = self._failures[index]
+        recent.append(self._steps)
+        self.failures += 1
+        self.last_failure = f"{type(error).__name__}: {error}".rstrip(".")
+        if len(recent) == FAILURES_ALLOWED and self._steps - recent[0] < FAILURE_WINDOW:
+            raise EnvironmentFailed(
+                f"environment {index} ({self.name}) failed {FAILURES_ALLOWED} times within {FAILURE_WINDOW} steps; "
+                f"the last time: {self.last_failure}. Mend the environment, then --resume."
+            ) from error
+        logger.warning("environment %d (%s) raised and was rebuilt: %r", index, self.name, error)
+        try:
+            self._envs[index].close()
+        except Exception as closing:  # a broken environment may not close either; it is replaced anyway
+            logger.warning("environment %d could not be closed: %r", index, closing)
+        self._envs[index] = self._make()
+
+
+def _stack(observations: Sequence[ObsArray]) -> ObsArray:
+    columns = [split_obs(obs) for obs in observations]
+    stacked: ObsArray = join_obs({name: np.stack([c[name] for c in columns]) for name in columns[0]})
+    return stacked

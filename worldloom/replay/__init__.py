@@ -1,0 +1,1 @@
+"""Replay: rows in, windows out."""

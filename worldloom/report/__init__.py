@@ -1,0 +1,1 @@
+"""What a run tells: metrics, a display, pictures and a page."""

@@ -1,0 +1,236 @@
+"""The sections of a run's configuration: every field with its type, default and unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from worldloom.envs.suites import AtariConfig, DMCConfig
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}, expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """The task.
+
+    Args:
+        id: Gymnasium id, module:id, or module:factory, a function or class that makes the environment
+        num_envs: environments per env actor
+        action_repeat: environment frames per agent step; rewards are summed
+        frame_stack: images carry so many frames in their channels, the oldest first
+        image_size: images are resized to squares of that side; null leaves them (atari and dmc have their own)
+        atari: frames and actions of ALE/ ids; others ignore it
+        dmc: observations of dm_control/ ids; others ignore it
+    """
+
+    id: str = "Pendulum-v1"
+    num_envs: int = 4
+    action_repeat: int = 1
+    frame_stack: int = 1
+    image_size: int | None = None
+    atari: AtariConfig = field(default_factory=AtariConfig)
+    dmc: DMCConfig = field(default_factory=DMCConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.num_envs >= 1, "env.num_envs", self.num_envs, "at least 1")
+        _require(self.action_repeat >= 1, "env.action_repeat", self.action_repeat, "at least 1")
+        _require(self.frame_stack >= 1, "env.frame_stack", self.frame_stack, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The replay buffer.
+
+    Args:
+        capacity: rows kept, of all shards together; the oldest go first
+        shards: replay actors that share the rows; env actors are told apart, so take no more shards than env actors
+    """
+
+    capacity: int = 1_000_000
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.shards >= 1, "replay.shards", self.shards, "at least 1")
+        _require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1 row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how hard to train.
+
+    Args:
+        total_steps: environment (agent) steps
+        train_ratio: replayed steps per environment step; null takes the algorithm's own
+        learning_starts: environment steps before the first update
+        seed: of everything random
+        device: of the learner: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+        precision: of the learner's matrix products; auto takes what the algorithm's authors use on that device
+        compile: run updates through torch.compile: the first takes about a minute longer, the rest are faster
+    """
+
+    total_steps: int = 100_000
+    train_ratio: float | None = None
+    learning_starts: int = 1_000
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.total_steps >= 1, "train.total_steps", self.total_steps, "at least 1")
+        _require(
+            self.train_ratio is None or self.train_ratio > 0, "train.train_ratio", self.train_ratio, "above 0, or null"
+        )
+        _require(self.learning_starts >= 0, "train.learning_starts", self.learning_starts, "0 or more")
+        _require(self.seed >= 0, "train.seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where the parts run.
+
+    Args:
+        kind: ray, or inline for one process without Ray
+        sync: one vector step, then every update that is due, in turn: on Ray the same numbers as inline, and --resume
+            goes on as if the run had never stopped (open episodes are cut short at each checkpoint for that)
+        env_actors: remote actors, each with env.num_envs environments; 0 acts in the coordinator
+        acting: local: env actors hold a copy of the weights; server: they send observations, and one batched call acts
+            for all; auto takes server for agents that plan, where the learner has a GPU
+        acting_server: where the server runs: in the learner's process, or in an actor of its own
+        acting_deadline: seconds after the first observation in which a batch of the server closes at the latest
+        chunk_steps: vector steps per collect; a collect ends earlier after chunk_seconds
+        chunk_seconds: seconds
+        publish_interval: updates between two versions of the weights
+        learner_threads: CPU threads of the learner; 0 takes what the env actors leave (inline: torch's own choice)
+        collect_timeout: seconds without an answer after which an env actor is replaced
+    """
+
+    kind: Literal["ray", "inline"] = "ray"
+    sync: bool = False
+    env_actors: int = 2
+    acting: Literal["auto", "local", "server"] = "auto"
+    acting_server: Literal["learner", "actor"] = "learner"
+    acting_deadline: float = 0.003
+    chunk_steps: int = 64
+    chunk_seconds: float = 1.0
+    publish_interval: int = 50
+    learner_threads: int = 0
+    collect_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        _require(self.env_actors >= 0, "runtime.env_actors", self.env_actors, "0 or more")
+        _require(self.chunk_steps >= 1, "runtime.chunk_steps", self.chunk_steps, "at least 1")
+        _require(self.chunk_seconds > 0, "runtime.chunk_seconds", self.chunk_seconds, "above 0")
+        _require(self.publish_interval >= 1, "runtime.publish_interval", self.publish_interval, "at least 1")
+        _require(self.learner_threads >= 0, "runtime.learner_threads", self.learner_threads, "0 or more")
+        _require(self.acting_deadline >= 0, "runtime.acting_deadline", self.acting_deadline, "0 or more")
+        _require(
+            not (self.sync and self.acting == "server"),
+            "runtime.acting",
+            self.acting,
+            "local or auto with runtime.sync",
+        )
+        _require(self.collect_timeout > 0, "runtime.collect_timeout", self.collect_timeout, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation without exploration noise, on environments of its own.
+
+    Args:
+        interval: environment steps between two evaluations; 0 evaluates at the end only
+        episodes: episodes each time
+    """
+
+    interval: int = 10_000
+    episodes: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, "eval.interval", self.interval, "0 or more")
+        _require(self.episodes >= 1, "eval.episodes", self.episodes, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving.
+
+    Args:
+        interval: environment steps between two checkpoints; 0 saves at the end only
+        keep: newest checkpoints kept
+        compress: rows of replay losslessly (zlib): images take a fraction of the room, and longer to write
+        on_error: what follows when the disk is full or cannot be written: continue, and try again at the next interval,
+            or stop the run
+    """
+
+    interval: int = 10_000
+    keep: int = 3
+    compress: bool = False
+    on_error: Literal["continue", "stop"] = "continue"
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, "checkpoint.interval", self.interval, "0 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Metrics.
+
+    Args:
+        interval: environment steps between two lines of metrics
+        picture_interval: environment steps between two pictures of imagination in TensorBoard; 0 draws the last only
+    """
+
+    interval: int = 1_000
+    picture_interval: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.picture_interval >= 0, "log.picture_interval", self.picture_interval, "0 or more")
+        _require(self.interval >= 1, "log.interval", self.interval, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        algorithm: a preset such as tdmpc2:5m, or an alias
+        agent: single fields of the preset's config to replace
+        protocol: paper, the published hyper-parameters, or head, those of the authors' present code, where a preset
+            tells them apart
+    """
+
+    algorithm: str = "tdmpc2:5m"
+    agent: dict[str, Any] = field(default_factory=dict)
+    protocol: Literal["paper", "head"] = "paper"
+    env: EnvConfig = field(default_factory=EnvConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.learning_starts < self.train.total_steps,
+            "train.learning_starts",
+            self.train.learning_starts,
+            f"less than train.total_steps={self.train.total_steps}",
+        )
+        _require(
+            self.runtime.kind == "ray" or self.replay.shards == 1,
+            "replay.shards",
+            self.replay.shards,
+            "1 with runtime.kind inline",
+        )
+        _require(
+            self.replay.shards <= max(self.runtime.env_actors, 1),
+            "replay.shards",
+            self.replay.shards,
+            f"at most runtime.env_actors={max(self.runtime.env_actors, 1)}, each of which fills one",
+        )
