@@ -22,7 +22,7 @@ from worldloom.tdmpc2.world_model import LossNoise, alternatives, categorical_sa
 # Several tasks
 
 
-EPISODES = Path(__file__).parent / "data" / "tdmpc2_episodes.pt"
+EPISODES = Path(__file__).parents[1] / "data" / "tdmpc2_episodes.pt"
 TASKS = (Task("walker-walk", 4), Task("cup-catch", 2), Task("mw-reach", 3, 100))
 
 

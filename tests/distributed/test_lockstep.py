@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed.coordinator import train
-from tests.test_training import dreamer_config, tiny_config
+from tests.runs.test_inline import dreamer_config, tiny_config
 from worldloom.report.page import read_metrics
 from worldloom.runs.checkpoint import newest_checkpoint, read_msgpack
 from worldloom.runs.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig

@@ -10,9 +10,9 @@ import ray
 
 from distributed.coordinator import Coordinator, train
 from distributed.launcher import alive
-from tests.test_faults import check, run_and_kill, slow_config
-from tests.test_matrix import matrix_config
-from tests.test_ray import accepted, ray_config
+from tests.distributed.test_faults import check, run_and_kill, slow_config
+from tests.distributed.test_matrix import matrix_config
+from tests.distributed.test_ray import accepted, ray_config
 from worldloom.report.page import read_metrics
 from worldloom.runs.checkpoint import newest_checkpoint
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig

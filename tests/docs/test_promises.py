@@ -22,7 +22,7 @@ from tests.recorded import cartpole_episodes
 from worldloom import LatentState, Trajectory, WorldModel, create_world_model, get_config, get_model_info, list_models
 from worldloom.training import ReplayBuffer, Trainer, TrainingConfig, train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "dreamerv3:size1m": {"deter": 32, "hidden": 8, "units": 8, "stoch": 4, "classes": 4},
     "tdmpc2:1m": {"encoder_dim": 16, "mlp_dim": 16, "latent_dim": 16},

@@ -23,7 +23,7 @@ from launch.train import main as train_command
 from worldloom import create_world_model
 from worldloom.tdmpc2 import save_official
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TINY = {

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.arguments import dump_config, run_config, run_parser
 from launch.train import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = """
 algorithm: tdmpc2:1m
 agent: {encoder_dim: 16, mlp_dim: 16, latent_dim: 16, batch_size: 8, num_samples: 16, num_elites: 4,

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator, train
-from tests.test_training import diverging, dreamer_config, tiny_config
+from tests.runs.test_inline import diverging, dreamer_config, tiny_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint

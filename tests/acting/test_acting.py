@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_training import TINY_AGENT, TINY_DREAMER
+from tests.runs.test_inline import TINY_AGENT, TINY_DREAMER
 from worldloom import create_agent
 from worldloom.acting.evaluation import evaluate
 from worldloom.acting.local import LocalActing
@@ -228,7 +228,7 @@ def rollout_of(*actings, envs=2):
 
 
 def check_rows(chunks, envs):
-    """The time alignment, end to end, as in `tests/test_replay.py`."""
+    """The time alignment, end to end, as in `tests/replay/test_replay.py`."""
     windows = WindowSpec(length=8, context=0, crosses_episodes=False)
     replay = ReplayBuffer(5000, (3,), 1, windows=windows, columns=Asked.columns)
     for chunk in chunks:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from launch import status
-from tests.test_training import dreamer_config, tiny_config
+from tests.runs.test_inline import dreamer_config, tiny_config
 from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint, read_msgpack, write_msgpack
 from worldloom.runs.config import TrainConfig
 from worldloom.runs.inline import InlineTrainer

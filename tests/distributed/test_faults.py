@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator
-from tests.test_ray import accepted, ray_config
-from tests.test_training import dreamer_config
+from tests.distributed.test_ray import accepted, ray_config
+from tests.runs.test_inline import dreamer_config
 from worldloom.runs.checkpoint import newest_checkpoint, read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer

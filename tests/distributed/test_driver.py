@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from launch.arguments import dump_config
-from tests.test_faults import slow_config
+from tests.distributed.test_faults import slow_config
 from worldloom.runs.checkpoint import newest_checkpoint, read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
 from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parents():

@@ -7,8 +7,8 @@ import pytest
 
 from distributed.launcher import Launcher
 from distributed.shards import Shards
-from tests.test_ray import ray_config, run
-from tests.test_training import dreamer_config
+from tests.distributed.test_ray import ray_config, run
+from tests.runs.test_inline import dreamer_config
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
 from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint, read_manifest, read_msgpack
