@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from distributed.launcher import DEATHS, ActorLost, alive, result_of
-from worldloom.runs.checkpoint import newest_checkpoint
+from worldloom.pretrained import newest_checkpoint
 
 if TYPE_CHECKING:
     from distributed.collector import Collector

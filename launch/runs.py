@@ -9,8 +9,8 @@ import yaml
 
 from worldloom.envs import EnvironmentFailed, VectorEnv
 from worldloom.envs.suites import AtariConfig, DMCConfig
+from worldloom.pretrained import CheckpointError
 from worldloom.runs.build import make_run_env
-from worldloom.runs.checkpoint import CheckpointError
 from worldloom.runs.config import EnvConfig
 
 FAILURES = (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed)  # told in a sentence

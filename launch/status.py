@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from worldloom.pretrained import CheckpointError
 from worldloom.report.page import read_metrics
-from worldloom.runs.checkpoint import CheckpointError
 from worldloom.runs.verify import verify
 
 QUIET_SECONDS = 600.0  # without a line of metrics, after which a run without a summary is taken to be gone

@@ -17,8 +17,8 @@ from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from worldloom.envs import EnvironmentFailed
+from worldloom.pretrained import CheckpointError
 from worldloom.runs.build import check_config
-from worldloom.runs.checkpoint import CheckpointError
 from worldloom.runs.config import RunConfig
 
 

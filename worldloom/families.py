@@ -14,7 +14,7 @@ import torch
 
 from worldloom import dreamerv3, tdmpc2
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
-from worldloom.pretrained import load_parameters, read_description
+from worldloom.pretrained import load_parameters, newest_checkpoint, read_description
 from worldloom.tdmpc2 import TASK_SETS, Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
 from worldloom.tdmpc2.tasks import multitask_sizes
 from worldloom.types import Agent, WorldModel
@@ -316,8 +316,6 @@ def load_agent(
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for overrides that the parameters do not fit.
     """
-    from worldloom.runs.checkpoint import newest_checkpoint
-
     folder = Path(directory)
     if folder.is_file():
         model = create_world_model(folder, device=device, episode_length=episode_length, tasks=tasks, **overrides)

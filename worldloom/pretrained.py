@@ -1,4 +1,7 @@
-"""A model directory: config.json says what it is, model.safetensors holds its parameters. Nothing is unpickled."""
+"""A model directory: config.json says what it is, model.safetensors holds its parameters. Nothing is unpickled.
+
+A run keeps one in each of its checkpoints; the newest is the agent that the run has trained.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged or of another kind."""
 
 
 def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
@@ -59,3 +66,12 @@ def load_parameters(path: Path, model: nn.Module) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from error
+
+
+def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
+    """Raises CheckpointError if the run has none."""
+    found = sorted(path.parent for path in Path(run_dir).glob("checkpoints/step-*/manifest.json"))
+    found = [path for path in found if path.suffix == ""]
+    if not found:
+        raise CheckpointError(f"{run_dir} holds no checkpoint. Give the directory of a run that saved one.")
+    return found[-1]

@@ -13,8 +13,8 @@ from distributed.launcher import alive
 from tests.distributed.test_faults import check, run_and_kill, slow_config
 from tests.distributed.test_matrix import matrix_config
 from tests.distributed.test_ray import accepted, ray_config
+from worldloom.pretrained import newest_checkpoint
 from worldloom.report.page import read_metrics
-from worldloom.runs.checkpoint import newest_checkpoint
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

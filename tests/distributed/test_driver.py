@@ -13,7 +13,8 @@ import pytest
 
 from launch.arguments import dump_config
 from tests.distributed.test_faults import slow_config
-from worldloom.runs.checkpoint import newest_checkpoint, read_manifest
+from worldloom.pretrained import newest_checkpoint
+from worldloom.runs.checkpoint import read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
 from worldloom.runs.verify import verify
 

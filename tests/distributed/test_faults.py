@@ -14,7 +14,8 @@ import ray
 from distributed.coordinator import Coordinator
 from tests.distributed.test_ray import accepted, ray_config
 from tests.runs.test_inline import dreamer_config
-from worldloom.runs.checkpoint import newest_checkpoint, read_manifest, read_msgpack
+from worldloom.pretrained import newest_checkpoint
+from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

@@ -9,8 +9,9 @@ import torch
 
 from distributed.coordinator import train
 from tests.runs.test_inline import dreamer_config, tiny_config
+from worldloom.pretrained import newest_checkpoint
 from worldloom.report.page import read_metrics
-from worldloom.runs.checkpoint import newest_checkpoint, read_msgpack
+from worldloom.runs.checkpoint import read_msgpack
 from worldloom.runs.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 

@@ -9,9 +9,10 @@ from distributed.launcher import Launcher
 from distributed.shards import Shards
 from tests.distributed.test_ray import ray_config, run
 from tests.runs.test_inline import dreamer_config
+from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
-from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint, read_manifest, read_msgpack
+from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.verify import verify
 

@@ -14,8 +14,8 @@ import ray
 from distributed.coordinator import Coordinator, train
 from tests.runs.test_inline import diverging, dreamer_config, tiny_config
 from worldloom.envs import EnvironmentFailed
+from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.replay.buffer import Acceptance
-from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.runs.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 

@@ -16,6 +16,7 @@ from worldloom.imagination import OpenLoop, open_loop
 from worldloom.report.page import read_metrics, write_report
 from worldloom.report.pictures import film, image_keys, plot, sequence_picture, strip
 from worldloom.report.published import published_curve
+from worldloom.runs.build import subject_of
 from worldloom.runs.config import EnvConfig, RunConfig
 from worldloom.training import ReplayBuffer
 from worldloom.types import LatentState, Trajectory
@@ -140,21 +141,21 @@ def test_pictures_are_drawn_from_a_sequence_of_replay():
 # The report
 
 
-def config_of(env_id, algorithm="tdmpc2:5m", **env):
-    return RunConfig(algorithm=algorithm, env=EnvConfig(id=env_id, **env))
+def subject(env_id, algorithm="tdmpc2:5m", **env):
+    return subject_of(RunConfig(algorithm=algorithm, env=EnvConfig(id=env_id, **env)))
 
 
 def test_published_curves_are_found_by_task_and_algorithm():
-    walker = published_curve(config_of("dm_control/walker-walk-v0", action_repeat=2))
+    walker = published_curve(subject("dm_control/walker-walk-v0", action_repeat=2))
     assert dict(zip(walker.frames, walker.mean, strict=True))[100_000] == pytest.approx(961.9, abs=0.05)
     assert walker.seeds == 3
-    cup = published_curve(config_of("dm_control/ball_in_cup-catch-v0"))
+    cup = published_curve(subject("dm_control/ball_in_cup-catch-v0"))
     assert max(cup.mean) > 900
-    pong = published_curve(config_of("ALE/Pong-v5", "dreamerv3:size200m"))
+    pong = published_curve(subject("ALE/Pong-v5", "dreamerv3:size200m"))
     assert pong.mean[-1] == pytest.approx(-5.0, abs=0.1)
-    assert published_curve(config_of("ALE/MsPacman-v5", "dreamer")).mean[-1] == pytest.approx(1521, abs=1)
-    assert published_curve(config_of("ALE/Pong-v5")) is None  # TD-MPC2's authors played none
-    assert published_curve(config_of("Pendulum-v1")) is None
+    assert published_curve(subject("ALE/MsPacman-v5", "dreamer")).mean[-1] == pytest.approx(1521, abs=1)
+    assert published_curve(subject("ALE/Pong-v5")) is None  # TD-MPC2's authors played none
+    assert published_curve(subject("Pendulum-v1")) is None
 
 
 def fake_run(folder, scale=1, **changes):
@@ -179,8 +180,8 @@ def fake_run(folder, scale=1, **changes):
 def test_the_report_is_one_file_with_everything(tmp_path):
     fake_run(tmp_path, scale=1000)
     imageio.imwrite(tmp_path / "imagined.png", np.full((4, 5, 3), 77, np.uint8))
-    config = config_of("dm_control/walker-walk-v0", action_repeat=2)
-    page = write_report(tmp_path, config, "algorithm: <b>tdmpc2:5m</b>").read_text()
+    about = subject("dm_control/walker-walk-v0", action_repeat=2)
+    page = write_report(tmp_path, about, "algorithm: <b>tdmpc2:5m</b>").read_text()
     for words in (
         "tdmpc2:5m on dm_control/walker-walk-v0", "870.0 ± 10.0", "1 h 2 min", "767.5 / 768", "3, cpu, inline",
         "For 75% of its time it was limited by: learner", "learner 75%, environments 25%", "&lt;b&gt;tdmpc2",
@@ -194,7 +195,7 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is fetched
     assert len(read_metrics(tmp_path)) == 4
     fake_run(tmp_path)
-    page = write_report(tmp_path, config, "").read_text()
+    page = write_report(tmp_path, about, "").read_text()
     assert "first point lies at 100,000 frames: 961.9." in page
     assert "published (3 seeds)" not in page
 
@@ -202,6 +203,6 @@ def test_the_report_is_one_file_with_everything(tmp_path):
 def test_a_run_that_was_interrupted_early_has_a_report_too(tmp_path):
     fake_run(tmp_path, status="interrupted", eval_return_mean=None, eval_return_std=None, limited_by={})
     (tmp_path / "metrics.jsonl").write_text("")
-    page = write_report(tmp_path, config_of("Pendulum-v1")).read_text()
+    page = write_report(tmp_path, subject("Pendulum-v1")).read_text()
     assert "interrupted; it can be resumed" in page
     assert "The authors report no curve for this task" in page

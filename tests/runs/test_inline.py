@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from worldloom import load_agent
 from worldloom.acting.evaluation import evaluate
+from worldloom.encoding import pack, unpack
 from worldloom.envs import EnvironmentFailed, make_env
+from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.report.sinks import MetricsLogger
-from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint
 from worldloom.runs.config import (
     CheckpointConfig,
     EnvConfig,
@@ -26,7 +27,6 @@ from worldloom.runs.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from worldloom.runs.encoding import pack, unpack
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.limiter import Every, RateLimiter
 from worldloom.runs.verify import verify

@@ -8,7 +8,8 @@ import pytest
 
 from launch import status
 from tests.runs.test_inline import dreamer_config, tiny_config
-from worldloom.runs.checkpoint import CheckpointError, newest_checkpoint, read_msgpack, write_msgpack
+from worldloom.pretrained import CheckpointError, newest_checkpoint
+from worldloom.runs.checkpoint import read_msgpack, write_msgpack
 from worldloom.runs.config import TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

@@ -18,10 +18,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from worldloom.encoding import pack, unpack
 from worldloom.replay.chunk import Chunk, base_columns, row_bytes
 from worldloom.replay.recorded import Episode
 from worldloom.replay.windows import Stream, WindowIndex
-from worldloom.runs.encoding import pack, unpack
 from worldloom.types import Array, Batch, ColumnSpec, ObsShape, WindowSpec, is_image, join_obs, split_obs
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from worldloom.replay.chunk import ChunkInfo
 from worldloom.report.display import Display, Standing
 from worldloom.report.page import PICTURE, write_report
 from worldloom.report.sinks import MetricsLogger, Sink
-from worldloom.runs.config import RunConfig
-from worldloom.runs.limiter import RateLimiter
+from worldloom.report.subject import Subject
 from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20
@@ -34,21 +33,37 @@ LOSSES = (
 COUNTERS = ("episodes", "true_ends", *LOSSES)
 
 
+class Limiter(Protocol):
+    """The totals of a run, and the train ratio that they keep."""
+
+    env_steps: int
+    updates: int
+    train_ratio: float
+
+    @property
+    def learning(self) -> bool:
+        """Whether the warm-up is over."""
+
+    @property
+    def actual(self) -> float:
+        """The train ratio so far."""
+
+
 class Recorder:
     """Told of every chunk, update, evaluation and loss; `limiter` holds the totals of steps and updates."""
 
     def __init__(
         self,
         run_dir: Path,
-        config: RunConfig,
-        limiter: RateLimiter,
+        subject: Subject,
+        limiter: Limiter,
         before: Mapping[str, Any],
         true_ends_hint: str | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self._run_dir, self._config, self._limiter = run_dir, config, limiter
+        self._run_dir, self._subject, self._limiter = run_dir, subject, limiter
         self._logger = MetricsLogger(run_dir, sinks)
-        self._display = Display(config.train.total_steps, limiter.env_steps)
+        self._display = Display(subject.total_steps, limiter.env_steps)
         self.counters = {name: int(before.get(name, 0)) for name in COUNTERS}
         self._wall_before = float(before.get("wall_seconds", 0.0))
         self._begun = time.monotonic()
@@ -167,7 +182,7 @@ class Recorder:
             "wait/acting_seconds": self._acting_waited,
             "weights/publish_fraction": self._publish_seconds / span,
             **{f"count/{name}": float(value) for name, value in self.counters.items() if name in LOSSES},
-            "frames": float(limiter.env_steps * self._config.env.action_repeat),
+            "frames": float(limiter.env_steps * self._subject.action_repeat),
             "episodes": float(self.counters["episodes"]),
         }
         if self._returns:
@@ -237,10 +252,10 @@ class Recorder:
         limiter, wall = self._limiter, self.wall_seconds
         summary = {
             "status": status,
-            "algorithm": self._config.algorithm,
-            "env_id": self._config.env.id,
+            "algorithm": self._subject.algorithm,
+            "env_id": self._subject.env_id,
             "env_steps": limiter.env_steps,
-            "frames": limiter.env_steps * self._config.env.action_repeat,
+            "frames": limiter.env_steps * self._subject.action_repeat,
             "updates": limiter.updates,
             "eval_return_mean": evaluation.mean if evaluation else None,
             "eval_return_std": evaluation.std if evaluation else None,
@@ -254,9 +269,9 @@ class Recorder:
             "weight_staleness_p95": self._staleness_p95(),
             "limited_by": {n: round(s / sum(self._limits.values()), 3) for n, s in self._limits.items()},
             **self.counters,
-            "seed": self._config.train.seed,
+            "seed": self._subject.seed,
             "device": device,
-            "runtime": self._config.runtime.kind,
+            "runtime": self._subject.runtime,
         }
         try:
             (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -269,7 +284,7 @@ class Recorder:
         """The page for people; a run that did its work is not failed by its page."""
         saved = self._run_dir / "config.yaml"
         try:
-            write_report(self._run_dir, self._config, saved.read_text() if saved.is_file() else "")
+            write_report(self._run_dir, self._subject, saved.read_text() if saved.is_file() else "")
         except Exception as error:
             self.say(f"report.html was not written: {type(error).__name__}: {error}")
 

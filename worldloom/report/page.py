@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.report.published import published_curve
-from worldloom.runs.config import RunConfig
+from worldloom.report.subject import Subject
 
 INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
 PICTURE = "imagined.png"
@@ -27,7 +27,7 @@ class Section:
     picture: str  # HTML
 
 
-def write_report(run_dir: Path, config: RunConfig, settings: str = "") -> Path:
+def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
     """Write report.html from the run's metrics.jsonl, summary.json and imagined.png; settings: its config.yaml.
 
     Needs matplotlib and jinja2. Raises FileNotFoundError for a run without a summary.
@@ -37,7 +37,7 @@ def write_report(run_dir: Path, config: RunConfig, settings: str = "") -> Path:
     summary = json.loads((run_dir / "summary.json").read_text())
     lines = read_metrics(run_dir)
     sections = [
-        _returns(lines, config),
+        _returns(lines, subject),
         _losses(lines),
         _rates(lines, summary),
         _imagined(run_dir),
@@ -95,10 +95,10 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _returns(lines: Sequence[Mapping[str, float]], config: RunConfig) -> Section:
+def _returns(lines: Sequence[Mapping[str, float]], subject: Subject) -> Section:
     figure, axis = _axes(1, 1, 9.6, 3.6)
     axis = axis[0]
-    repeat = config.env.action_repeat
+    repeat = subject.action_repeat
     training = [(line["env_steps"] * repeat, line["episode/return"]) for line in lines if "episode/return" in line]
     evaluated = [line for line in lines if "eval/return_mean" in line]
     if training:
@@ -109,7 +109,7 @@ def _returns(lines: Sequence[Mapping[str, float]], config: RunConfig) -> Section
         axis.fill_between(frames, mean - std, mean + std, color=OWN, alpha=0.15, lw=0)
         axis.plot(frames, mean, color=OWN, lw=2, marker="o", ms=4, label="evaluation, mean ± std over episodes")
     text = "Return per episode over frames (environment steps times action repeat)."
-    curve = published_curve(config)
+    curve = published_curve(subject)
     reached = 1.25 * max([line["env_steps"] * repeat for line in lines], default=0)
     if curve is None:
         text += " The authors report no curve for this task."

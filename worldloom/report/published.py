@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from worldloom.families import resolve
-from worldloom.runs.config import RunConfig
+from worldloom.report.subject import Subject
 
 NAMES = {"dreamerv3": "DreamerV3, published", "tdmpc2": "TD-MPC2, published"}
 
@@ -27,10 +27,10 @@ class Curve:
     seeds: int
 
 
-def published_curve(config: RunConfig) -> Curve | None:
+def published_curve(subject: Subject) -> Curve | None:
     """What the authors of this algorithm report on this task; None where they report nothing."""
-    suite, task = _suite_and_task(config)
-    family = resolve(config.algorithm)[0]
+    suite, task = _suite_and_task(subject)
+    family = resolve(subject.algorithm)[0]
     table = (files("worldloom.report") / "published_scores.csv").read_text()
     known = csv.DictReader(table.splitlines())
     rows = [row for row in known if (row["family"], row["suite"], row["task"]) == (family, suite, task)]
@@ -46,13 +46,13 @@ def published_curve(config: RunConfig) -> Curve | None:
     )
 
 
-def _suite_and_task(config: RunConfig) -> tuple[str, str]:
+def _suite_and_task(subject: Subject) -> tuple[str, str]:
     """("dmc_proprio", "walker_walk") of dm_control/walker-walk-v0, ("atari100k", "ms_pacman") of ALE/MsPacman-v5."""
-    namespace, _, name = config.env.id.rpartition("/")
+    namespace, _, name = subject.env_id.rpartition("/")
     name = re.sub(r"-v\d+$", "", name)
     if namespace == "dm_control":
-        suite = {"states": "dmc_proprio", "pixels": "dmc_vision"}.get(config.env.dmc.observations, "")
+        suite = {"states": "dmc_proprio", "pixels": "dmc_vision"}.get(subject.dmc.observations, "")
         return suite, name.replace("-", "_")
     if namespace == "ALE":  # the 200M protocol has sticky actions, Atari100k none
-        return "atari57" if config.env.atari.sticky else "atari100k", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+        return "atari57" if subject.atari.sticky else "atari100k", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
     return "", name

@@ -17,6 +17,7 @@ from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, 
 from worldloom.families import build_config, create_agent
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunk import base_columns
+from worldloom.report.subject import Subject
 from worldloom.runs.config import EnvConfig, RunConfig
 from worldloom.runs.limiter import RateLimiter
 from worldloom.spaces import observation_columns
@@ -166,6 +167,21 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
         windows=spec.windows,
         columns=spec.columns,
         seed=config.train.seed + shard,
+    )
+
+
+def subject_of(config: RunConfig) -> Subject:
+    """What reports of this run name."""
+    c = config.env
+    return Subject(
+        algorithm=config.algorithm,
+        env_id=c.id,
+        action_repeat=c.action_repeat,
+        atari=c.atari,
+        dmc=c.dmc,
+        total_steps=config.train.total_steps,
+        seed=config.train.seed,
+        runtime=config.runtime.kind,
     )
 
 

@@ -23,9 +23,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from worldloom.pretrained import read_description, save_described, save_parameters
+from worldloom.encoding import pack, unpack
+from worldloom.pretrained import CheckpointError, read_description, save_described, save_parameters
 from worldloom.replay.buffer import ReplayBuffer
-from worldloom.runs.encoding import pack, unpack
 from worldloom.types import Agent, Array
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,6 @@ FORMAT = 2  # 1 knew no shards
 PARTIAL = ".partial"  # of folders and files that are not complete
 ZLIB_MARK = b"x"  # the first byte of what zlib compressed; a msgpack mapping never starts with it
 SEGMENT_BYTES = 256 * 2**20  # rows files are cut at about this size
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged or of another kind."""
 
 
 def checkpoint_folder(run_dir: Path, env_steps: int) -> Path:
@@ -82,15 +78,6 @@ def _prune(folder: Path, keep: int) -> None:
     for path in (folder / "rows").glob("*.msgpack"):
         if path.name not in wanted:
             path.unlink()
-
-
-def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
-    """Raises CheckpointError if the run has none."""
-    found = sorted(path.parent for path in Path(run_dir).glob("checkpoints/step-*/manifest.json"))
-    found = [path for path in found if path.suffix == ""]
-    if not found:
-        raise CheckpointError(f"{run_dir} holds no checkpoint. Give the directory of a run that saved one.")
-    return found[-1]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

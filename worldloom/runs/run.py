@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from worldloom.pretrained import newest_checkpoint
 from worldloom.replay.buffer import ring_bytes
 from worldloom.replay.chunk import row_bytes
 from worldloom.report.metrics import Recorder
 from worldloom.report.sinks import Sink
-from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns
-from worldloom.runs.checkpoint import drop_partial, newest_checkpoint, read_manifest
+from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns, subject_of
+from worldloom.runs.checkpoint import drop_partial, read_manifest
 from worldloom.runs.config import RunConfig
 from worldloom.runs.limiter import Every
 from worldloom.spaces import observation_shape
@@ -42,7 +43,7 @@ class Run:
             int(manifest.get("incarnation", -1)) + 1
         )  # actors started now are told apart from earlier ones
         counters = manifest.get("counters", {})
-        self.recorder = Recorder(run_dir, config, self.limiter, counters, spec.true_ends_hint, sinks)
+        self.recorder = Recorder(run_dir, subject_of(config), self.limiter, counters, spec.true_ends_hint, sinks)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.picture_clock = Every(config.log.picture_interval, self.limiter.env_steps)

@@ -1,18 +1,11 @@
-"""Training from recorded data, and what the in-process trainer and the Ray actors share; needs no cluster."""
+"""Training from recorded data; needs no cluster."""
 
+from worldloom.pretrained import CheckpointError
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.recorded import read_episodes
-from worldloom.runs.checkpoint import CheckpointError
-from worldloom.training.callbacks import (
-    Callback,
-    CallbackError,
-    CheckpointCallback,
-    EarlyStoppingCallback,
-    LoggingCallback,
-    ProgressCallback,
-)
+from worldloom.training.callbacks import CheckpointCallback, EarlyStoppingCallback, LoggingCallback
 from worldloom.training.config import TrainingConfig
-from worldloom.training.trainer import Trainer, train
+from worldloom.training.trainer import Callback, CallbackError, ProgressCallback, Trainer, train
 
 __all__ = [
     "Callback",

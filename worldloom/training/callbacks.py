@@ -1,67 +1,17 @@
-"""What goes on beside offline training: logging, checkpoints, early stopping, progress, and a user's own."""
+"""What goes on beside offline training: logging, checkpoints, early stopping."""
 
 from __future__ import annotations
 
 import csv
-import difflib
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from worldloom.report.display import Display
 from worldloom.report.sinks import MetricsLogger
-
-if TYPE_CHECKING:
-    from worldloom.training.trainer import Trainer
-
-EVENTS = ("on_train_begin", "on_step", "on_log", "on_evaluate", "on_checkpoint", "on_train_end")
-
-
-class CallbackError(RuntimeError):
-    """A callback raised; its own error is the cause."""
-
-
-class Callback:
-    """Override what you need. Metrics are means since the last log (`on_log`) or of one update (`on_step`).
-
-    A callback may end the training with `trainer.stop()`. What it raises ends the training as `CallbackError`.
-    """
-
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Before the first update of `Trainer.train`."""
-
-    def on_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """After each update; trainer.step counts it."""
-
-    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Every config.log_interval updates, and after the last one."""
-
-    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Every config.eval_interval updates where there is validation data; names begin with "eval/"."""
-
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """After a checkpoint was written."""
-
-    def on_train_end(self, trainer: Trainer) -> None:
-        """After the last update, an early stop, Ctrl-C, or an error of the training itself."""
-
-
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raises TypeError for what is no callback, ValueError for a method that looks like an event but is none."""
-    for callback in callbacks:
-        name = type(callback).__name__
-        if isinstance(callback, type) or not isinstance(callback, Callback):
-            shown = f"the class {callback.__name__}" if isinstance(callback, type) else f"a {name}"
-            raise TypeError(f"callbacks holds {shown}, expected instances of worldloom.training.Callback.")
-        for event in dir(callback):
-            if event.startswith("on_") and event not in EVENTS:
-                near = difflib.get_close_matches(event, EVENTS, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(EVENTS)}."
-                raise ValueError(f"callback {name} has {event}, which is no event. {hint}")
+from worldloom.training.trainer import Callback, Trainer
 
 
 class LoggingCallback(Callback):
@@ -193,26 +143,3 @@ class EarlyStoppingCallback(Callback):
         self.waited += 1
         if self.waited >= self.patience:
             trainer.stop()
-
-
-class ProgressCallback(Callback):
-    """A live bar with rate, ETA and loss on a terminal; elsewhere a line at every log."""
-
-    def __init__(self) -> None:
-        self._display: Display | None = None
-        self._begun, self._start = time.monotonic(), 0
-
-    def on_train_begin(self, trainer: Trainer) -> None:
-        self._begun, self._start = time.monotonic(), trainer.step
-        self._display = Display(trainer.config.total_steps, trainer.step, unit="updates")
-
-    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        rate = (trainer.step - self._start) / max(time.monotonic() - self._begun, 1e-9)
-        if self._display is not None:
-            status = f"{rate:.1f} updates/s · loss {metrics.get('loss', math.nan):.4g}"
-            self._display.progress(trainer.step, rate, status)
-
-    def on_train_end(self, trainer: Trainer) -> None:  # noqa: ARG002
-        if self._display is not None:
-            self._display.close()
-            self._display = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import shutil
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,83 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldloom.pretrained import CheckpointError
 from worldloom.replay.buffer import ReplayBuffer
-from worldloom.runs.checkpoint import CheckpointError, read_msgpack, write_msgpack
+from worldloom.report.display import Display
+from worldloom.runs.checkpoint import read_msgpack, write_msgpack
 from worldloom.runs.interrupt import GracefulStop
-from worldloom.training.callbacks import Callback, CallbackError, ProgressCallback, check_callbacks
 from worldloom.training.config import TrainingConfig
 from worldloom.training.updates import make_learner
 from worldloom.types import Agent, WorldModel
 
 LEARNING, EVALUATION = 0, 1  # purposes of randomness
+EVENTS = ("on_train_begin", "on_step", "on_log", "on_evaluate", "on_checkpoint", "on_train_end")
+
+
+class CallbackError(RuntimeError):
+    """A callback raised; its own error is the cause."""
+
+
+class Callback:
+    """Override what you need. Metrics are means since the last log (`on_log`) or of one update (`on_step`).
+
+    A callback may end the training with `trainer.stop()`. What it raises ends the training as `CallbackError`.
+    """
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first update of `Trainer.train`."""
+
+    def on_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """After each update; trainer.step counts it."""
+
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Every config.log_interval updates, and after the last one."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Every config.eval_interval updates where there is validation data; names begin with "eval/"."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """After a checkpoint was written."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last update, an early stop, Ctrl-C, or an error of the training itself."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raises TypeError for what is no callback, ValueError for a method that looks like an event but is none."""
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, type) or not isinstance(callback, Callback):
+            shown = f"the class {callback.__name__}" if isinstance(callback, type) else f"a {name}"
+            raise TypeError(f"callbacks holds {shown}, expected instances of worldloom.training.Callback.")
+        for event in dir(callback):
+            if event.startswith("on_") and event not in EVENTS:
+                near = difflib.get_close_matches(event, EVENTS, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(EVENTS)}."
+                raise ValueError(f"callback {name} has {event}, which is no event. {hint}")
+
+
+class ProgressCallback(Callback):
+    """A live bar with rate, ETA and loss on a terminal; elsewhere a line at every log."""
+
+    def __init__(self) -> None:
+        self._display: Display | None = None
+        self._begun, self._start = time.monotonic(), 0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._begun, self._start = time.monotonic(), trainer.step
+        self._display = Display(trainer.config.total_steps, trainer.step, unit="updates")
+
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        rate = (trainer.step - self._start) / max(time.monotonic() - self._begun, 1e-9)
+        if self._display is not None:
+            status = f"{rate:.1f} updates/s · loss {metrics.get('loss', math.nan):.4g}"
+            self._display.progress(trainer.step, rate, status)
+
+    def on_train_end(self, trainer: Trainer) -> None:  # noqa: ARG002
+        if self._display is not None:
+            self._display.close()
+            self._display = None
 
 
 class Trainer:
