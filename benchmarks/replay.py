@@ -63,7 +63,7 @@ def main() -> None:
     fill(small, options.capacity // 100, rng, pool)
     fill(full, options.capacity, rng, pool)
     size = sum(value.nbytes for value in small.draw(16).values())
-    block = full._columns["obs"].reshape(-1)
+    block = full._ring.columns["obs"].reshape(-1)
 
     def copy() -> np.ndarray:
         """A fresh copy of as many consecutive bytes, from a random place."""

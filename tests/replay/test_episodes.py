@@ -20,7 +20,8 @@ def counting(length, begin=0):
 
 
 def same_rows(a, b):
-    begin, end = max(a._rows - a.capacity, 0), a._rows
+    end = a.accepted().rows
+    begin = end - len(a)
     first, second = a.rows_between(begin, end), b.rows_between(begin, end)
     return first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
 

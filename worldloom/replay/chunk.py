@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from worldloom.types import Array, ColumnSpec
+from worldloom.types import Array, ColumnSpec, is_image, split_obs
 
 FLAGS = ("is_first", "terminated", "truncated")
 
@@ -47,6 +47,25 @@ class Chunk:
     info: ChunkInfo
 
 
+class Ledger:
+    """Which chunks came. A key that came before, or is older than one of its actor's that did, is a duplicate."""
+
+    def __init__(self) -> None:
+        self.chunks = self.duplicates = 0
+        self.newest: dict[int, tuple[int, int]] = {}  # actor -> last (incarnation, sequence)
+
+    def admit(self, key: ChunkKey) -> bool:
+        """Count a chunk; False for a duplicate."""
+        actor, incarnation, sequence = key
+        newest = self.newest.get(actor)
+        if newest is not None and (incarnation, sequence) <= newest:
+            self.duplicates += 1
+            return False
+        self.newest[actor] = (incarnation, sequence)
+        self.chunks += 1
+        return True
+
+
 def base_columns(observations: Mapping[str, ColumnSpec], action_dim: int) -> dict[str, ColumnSpec]:
     """The columns that every replay has; `observations` as `worldloom.types.split_obs` names them."""
     return {
@@ -55,6 +74,13 @@ def base_columns(observations: Mapping[str, ColumnSpec], action_dim: int) -> dic
         "rewards": ColumnSpec((), "float32"),
         **{flag: ColumnSpec((), "bool") for flag in FLAGS},
     }
+
+
+def observation_dtypes(shapes: Mapping[str, Any], given: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The dtype of each observation column: as given, or by its kind."""
+    if isinstance(given, Mapping):
+        return split_obs(given)
+    return {name: given or ("uint8" if is_image(shape) else "float32") for name, shape in shapes.items()}
 
 
 def row_bytes(columns: Mapping[str, ColumnSpec]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.types import Array, ObsShape
+from worldloom.types import Array, ColumnSpec, ObsShape
 
 NAMES: dict[str, tuple[str, ...]] = {
     "obs": ("obs", "observations", "observation"),
@@ -21,6 +21,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "truncated": ("truncations", "truncated", "timeouts"),
 }
 NEXT_OBS = ("next_observations", "next_obs")
+LAST_ACTION_DROPPED = (
+    "add_episode: as many observations as actions, so the outcome of each episode's last action was not observed; that "
+    "action and its reward are dropped. Pass L + 1 observations to keep them."
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ class Episode:
     def fields(self) -> dict[str, Any]:
         """As `ReplayBuffer.add_episode` takes them."""
         return dict(vars(self))
+
+
+def read_trajectories(trajectories: Iterable[Any], action_range: tuple[Any, Any] | None) -> list[Episode]:
+    """Raises ValueError where there is none, or one misses an entry."""
+    episodes = [Episode.read(item, number, action_range) for number, item in enumerate(trajectories)]
+    if not episodes:
+        raise ValueError("from_trajectories: no episodes were given, expected at least one.")
+    return episodes
 
 
 def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -173,3 +185,63 @@ def _arrays(obs: Any) -> Any:
     if isinstance(obs, Mapping):
         return {name: np.asarray(part) for name, part in obs.items()}
     return np.asarray(obs)
+
+
+def episode_columns(
+    obs: Mapping[str, Array], actions: Array, rewards: Array, dones: Array, action_dim: int
+) -> dict[str, Array]:
+    """Rows that arrive, of an episode in Gymnasium's order: see `ReplayBuffer.add_episode`.
+
+    Of an episode without the last observation the last action is dropped. One without a true end is cut short.
+    Raises ValueError for arrays that are no such episode.
+    """
+    length = len(actions)
+    counts = [len(part) for part in obs.values()]
+    rows = counts[0] if len(set(counts)) == 1 else -1
+    if not (len(rewards) == len(dones) == length and rows in (length, length + 1) and length >= 1):
+        raise ValueError(
+            f"add_episode: {' and '.join(map(str, counts))} observations, {length} actions, {len(rewards)} rewards "
+            f"and {len(dones)} dones; expected L actions, rewards and dones, and L + 1 observations (or L)."
+        )
+    if actions.ndim == 1 and actions.dtype.kind in "iu":
+        actions = one_hot(actions, action_dim)
+    if actions.shape != (length, action_dim):
+        raise ValueError(f"add_episode: actions are {actions.shape}, expected ({length}, {action_dim}).")
+    if np.any(dones[:-1]):
+        raise ValueError(
+            f"add_episode: dones[{int(np.argmax(dones))}] is set before the end. Split the data into episodes."
+        )
+    for name, value in {**obs, "actions": actions, "rewards": rewards}.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"add_episode: {name} holds NaN or infinity, expected finite numbers.")
+    if np.abs(actions).max() > 1 + 1e-6:
+        raise ValueError("add_episode: actions leave [-1, 1]. Rescale them (make_env does it while acting).")
+    if rows == length:
+        actions, rewards, dones = actions[:-1], rewards[:-1], np.zeros(length - 1, bool)
+    terminated = np.concatenate([np.zeros(1, bool), dones.astype(bool)])
+    return {
+        **obs,
+        "actions": np.concatenate([np.zeros((1, action_dim)), actions]).astype(np.float32),
+        "rewards": np.concatenate([[0.0], rewards]).astype(np.float32),
+        "is_first": np.arange(rows) == 0,
+        "terminated": terminated,
+        "truncated": (np.arange(rows) == rows - 1) & ~terminated,
+    }
+
+
+def constant_columns(specs: Mapping[str, ColumnSpec], values: Mapping[str, Any], rows: int) -> dict[str, Array]:
+    """Columns that hold one value in every row; zero where none is given."""
+    return {
+        name: np.zeros((rows, *spec.shape), spec.dtype) + np.asarray(values.get(name, 0), spec.dtype)
+        for name, spec in specs.items()
+    }
+
+
+def one_hot(choices: Array, count: int) -> Array:
+    """[L, count] float32 of integers [L]. Raises ValueError for integers outside [0, count)."""
+    if len(choices) and not (choices.min() >= 0 and choices.max() < count):
+        raise ValueError(
+            f"add_episode: actions run from {choices.min()} to {choices.max()}, expected integers from 0 to "
+            f"{count - 1}: action_dim is the number of choices."
+        )
+    return np.eye(count, dtype=np.float32)[choices]

@@ -55,6 +55,7 @@ class Stream:
 
     def __init__(self, spec: WindowSpec) -> None:
         self._spec = spec
+        self.last = -1  # number of the newest row, -1 if there is none
         self._tail = np.empty(0, np.int64)  # row numbers of the last T - 1 rows
         self._run = 0  # rows since the window could last have begun anew
         self._rows = 0
@@ -77,6 +78,7 @@ class Stream:
         starts = known[complete + len(self._tail) - (length - 1)]
         fresh = (self._rows + complete + 1) % length == 0
         self._rows += len(numbers)
+        self.last = int(numbers[-1])
         self._tail = known[len(known) - min(length - 1, len(known)) :]
         kept = starts >= oldest
         return starts[kept], starts[kept & fresh]

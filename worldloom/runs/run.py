@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.pretrained import newest_checkpoint
-from worldloom.replay.buffer import ring_bytes
 from worldloom.replay.chunk import row_bytes
+from worldloom.replay.memory import ring_bytes
 from worldloom.report.metrics import Recorder
 from worldloom.report.sinks import Sink
 from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns, subject_of
