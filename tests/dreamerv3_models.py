@@ -96,7 +96,7 @@ def batch_of(agent, seed=1, rows=None):
     }
     if agent.columns:
         state = RSSMState(torch.randn(batch, length, 32), torch.eye(4)[torch.randint(4, (batch, length, 4))])
-        made |= {name: torch.from_numpy(value) for name, value in compact(state).items()}
+        made |= compact(state)
     return made
 
 
@@ -114,5 +114,5 @@ def loss_parts(agent, batch):
     context = agent.windows.context
     rows = {name: value[:, context:] for name, value in batch.items()}
     noise = agent._draw_noise(*rows["rewards"].shape)
-    world = agent.world_model.losses(rows, agent._context(batch), noise.posterior)
+    world = agent.world_model.losses(rows, agent._context(agent.stage(batch)), noise.posterior)
     return rows, world, agent.imagine(world.posterior.states.flatten().detach(), noise)

@@ -76,14 +76,6 @@ def test_without_stored_latents_a_window_starts_from_nothing_the_action_before_i
     assert tiny_agent(replay_context="zeros").update(other)[0]["loss"] != losses[0]
 
 
-def test_a_nan_in_the_policy_loss_alone_is_named():
-    agent = TDMPC2Agent(tiny_model())
-    whole = agent._policy_loss
-    agent._policy_loss = lambda *given: (whole(*given)[0] * float("nan"), *whole(*given)[1:])
-    with pytest.raises(FloatingPointError, match="NaN in policy_loss"):
-        agent.update(tdmpc2_batch(agent.world_model))
-
-
 def test_tdmpc2_refuses_windows_of_another_length_than_its_horizon():
     model = tiny_model()
     with pytest.raises(ValueError, match="the batch has 3 rows, expected 4"):

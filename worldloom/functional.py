@@ -112,10 +112,10 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lam: flo
             f"lambda_return: reward {tuple(reward.shape)}, discount {tuple(discount.shape)} and next_value "
             f"{tuple(next_value.shape)} differ, expected one shape [T, ...]. Drop the first row of value."
         )
-    mix = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device).expand_as(reward)
+    now, later = reward + discount * (1 - lam) * next_value, discount * lam
     target, targets = next_value[-1], []
-    for t in reversed(range(len(reward))):
-        target = reward[t] + discount[t] * ((1 - mix[t]) * next_value[t] + mix[t] * target)
+    for known, weight in zip(now.unbind()[::-1], later.unbind()[::-1], strict=True):
+        target = torch.addcmul(known, weight, target)
         targets.append(target)
     return torch.stack(targets[::-1])
 
@@ -160,13 +160,18 @@ def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, d
     return torch.rand(*shape, generator=generator, device=device).log_().neg_()
 
 
+def one_hot(index: Tensor, count: int) -> Tensor:
+    """[...] integers to [..., count] bools. By comparison: torch's own reads the indices on the host to check them."""
+    return index.unsqueeze(-1) == torch.arange(count, device=index.device)
+
+
 def draw_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
     """Categorical draws as one-hot [..., K] without gradient, from probabilities [..., K].
 
     noise: [..., K] standard exponential; the argmax of probs / noise is an exact draw.
     """
     score = (probs.detach() / noise).contiguous()  # short_softmax leaves K planes, where argmax is slow
-    return F.one_hot(score.argmax(-1), probs.shape[-1]).to(probs.dtype)
+    return one_hot(score.argmax(-1), probs.shape[-1]).to(probs.dtype)
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from worldloom import functional as fn
 
 
+def compile_part(owner: Any, name: str) -> None:
+    """Replace a function that `owner` keeps under `name` by its compiled form; fails where it is not one graph."""
+    setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True))
+
+
 class SimNorm(nn.Module):
     """Softmax over consecutive groups of the last axis (TD-MPC2, eq. 5): [..., D] to [..., D]."""
 

@@ -1,8 +1,8 @@
-"""LaProp with adaptive gradient clipping: DreamerV3's optimiser."""
+"""LaProp with adaptive gradient clipping: DreamerV3's optimiser; and the one flat gradient that both agents step with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,34 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         group.update(settings)
 
 
+def flat_gradient(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of a scalar by all `params` as one flat array [P], and a view of it for each of them."""
+    flat = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, params)])
+    return flat, views(flat, params)
+
+
+def views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """[P] as one tensor of each parameter's shape, without a copy."""
+    pieces = flat.split([p.numel() for p in params])
+    return [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
+
+
+@torch.no_grad()
+def move_towards(slow: list[Tensor], online: list[Tensor], rate: Tensor) -> None:
+    """slow += rate (online - slow), all of them in place; rate: scalar on the device."""
+    distance = torch._foreach_sub(online, slow)
+    torch._foreach_mul_(distance, rate)
+    torch._foreach_add_(slow, distance)
+
+
 class LaProp(torch.optim.Optimizer):
     """Clip each tensor's gradient to a share of its own norm, normalise by its running size, then take momentum.
 
     Adaptive gradient clipping: Brock et al. 2021, whole tensors. LaProp: Ziyin et al. 2020, normalisation before
     momentum. The learning rate warms up linearly from 0 over `warmup` updates, so the first update changes nothing.
+
+    Everything that changes from step to step lives on the parameters' device, so a step can be part of a CUDA graph.
+    Momentum and squares are one flat array each. A step from a gradient that is not finite changes nothing.
     """
 
     def __init__(
@@ -34,48 +57,80 @@ class LaProp(torch.optim.Optimizer):
         clip: float = 0.3,
         warmup: int = 1000,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "clip": clip, "warmup": warmup, "steps": 0})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "clip": clip, "warmup": warmup})
+        if len(self.param_groups) != 1:
+            raise ValueError(f"LaProp has {len(self.param_groups)} groups of parameters, expected one list of tensors.")
+        self.params: list[Tensor] = self.param_groups[0]["params"]
+        self._momentum, self._square = (torch.cat([torch.zeros_like(p).flatten() for p in self.params]) for _ in "ms")
+        self.param_groups[0]["steps"] = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+        self.change = laprop_  # an agent that learns may compile it
+        self._keep_state_flat()
+
+    def _keep_state_flat(self) -> None:
+        parts = zip(self.params, views(self._momentum, self.params), views(self._square, self.params), strict=True)
+        for p, momentum, square in parts:
+            self.state[p] = {"momentum": momentum, "square": square}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        steps = self.param_groups[0]["steps"]
+        super().load_state_dict(state_dict)
+        loaded = self.param_groups[0]["steps"]
+        self.param_groups[0]["steps"] = steps.copy_(torch.as_tensor(loaded, dtype=torch.float64))
+        for name, flat in (("momentum", self._momentum), ("square", self._square)):
+            # an optimiser that was saved before its first step has no state
+            parts = [self.state[p].get(name, torch.zeros_like(p)).flatten() for p in self.params]
+            flat.copy_(torch.cat(parts))
+        self._keep_state_flat()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002 - no closures here
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"momentum": torch.zeros_like(p), "square": torch.zeros_like(p)}
-            momenta = [self.state[p]["momentum"] for p in params]
-            squares = [self.state[p]["square"] for p in params]
-            group["steps"] += 1
-            rate = (
-                group["lr"] * min((group["steps"] - 1) / max(group["warmup"], 1), 1.0)
-                if group["warmup"]
-                else group["lr"]
-            )
-            if params:
-                laprop_(params, grads, momenta, squares, group, rate)
+        """Step from the parameters' own `.grad`."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        self.apply(torch.cat([grad.flatten() for grad in grads]))
+
+    @torch.no_grad()
+    def apply(self, flat: Tensor, finite: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Step from a flat gradient [P], which is overwritten; `finite`: further grounds to skip the step, a bool.
+
+        Returns whether the step was made, and the norm of the whole gradient before clipping, scalars on the device.
+        """
+        group = self.param_groups[0]
+        grad_norms = torch.stack(torch._foreach_norm(views(flat, self.params)))
+        made = torch.isfinite(grad_norms.sum())
+        if finite is not None:
+            made = made & finite
+        self.change(self.params, flat, grad_norms, self._momentum, self._square, group["steps"], made, group)
+        return made, grad_norms.square().sum().sqrt()
 
 
 def laprop_(
     params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor],
-    squares: list[Tensor],
-    group: dict[str, Any],
-    rate: float,
+    flat: Tensor,
+    grad_norms: Tensor,
+    momentum: Tensor,
+    square: Tensor,
+    steps: Tensor,
+    made: Tensor,
+    settings: Mapping[str, Any],
 ) -> None:
-    """One update of all tensors in place."""
-    (beta1, beta2), steps = group["betas"], group["steps"]
-    limits = torch._foreach_clamp_min(torch._foreach_norm(params), 1e-3)
-    torch._foreach_mul_(limits, group["clip"])
-    shrink = torch._foreach_div(torch._foreach_norm(grads), limits)
-    grads = list(torch._foreach_div(grads, torch._foreach_clamp_min(shrink, 1.0)))
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    sizes = torch._foreach_div(squares, 1 - beta2**steps)
-    torch._foreach_sqrt_(sizes)
-    torch._foreach_add_(sizes, group["eps"])
-    torch._foreach_div_(grads, sizes)
-    torch._foreach_mul_(momenta, beta1)
-    torch._foreach_add_(momenta, grads, alpha=1 - beta1)
-    torch._foreach_add_(params, momenta, alpha=-rate / (1 - beta1**steps))
+    """One update of all parameters in place, from their gradients flat [P], which is overwritten.
+
+    grad_norms: [tensors]; momentum, square: [P]; steps: float64 scalar, updates so far; made: bool scalar, False leaves
+    everything as it is.
+    """
+    beta1, beta2 = settings["betas"]
+    steps += made
+    count = steps.clamp(min=1)
+    rate = settings["lr"] * made
+    if settings["warmup"]:
+        rate = rate * ((steps - 1) / settings["warmup"]).clamp(0, 1)
+    limits = settings["clip"] * torch.stack(torch._foreach_norm(params)).clamp(min=1e-3)
+    shrink = (grad_norms / limits).clamp(min=1.0)
+    flat.copy_(torch.where(made, flat, 0.0))
+    torch._foreach_div_(views(flat, params), list(torch.where(made, shrink, 1.0).unbind()))
+    square.mul_(torch.where(made, beta2, 1.0)).addcmul_(flat, flat, value=1 - beta2)
+    size = (square / (1 - beta2**count).to(square.dtype)).sqrt_().add_(settings["eps"])
+    momentum.mul_(torch.where(made, beta1, 1.0)).add_(flat.div_(size), alpha=1 - beta1)
+    change = torch.mul(momentum, (-rate / (1 - beta1**count)).to(momentum.dtype), out=flat)
+    torch._foreach_add_(params, views(change, params))

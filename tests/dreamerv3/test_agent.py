@@ -38,7 +38,7 @@ def test_latents_survive_the_compact_form_of_replay():
     torch.manual_seed(0)
     state = RSSMState(torch.randn(2, 32).to(torch.bfloat16).float(), torch.eye(4)[torch.randint(4, (2, 4))])
     back = compact(state)
-    restored = expand(torch.from_numpy(back["deter"]), torch.from_numpy(back["stoch"]), 4)
+    restored = expand(back["deter"], back["stoch"], 4)
     assert torch.equal(restored.deter, state.deter)
     assert torch.equal(restored.stoch, state.stoch)
 
@@ -149,12 +149,41 @@ def test_state_dict_resumes_bit_exactly():
     assert [resumed.update(batch_of(resumed, seed))[0] for seed in (2, 3)] == expected
 
 
-def test_nan_in_an_update_names_the_loss():
-    agent = tiny_agent()
-    batch = batch_of(agent)
-    batch["obs"][0, 3] = float("nan")
-    with pytest.raises(FloatingPointError, match="reconstruction_loss"):
-        agent.update(batch)
+def everything(agent):
+    """Every number that an update may change, by place; what only counts calls or draws is left out."""
+    state = agent.state_dict()
+    state = {name: value for name, value in state.items() if name not in ("updates", "generator")}
+    leaves, _ = torch.utils._pytree.tree_flatten(state)
+    return [torch.as_tensor(leaf).clone() for leaf in leaves if not isinstance(leaf, str)]
+
+
+def test_an_update_with_nan_changes_nothing_and_several_in_a_row_name_the_loss():
+    agent = shake(tiny_agent())
+    good, bad = batch_of(agent), batch_of(agent)
+    bad["obs"][0, 3] = float("nan")
+    agent.update(good)
+    before = everything(agent)
+    metrics, _ = agent.update(bad)
+    assert metrics["skipped_updates"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(everything(agent), before, strict=True))
+    for _ in range(3):
+        agent.learn(bad)
+    agent.update(good)  # a good one in between: the count begins anew
+    assert any(not torch.equal(a, b) for a, b in zip(everything(agent), before, strict=True))
+    for _ in range(5):
+        agent.learn(bad)
+    with pytest.raises(FloatingPointError, match="5 updates in a row.*reconstruction_loss"):
+        agent.collect()
+
+
+def test_metrics_are_means_over_the_updates_since_the_last_call():
+    one, two = shake(tiny_agent()), shake(tiny_agent())
+    batches = [batch_of(one, seed) for seed in (1, 2, 3)]
+    each = [one.update(batch)[0] for batch in batches]
+    for batch in batches:
+        two.learn(batch)
+    mean = {name: np.mean([metrics[name] for metrics in each]) for name in each[0]}
+    assert two.collect() == pytest.approx(mean, rel=1e-5)
 
 
 # The library

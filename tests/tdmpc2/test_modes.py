@@ -113,7 +113,9 @@ def test_multi_task_updates_train_the_embedding_but_not_through_the_policy():
     first = agent.update(batch)[0]["loss"]
     assert model.task_embedding.weight.grad.any()
     before = model.task_embedding.weight.grad.clone()
-    agent._update_policy(model.latent(batch["obs"], batch["task"][:, None].expand(8, 4)).detach(), None)
+    agent._update_policy(
+        model.latent(batch["obs"], batch["task"][:, None].expand(8, 4)).detach(), None, torch.tensor(True)
+    )
     assert torch.equal(model.task_embedding.weight.grad, before)
     for _ in range(30):
         last = agent.update(batch)[0]["loss"]
@@ -309,7 +311,7 @@ def test_a_policy_that_is_sure_of_the_wrong_choice_finds_back():
     z = torch.randn(64, 4, 16)
     before = model.policy(z).softmax(-1)[..., 0].min()
     for _ in range(600):
-        agent._update_policy(z, None)
+        agent._update_policy(z, None, torch.tensor(True))
     assert before > 0.99
     assert model.policy(z).softmax(-1)[..., 2].mean() > 0.9
 

@@ -91,15 +91,24 @@ class ReturnRange(nn.Module):
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
-    def update(self, returns: Tensor) -> None:
+    def after(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the two percentiles move to with these returns; `move` takes them there."""
         c = self._config
         low, high = fn.percentile_range(returns, c.return_low, c.return_high)
-        self.low.lerp_(low, c.return_rate)
-        self.high.lerp_(high, c.return_rate)
+        return self.low.lerp(low, c.return_rate), self.high.lerp(high, c.return_rate)
+
+    def move(self, low: Tensor, high: Tensor, made: Tensor) -> None:
+        """made: bool scalar; where it is False the range stays."""
+        self.low.copy_(torch.where(made, low, self.low))
+        self.high.copy_(torch.where(made, high, self.high))
 
     @property
     def scale(self) -> Tensor:
-        return (self.high - self.low).clamp(min=1.0)
+        return self.scale_of(self.low, self.high)
+
+    @staticmethod
+    def scale_of(low: Tensor, high: Tensor) -> Tensor:
+        return (high - low).clamp(min=1.0)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import functional as fn
+from worldloom.capture import Captured, Tensors
 from worldloom.dreamerv3.actor_critic import (
     ContinuousPolicy,
     DiscretePolicy,
@@ -20,10 +21,15 @@ from worldloom.dreamerv3.actor_critic import (
     replay_returns,
 )
 from worldloom.dreamerv3.rssm import RSSMState
-from worldloom.dreamerv3.world_model import DreamerV3WorldModel, Head, WorldLosses
-from worldloom.nets import flatten, load_flat
-from worldloom.optim import LaProp, load_optimizer
-from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
+from worldloom.dreamerv3.world_model import DreamerV3WorldModel, Head
+from worldloom.nets import compile_part, flatten, load_flat
+from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
+from worldloom.staging import Columns, Staging
+from worldloom.tally import Tally
+from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec, split_obs
+
+ROWS = ("actions", "rewards", "is_first", "terminated", "truncated")  # what an update reads of a batch beside obs
+FILTER_STEPS, IMAGINATION_STEPS = 8, 5  # in one compiled graph; more take longer to compile and gain little
 
 
 class Behaviour(nn.Module):
@@ -76,30 +82,41 @@ class DreamerV3Agent:
         self.columns: Mapping[str, ColumnSpec] = {}
         if self._stored:  # deter as the bits of bfloat16, stoch as class indices: a seventh of float32
             self.columns = {"deter": ColumnSpec((c.deter,), "uint16"), "stoch": ColumnSpec((c.stoch,), "uint8")}
+        shown = model.encoder.vectors | model.encoder.images
+        self._obs_columns = {name: f"obs/{name}" for name in shown}
+        self._imagined_at_once = c.imagination_length  # steps in one call of _imagine_steps
         self.updates = 0
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._generator = torch.Generator(self.device).manual_seed(seed + 1)  # of learning
-        trained = [p for p in [*model.parameters(), *self.behaviour.parameters()] if p.requires_grad]
-        self._optimizer = LaProp(trained, c.lr, (c.beta1, c.beta2), c.eps, c.clip, c.warmup)
-        self._dtype = torch.float32
+        self._trained = [p for p in [*model.parameters(), *self.behaviour.parameters()] if p.requires_grad]
+        self._optimizer = LaProp(self._trained, c.lr, (c.beta1, c.beta2), c.eps, c.clip, c.warmup)
+        self._dtype, self._tally, self._staging = torch.float32, Tally(), Staging(self.device)
+        self._learn = Captured(self.core, self.device, self._generator)
+        self._act = Captured(self._choose, self.device, self.acting_generator)
 
-    def configure_learning(self, precision: Precision, compiled: bool) -> None:
-        """Compiled, an update is five graphs, each compiled once: the step of the filter and that of the imagination,
+    def configure_learning(self, precision: Precision, compiled: bool, capture: bool = True) -> None:
+        """Compiled, an update is a few graphs, each compiled once: some steps of the filter and of the imagination,
         which Python repeats, and the batched parts around them. One graph of it all runs little faster and takes
         451 s to compile on two CPU cores.
         """
         self._dtype = getattr(torch, precision)
+        self._learn.enabled = self._act.enabled = capture and self.device.type == "cuda"
         if not compiled:
             return
-        model: Any = self.world_model
+        model, cuda = self.world_model, self.device.type == "cuda"
+        model.rssm.steps_at_once, self._imagined_at_once = FILTER_STEPS, IMAGINATION_STEPS
         for owner, name in [
-            (model.rssm, "learning_step"),
+            (model, "embed"),
+            (model.rssm, "prepare"),
+            (model.rssm, "learning_steps"),
             (model, "posterior_losses"),
-            (self, "_imagine_step"),
-            (self, "_appraise"),
+            (self, "_imagine_steps"),
+            (self, "_evaluate_imagined"),
             (self, "_behaviour_losses"),
         ]:
-            setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True))
+            compile_part(owner, name)
+        if cuda:
+            compile_part(self._optimizer, "change")
 
     def _autocast(self) -> torch.autocast:
         """Matrix products in the chosen precision. One context for each phase: weights that were cast without
@@ -118,84 +135,112 @@ class DreamerV3Agent:
         explore: bool = True,  # noqa: ARG002 - the reference samples in evaluation too
     ) -> tuple[Array, ActState]:
         """Actions [E, A] for obs [E, *obs_shape]: one-hot, or drawn from the Normal and not clipped."""
-        model = self.world_model
-        given = {name: torch.as_tensor(value, device=self.device) for name, value in _as_mapping(obs).items()}
-        tokens = model.encoder(model.as_mapping(given, "act", 1))
-        envs = len(tokens)
-        first = torch.as_tensor(is_first, device=self.device)
-        state, action = self._previous(act_state, envs)
-        embedded = model.rssm.embed_action(action * (~first).unsqueeze(-1))
-        noise = model.draw_noise(1, envs, self.acting_generator)[0]
-        state, _ = model.rssm.observe_step(state, embedded, model.rssm.embed_tokens(tokens), first, noise)
-        draw = self.behaviour.policy.draw_noise((envs,), self.acting_generator, self.device)
-        action = self.behaviour.policy.sample(state.features, draw)
-        return action.cpu().numpy(), {"deter": state.deter, "stoch": state.stoch, "action": action}
+        shown = {name: torch.as_tensor(value) for name, value in _as_mapping(obs).items()}
+        shown = self.world_model.as_mapping(shown, "act", 1)
+        envs = len(next(iter(shown.values())))
+        state = self._previous(act_state, envs)
+        first = torch.as_tensor(is_first)
+        found = self._act({**split_obs(shown), "is_first": first, **state})
+        kept = {name: value.clone() for name, value in found.items()}  # the next call fills the same buffers
+        return kept["action"].cpu().numpy(), kept
 
-    def _previous(self, act_state: ActState | None, envs: int) -> tuple[RSSMState, Tensor]:
+    def _choose(self, given: Tensors) -> Tensors:
+        """On the device alone: the posterior state after these observations, and an action drawn from the policy."""
+        model, first, action = self.world_model, given["is_first"], given["action"]
+        tokens = model.encoder({name: given[column] for name, column in self._obs_columns.items()})
+        embedded = model.rssm.embed_action(action * (~first).unsqueeze(-1))
+        noise = model.draw_noise(1, len(first), self.acting_generator)[0]
+        state = RSSMState(given["deter"], given["stoch"])
+        state, _ = model.rssm.observe_step(state, embedded, model.rssm.embed_tokens(tokens), first, noise)
+        draw = self.behaviour.policy.draw_noise((len(first),), self.acting_generator, self.device)
+        action = self.behaviour.policy.sample(state.features, draw)
+        return {"deter": state.deter, "stoch": state.stoch, "action": action}
+
+    def _previous(self, act_state: ActState | None, envs: int) -> dict[str, Tensor]:
         if act_state is None:
+            state = self.world_model.rssm.initial(envs)
             action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
-            return self.world_model.rssm.initial(envs), action
+            return {"deter": state.deter, "stoch": state.stoch, "action": action}
         if len(act_state["deter"]) != envs:
             raise ValueError(
                 f"act: act_state has {len(act_state['deter'])} rows and obs {envs}. Keep one act_state for each vector "
                 "of environments."
             )
-        return RSSMState(act_state["deter"], act_state["stoch"]), act_state["action"]
+        return dict(act_state)
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
         if not self._stored:
             return {}
-        return compact(RSSMState(act_state["deter"], act_state["stoch"]))
+        found = compact(RSSMState(act_state["deter"], act_state["stoch"]))
+        return {name: value.cpu().numpy() for name, value in found.items()}
 
     # Learning
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """One update (the specification's contract): world model, imagination, behaviour, replay values; one backward.
 
-        Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. Raises FloatingPointError for a
-        NaN loss, ValueError for a batch of other keys or shapes.
+        Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. An update with a loss or gradient
+        that is not finite changes nothing. Raises FloatingPointError after several of them in a row, ValueError for a
+        batch of other keys or shapes.
         """
-        moved = {name: torch.as_tensor(value, device=self.device) for name, value in batch.items() if name != "obs"}
-        obs = {name: torch.as_tensor(v, device=self.device) for name, v in _as_mapping(batch["obs"]).items()}
-        context = self.windows.context
-        rows = cast(Batch, {name: value[:, context:] for name, value in moved.items()})
-        rows["obs"] = {name: value[:, context:] for name, value in obs.items()}
-        never = torch.zeros_like(rows["rewards"], dtype=torch.bool)
-        rows = cast(Batch, {"is_first": never, "terminated": never, "truncated": never, **rows})
-        if not self._stored:  # a window starts from nothing, the action before it included
-            rows["is_first"] = torch.cat([torch.ones_like(rows["is_first"][:, :1]), rows["is_first"][:, 1:]], 1)
-        noise = self._draw_noise(*rows["rewards"].shape)
-        loss, scalars, states = self._loss(rows, self._context(moved), noise)
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-        with torch.no_grad():
-            slow, online = self.behaviour.slow_value, self.behaviour.value
-            torch._foreach_lerp_(list(slow.parameters()), list(online.parameters()), self.config.slow_critic_rate)
-        self.updates += 1
-        scalars = {"loss": loss, **scalars}
-        values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
-        metrics = dict(zip(scalars, values, strict=True))
-        if metrics["loss"] != metrics["loss"]:
-            raise FloatingPointError(self._name_nan(metrics))
-        return metrics, self._fresh_columns(states)
+        columns = self.learn(batch)
+        return self.collect(), columns.arrays()
 
-    def _context(self, rows: Mapping[str, Tensor]) -> RSSMState:
-        """The state before the first trained row: as replay stored it, or zeros."""
-        if not self._stored:
-            return self.world_model.rssm.initial(len(rows["rewards"]))
-        if missing := [name for name in self.columns if name not in rows]:
+    def learn(self, batch: Batch) -> Columns:
+        """`update` without waiting for the device: columns can be read once they have arrived, metrics by `collect`."""
+        fresh = self._learn(self._staging.send(self.stage(batch)))
+        self.updates += 1
+        return Columns(fresh)
+
+    def collect(self) -> Metrics:
+        """Means over the updates since the last call. Waits for the device. Raises FloatingPointError as `update`."""
+        return self._tally.read()
+
+    def stage(self, batch: Batch) -> Tensors:
+        """What the update reads of a batch, by name: the trained rows, and of the row before them the latents alone."""
+        context = self.windows.context
+        given = {name: torch.as_tensor(value) for name, value in batch.items() if name != "obs"}
+        missing = [name for name in self.columns if name not in given]
+        if missing:
             raise ValueError(
                 f"batch lacks {', '.join(missing)}, the stored latents. Sample it from a ReplayBuffer made with this "
                 "agent's columns, or set agent.replay_context to zeros."
             )
-        return expand(rows["deter"][:, 0], rows["stoch"][:, 0], self.config.classes)
+        given |= split_obs({name: torch.as_tensor(value) for name, value in _as_mapping(batch["obs"]).items()})
+        used = {name: value for name, value in given.items() if name in ROWS or name.startswith("obs/")}
+        rows = {name: value[:, context:] for name, value in used.items()}
+        return rows | {name: given[name][:, 0] for name in self.columns}
 
-    def _fresh_columns(self, states: RSSMState) -> dict[str, Array]:
-        """[B, T, ...]; the context row keeps what it has, which another window may have refreshed meanwhile."""
+    def core(self, given: Tensors) -> Tensors:
+        """The update on the device alone: nothing is read back, and no number in Python changes between updates.
+
+        Returns the fresh latents as replay stores them.
+        """
+        rows = self._rows(given)
+        noise = self._draw_noise(*rows["rewards"].shape)
+        loss, scalars, states, (low, high) = self._loss(rows, self._context(given), noise)
+        flat, _ = flat_gradient(loss, self._trained)
+        made, norm = self._optimizer.apply(flat, torch.isfinite(loss.detach()))
+        with torch.no_grad():
+            self.behaviour.range.move(low, high, made)
+            slow, online = (list(value.parameters()) for value in (self.behaviour.slow_value, self.behaviour.value))
+            move_towards(slow, online, made * self.config.slow_critic_rate)
+            self._tally.add({"loss": loss, **scalars, "grad_norm": norm}, made)
+            return compact(states.transposed()) if self._stored else {}
+
+    def _context(self, given: Tensors) -> RSSMState:
+        """The state before the first trained row: as replay stored it, or zeros."""
         if not self._stored:
-            return {}
-        return compact(RSSMState(states.deter.transpose(0, 1), states.stoch.transpose(0, 1)))
+            return self.world_model.rssm.initial(len(given["rewards"]))
+        return expand(given["deter"], given["stoch"], self.config.classes)
+
+    def _rows(self, given: Tensors) -> Batch:
+        rows = {name: value for name, value in given.items() if name in ROWS}
+        never = torch.zeros_like(rows["rewards"], dtype=torch.bool)
+        rows = {"is_first": never, "terminated": never, "truncated": never, **rows}
+        if not self._stored:  # a window starts from nothing, the action before it included
+            rows["is_first"] = torch.cat([torch.ones_like(rows["is_first"][:, :1]), rows["is_first"][:, 1:]], 1)
+        return cast(Batch, {**rows, "obs": {name: given[column] for name, column in self._obs_columns.items()}})
 
     def _draw_noise(self, batch: int, steps: int) -> UpdateNoise:
         c, model, generator = self.config, self.world_model, self._generator
@@ -207,8 +252,10 @@ class DreamerV3Agent:
             policy,
         )
 
-    def _loss(self, rows: Batch, context: RSSMState, noise: UpdateNoise) -> tuple[Tensor, dict[str, Tensor], RSSMState]:
-        """The sum to minimise, scalars to log, and the filtered states [T, B, ...]."""
+    def _loss(
+        self, rows: Batch, context: RSSMState, noise: UpdateNoise
+    ) -> tuple[Tensor, dict[str, Tensor], RSSMState, tuple[Tensor, Tensor]]:
+        """The sum to minimise, scalars to log, the filtered states [T, B, ...], and where the return range moves to."""
         c = self.config
         with self._autocast():
             world = self.world_model.losses(rows, context, noise.posterior)
@@ -216,32 +263,42 @@ class DreamerV3Agent:
         with self._autocast():
             imagined = self.imagine(states.flatten().detach(), noise)
         returns = imagined.returns(c.lam)
-        self.behaviour.range.update(returns)
+        low, high = self.behaviour.range.after(returns)
+        ends = tuple(rows[name].float().transpose(0, 1) for name in ("rewards", "terminated", "truncated", "is_first"))
         with self._autocast():
-            behaviour, logged = self._behaviour_losses(imagined, returns)
-            replayed = self._replay_value_loss(rows, world, imagined, returns[0])
+            behaviour, logged = self._behaviour_losses(imagined, returns, ReturnRange.scale_of(low, high))
+            replayed = self._replay_value_loss(ends, states.features, imagined.slow_values[0], returns[0])
         loss = world.total + behaviour["policy_loss"] + behaviour["value_loss"] + c.replay_value_scale * replayed
         scalars = {**world.parts, **behaviour, "replay_value_loss": replayed, **logged}
-        return loss, scalars, states.detach()
+        return loss, scalars, states.detach(), (low, high)
 
     @torch.no_grad()
     def imagine(self, start: RSSMState, noise: UpdateNoise) -> Imagined:
         """H steps with the current policy from every start [N, ...]; nothing here is differentiated."""
-        state, features, actions = start, [start.features], []
-        for t in range(self.config.imagination_length):
-            state, action = self._imagine_step(state, noise.policy[t], noise.prior[t])
+        state, features, actions = start, [start.features.unsqueeze(0)], []
+        for draws in zip(
+            noise.policy[:-1].split(self._imagined_at_once), noise.prior.split(self._imagined_at_once), strict=True
+        ):
+            state, seen, chosen = self._imagine_steps(state, *draws)
+            features.append(seen.to(features[0].dtype))
+            actions.append(chosen)
+        actions.append(self.behaviour.policy.sample(features[-1][-1], noise.policy[-1]).unsqueeze(0))
+        return self._evaluate_imagined(torch.cat(features), torch.cat(actions))
+
+    def _imagine_steps(
+        self, state: RSSMState, policy_noise: Tensor, prior_noise: Tensor
+    ) -> tuple[RSSMState, Tensor, Tensor]:
+        """n steps of the policy in the model: the last state, features after each [n, N, F] and actions [n, N, A]."""
+        features, actions = [], []
+        for draw, prior in zip(policy_noise.unbind(), prior_noise.unbind(), strict=True):
+            action = self.behaviour.policy.sample(state.features, draw)
+            state = self.world_model.rssm.imagine_step(state, action, prior)
             actions.append(action)
             features.append(state.features)
-        actions.append(self.behaviour.policy.sample(features[-1], noise.policy[-1]))
         rows = (len(features), -1)  # torch.stack copies on one thread
-        return self._appraise(torch.cat(features).unflatten(0, rows), torch.cat(actions).unflatten(0, rows))
+        return state, torch.cat(features).unflatten(0, rows), torch.cat(actions).unflatten(0, rows)
 
-    def _imagine_step(self, state: RSSMState, policy_noise: Tensor, prior_noise: Tensor) -> tuple[RSSMState, Tensor]:
-        """The state after an action of the policy, and that action."""
-        action = self.behaviour.policy.sample(state.features, policy_noise)
-        return self.world_model.rssm.imagine_step(state, action, prior_noise), action
-
-    def _appraise(self, features: Tensor, actions: Tensor) -> Imagined:
+    def _evaluate_imagined(self, features: Tensor, actions: Tensor) -> Imagined:
         model, behaviour = self.world_model, self.behaviour
         return Imagined(
             features,
@@ -252,10 +309,12 @@ class DreamerV3Agent:
             self._decode(behaviour.slow_value(features)),
         )
 
-    def _behaviour_losses(self, imagined: Imagined, returns: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _behaviour_losses(
+        self, imagined: Imagined, returns: Tensor, scale: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         behaviour, features, weight = self.behaviour, imagined.features[:-1], imagined.weights()
         log_prob, entropy = behaviour.policy.log_prob_and_entropy(features, imagined.actions[:-1])
-        advantage = (returns - imagined.values[:-1]) / behaviour.range.scale
+        advantage = (returns - imagined.values[:-1]) / scale
         losses = {
             "policy_loss": policy_loss(log_prob, entropy, advantage, weight, self.config.entropy_scale),
             "value_loss": (weight * self._value_error(features, returns, imagined.slow_values[:-1])).mean(),
@@ -264,25 +323,26 @@ class DreamerV3Agent:
             "policy_entropy": entropy.mean(),
             "advantage_magnitude": advantage.abs().mean(),
             "return": returns.mean(),
-            "return_range": behaviour.range.scale,
+            "return_range": scale,
             "imagined_reward": imagined.rewards.mean(),
             "imagined_continue": imagined.continues.mean(),
             "value": imagined.values.mean(),
         }
         return losses, logged
 
-    def _replay_value_loss(self, rows: Batch, world: WorldLosses, imagined: Imagined, boot: Tensor) -> Tensor:
-        """The critic on real rows, with gradient into the world model; boot: [T B], imagined returns of the starts."""
-        c = self.config
-        rewards, terminated, truncated, is_first = (
-            rows[name].float().transpose(0, 1) for name in ("rewards", "terminated", "truncated", "is_first")
-        )
+    def _replay_value_loss(
+        self, rows: tuple[Tensor, ...], features: Tensor, slow_values: Tensor, boot: Tensor
+    ) -> Tensor:
+        """The critic on real rows, with gradient into the world model through features [T, B, F].
+
+        rows: rewards, terminated, truncated and is_first, [T, B] each; slow_values, boot: [T B], the slow critic and
+        the imagined returns of the starts.
+        """
+        c, (rewards, terminated, truncated, is_first) = self.config, rows
         last = torch.maximum(terminated, truncated)
         last = torch.cat([torch.maximum(last[:-1], is_first[1:]), last[-1:]])  # an abandoned episode ends too
         target = replay_returns(rewards, terminated, last, boot.view(rewards.shape), c.discount, c.lam)
-        slow = imagined.slow_values[0].view(rewards.shape)
-        features = world.posterior.states.features
-        error = self._value_error(features[:-1], target, slow[:-1])
+        error = self._value_error(features[:-1], target, slow_values.view(rewards.shape)[:-1])
         return ((1 - last[:-1]) * error).mean()
 
     def _value_error(self, features: Tensor, target: Tensor, slow_value: Tensor) -> Tensor:
@@ -293,14 +353,6 @@ class DreamerV3Agent:
 
     def _decode(self, logits: Tensor) -> Tensor:
         return fn.antisymmetric_mean(logits.float(), self.world_model.bins)
-
-    def _name_nan(self, metrics: Metrics) -> str:
-        losses = [name for name in metrics if name.endswith("_loss") or name.startswith("reconstruction/")]
-        bad = [name for name in losses if metrics[name] != metrics[name]]
-        return (
-            f"update {self.updates}: NaN in {', '.join(bad) or 'loss'}. Look for huge rewards or observations; lower "
-            "agent.lr, or go on from the last checkpoint with --resume."
-        )
 
     # Exchange
 
@@ -334,18 +386,19 @@ class DreamerV3Agent:
         self.updates = int(state["updates"])
         self._generator.set_state(state["generator"])
         self.acting_generator.set_state(state["acting_generator"])
+        self._learn.forget()
 
 
-def compact(state: RSSMState) -> dict[str, Array]:
+def compact(state: RSSMState) -> Tensors:
     """A state as replay keeps it: deter as bfloat16 bits [..., D] uint16, stoch as class indices [..., S] uint8."""
     bits = state.deter.detach().to(torch.bfloat16).contiguous().view(torch.uint16)
-    return {"deter": bits.cpu().numpy(), "stoch": state.stoch.detach().argmax(-1).to(torch.uint8).cpu().numpy()}
+    return {"deter": bits, "stoch": state.stoch.detach().argmax(-1).to(torch.uint8)}
 
 
 def expand(deter: Tensor, stoch: Tensor, classes: int) -> RSSMState:
     """The inverse of `compact`, in float32."""
     wide = deter.contiguous().view(torch.bfloat16).float()
-    return RSSMState(wide, torch.nn.functional.one_hot(stoch.long(), classes).float())
+    return RSSMState(wide, fn.one_hot(stoch, classes).float())
 
 
 def _as_mapping(obs: Any) -> dict[str, Any]:

@@ -54,13 +54,31 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         """x: [R, inputs], shared: [R, shared]. Returns [R, outputs]."""
-        inputs, blocks, _ = self.weight.shape
-        own, rest = self.weight.split([self.own, inputs - self.own])  # one gradient of the whole, unlike two slices
-        grouped = x.view(len(x), blocks, self.own).transpose(0, 1)
-        out = torch.bmm(grouped, own.transpose(0, 1)).transpose(0, 1).reshape(len(x), -1)
+        own, rest = self.parts()
+        out = self.grouped(x, own)
         if shared is None:
             return out + self.bias.to(out.dtype)
-        return out + torch.addmm(self.bias, shared, rest.flatten(1))
+        return out + torch.addmm(self.bias, shared, rest)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The weight as its products take it: by blocks [G, I / G, O / G], and the shared part [shared, O]."""
+        own, rest = self.weight.split([self.own, len(self.weight) - self.own])  # one gradient of both, unlike slices
+        return own.transpose(0, 1), rest.flatten(1)
+
+    def grouped(self, x: Tensor, own: Tensor) -> Tensor:
+        """[R, outputs], each block's own inputs out of x [R, inputs] times `own` [G, I / G, O / G]."""
+        blocks = x.view(len(x), len(own), -1).transpose(0, 1)
+        return torch.bmm(blocks, own).transpose(0, 1).reshape(len(x), -1)
+
+    def product(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        """The weight's gradient, from inputs [N, inputs + shared] and the gradients of outputs [N, outputs]."""
+        blocks = self.weight.shape[1]
+        own, shared = inputs.split([self.own * blocks, inputs.shape[1] - self.own * blocks], 1)
+        by_block = [value.unflatten(1, (blocks, -1)).transpose(0, 1) for value in (own, gradients)]
+        formed = torch.bmm(by_block[0].mT, by_block[1]).transpose(0, 1)  # [I / G, G, O / G]
+        if not shared.shape[1]:
+            return formed
+        return torch.cat([formed, (shared.mT @ gradients).unflatten(1, (blocks, -1))])
 
 
 class RMSNorm(nn.Module):
@@ -73,6 +91,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(wide, self.scale.shape, self.scale.to(wide.dtype), NORM_EPS).to(x.dtype)
+
+
+def scaled_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """`RMSNorm` with a scale [..., O] for every row, so that the gradient of each arrives by itself."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (F.rms_norm(wide, wide.shape[-1:], None, NORM_EPS) * scale).to(x.dtype)
 
 
 class NormedLinear(nn.Module):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.dreamerv3.layers import BlockLinear, Linear, NormedLinear, RMSNorm
+from worldloom.dreamerv3.layers import BlockLinear, Linear, NormedLinear, RMSNorm, scaled_norm
+from worldloom.dreamerv3.unroll import Tape, addend, linear_product
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class RSSMState:
     def detach(self) -> RSSMState:
         return RSSMState(self.deter.detach(), self.stoch.detach())
 
+    def transposed(self) -> RSSMState:
+        """[T, B, ...] to [B, T, ...]."""
+        return RSSMState(self.deter.transpose(0, 1), self.stoch.transpose(0, 1))
+
     def flatten(self) -> RSSMState:
         """[T, B, ...] to [T B, ...]."""
         return RSSMState(self.deter.flatten(0, 1), self.stoch.flatten(0, 1))
@@ -38,6 +44,40 @@ class Posterior:
 
     states: RSSMState  # [T, B, ...]
     log_probs: Tensor  # [T, B, S, K], with unimix
+
+
+class LoopAdded(NamedTuple):
+    """What the linear maps of a step add to: their biases, or the tokens' share; [T, B, O] each."""
+
+    deter_in: Tensor
+    stoch_in: Tensor
+    hidden: Tensor
+    gru: Tensor
+    obs_in: Tensor
+    obs_logits: Tensor
+
+
+class LoopInputs(NamedTuple):
+    """What the linear maps of a step read, in the order of LoopAdded: [n, B, I] each, or their tapes."""
+
+    deter: Any
+    stoch: Any
+    joint: Any  # deter and the embedded inputs, for the map whose blocks see a part of the first and all of the second
+    core: Any
+    next_deter: Any
+    seen: Any
+
+
+class LoopWeights(NamedTuple):
+    """The weights of a step as its products take them, [I, O] each, or by blocks [G, I / G, O / G]."""
+
+    deter_in: Tensor
+    stoch_in: Tensor
+    hidden_own: Tensor
+    hidden_shared: Tensor
+    gru: Tensor
+    obs_in: Tensor
+    obs_logits: Tensor
 
 
 class RSSM(nn.Module):
@@ -67,7 +107,8 @@ class RSSM(nn.Module):
         self.obs_logits = Linear(hidden, flat)
         self.prior_in = nn.Sequential(NormedLinear(deter, hidden), NormedLinear(hidden, hidden))
         self.prior_logits = Linear(hidden, flat)
-        self.learning_step = self.observe_step  # what `observe` repeats; an agent that learns compiles it
+        self.learning_steps = self.observe_steps  # what `observe` repeats; an agent that learns compiles it
+        self.steps_at_once = 1 << 30  # of `observe`, in one call of learning_steps
 
     def initial(self, batch_size: int) -> RSSMState:
         like = self.gru.bias
@@ -84,8 +125,12 @@ class RSSM(nn.Module):
         h = state.deter
         x = torch.cat([self.deter_in(h), self.stoch_in(state.stoch.flatten(-2)), action], -1)
         y = F.silu(self.hidden_norm(self.hidden(h, x)))
-        gates = self.gru(y).view(len(h), self.hidden.weight.shape[1], 3, -1)
-        reset, candidate, update = (gate.reshape(h.shape) for gate in gates.unbind(2))
+        return self.gates(self.gru(y), h)
+
+    def gates(self, gates: Tensor, h: Tensor) -> Tensor:
+        """The next deter [R, D] from the GRU's gates [R, 3 D] and deter before."""
+        grouped = gates.view(len(h), self.hidden.weight.shape[1], 3, -1)
+        reset, candidate, update = (gate.reshape(h.shape) for gate in grouped.unbind(2))
         return gru_gate(reset, candidate, update, h)
 
     def prior(self, deter: Tensor) -> Tensor:
@@ -126,17 +171,91 @@ class RSSM(nn.Module):
     def observe(self, state: RSSMState, actions: Tensor, tokens: Tensor, is_first: Tensor, noise: Tensor) -> Posterior:
         """Filter T steps. actions [T, B, A] led to tokens [T, B, E]; is_first [T, B]; noise [T, B, S, K].
 
-        What needs no recurrence is computed for all steps at once.
+        The same as `observe_step` again and again; what needs no recurrence is computed for all steps at once, and so
+        is the gradient of every weight (`unroll`).
         """
-        embedded_actions = self.embed_action(actions * (~is_first).to(actions.dtype).unsqueeze(-1))
-        rows = (embedded_actions, self.embed_tokens(tokens), is_first, noise)
-        deters, stochs, log_probs = [], [], []
+        lead = (len(actions), len(state.deter))
+        given, added, scales = self.prepare(actions, tokens, is_first, noise)
+        tapes = [Tape() for _ in LoopInputs._fields]
+        weights = self._loop_weights(added.hidden.dtype)
+        added = self._with_weight_gradients(added, tapes)
+        whole = (*given, *added, *(scale.expand(*lead, -1) for scale in scales))
+        parts = []
+        for rows in zip(*(value.split(self.steps_at_once) for value in whole), strict=True):
+            state, part, read = self.learning_steps(state, weights, rows)
+            parts.append(part)
+            for tape, value in zip(tapes, read, strict=True):
+                tape.inputs.append(value)
+        deter, stoch, log_probs = (torch.cat(values) for values in zip(*parts, strict=True))
+        return Posterior(RSSMState(deter, stoch), log_probs)
+
+    def prepare(
+        self, actions: Tensor, tokens: Tensor, is_first: Tensor, noise: Tensor
+    ) -> tuple[tuple[Tensor, ...], LoopAdded, tuple[Tensor, ...]]:
+        """What every step of the loop is given: (embedded action, mask of what is kept, noise) [T, B, ...], what its
+        linear maps add to, and the scales of its norms [O] each."""
+        keep = (~is_first).to(actions.dtype).unsqueeze(-1)
+        embedded_actions = self.embed_action(actions * keep)
+        embedded_tokens = self.embed_tokens(tokens)
+        layers = (self.deter_in.linear, self.stoch_in.linear, self.hidden, self.gru)
+        lead, dtype = (*actions.shape[:2], -1), embedded_tokens.dtype
+        biases = [layer.bias.to(dtype).expand(lead) for layer in (*layers, self.obs_logits)]
+        added = LoopAdded(*biases[:4], embedded_tokens, biases[4])
+        norms = (self.deter_in.norm, self.stoch_in.norm, self.hidden_norm, self.obs_in.norm)
+        return (embedded_actions, keep, noise), added, tuple(norm.scale for norm in norms)
+
+    def _loop_weights(self, dtype: torch.dtype) -> LoopWeights:
+        """Cast once for all steps, without gradient."""
+        own, shared = self.hidden.parts()
+        found = (
+            self.deter_in.linear.weight.mT,
+            self.stoch_in.linear.weight.mT,
+            own,
+            shared,
+            self.gru.parts()[0],
+            self.obs_in.linear.weight[:, : self.deter].mT,
+            self.obs_logits.weight.mT,
+        )
+        return LoopWeights(*(weight.detach().to(dtype) for weight in found))
+
+    def _with_weight_gradients(self, added: LoopAdded, tapes: list[Tape]) -> LoopAdded:
+        read = LoopInputs(*tapes)
+        return LoopAdded(
+            addend(self.deter_in.linear.weight, added.deter_in, read.deter, linear_product),
+            addend(self.stoch_in.linear.weight, added.stoch_in, read.stoch, linear_product),
+            addend(self.hidden.weight, added.hidden, read.joint, self.hidden.product),
+            addend(self.gru.weight, added.gru, read.core, self.gru.product),
+            addend(self.obs_in.linear.weight[:, : self.deter], added.obs_in, read.next_deter, linear_product),
+            addend(self.obs_logits.weight, added.obs_logits, read.seen, linear_product),
+        )
+
+    def observe_steps(
+        self, state: RSSMState, w: LoopWeights, rows: tuple[Tensor, ...]
+    ) -> tuple[RSSMState, tuple[Tensor, Tensor, Tensor], LoopInputs]:
+        """Filter n steps, an entry of each of `rows` [n, B, ...] a step.
+
+        Returns the last state, (deter, stoch, log probabilities) [n, B, ...], and what the linear maps read.
+        """
+        made, read = [], []
         for row in zip(*(value.unbind() for value in rows), strict=True):
-            state, log_prob = self.learning_step(state, *row)
-            deters.append(state.deter)
-            stochs.append(state.stoch)
-            log_probs.append(log_prob)
-        return Posterior(RSSMState(torch.stack(deters), torch.stack(stochs)), torch.stack(log_probs))
+            action, keep, noise, *rest = row
+            add, scale = LoopAdded(*rest[:6]), rest[6:]
+            h, z = state.deter * keep, (state.stoch * keep.unsqueeze(-1)).flatten(-2)
+            x1 = F.silu(scaled_norm(torch.addmm(add.deter_in, h, w.deter_in), scale[0]))
+            x2 = F.silu(scaled_norm(torch.addmm(add.stoch_in, z, w.stoch_in), scale[1]))
+            x = torch.cat([x1, x2, action], -1)
+            own = self.hidden.grouped(h, w.hidden_own)
+            y = F.silu(scaled_norm(own + torch.addmm(add.hidden, x, w.hidden_shared), scale[2]))
+            deter = self.gates(self.gru.grouped(y, w.gru) + add.gru, h)
+            seen = F.silu(scaled_norm(torch.addmm(add.obs_in, deter, w.obs_in), scale[3]))
+            log_probs = self._log_probs(torch.addmm(add.obs_logits, seen, w.obs_logits))
+            joint = torch.cat([h.to(x.dtype), x], -1)
+            read.append(tuple(value.detach() for value in (h, z, joint, y, deter, seen)))
+            state = RSSMState(deter, sample_one_hot(log_probs, noise))
+            made.append((deter, state.stoch, log_probs))
+        deters, stochs, log_probs = (torch.stack(values) for values in zip(*made, strict=True))
+        inputs = LoopInputs(*(torch.stack(values) for values in zip(*read, strict=True)))
+        return state, (deters, stochs, log_probs), inputs
 
     def imagine_step(self, state: RSSMState, action: Tensor, noise: Tensor) -> RSSMState:
         """The next state under action [R, A], drawn from the prior; noise: [R, S, K] standard exponential."""
@@ -156,4 +275,4 @@ def sample_one_hot(log_probs: Tensor, noise: Tensor) -> Tensor:
     noise: [..., K] standard exponential.
     """
     probs = log_probs.exp()
-    return fn.draw_one_hot(probs, noise) + probs - probs.detach()
+    return fn.draw_one_hot(probs, noise) + (probs - probs.detach())  # what is added is exactly zero

@@ -195,9 +195,14 @@ class DreamerV3WorldModel(nn.Module):
                 raise ValueError(f"batch: obs {name!r} is {tuple(value.shape)} and actions [{lead[0]}, {lead[1]}, A].")
         actions, rewards, is_first, terminated = self._rows(batch, lead)
         seen = {name: value.transpose(0, 1) for name, value in obs.items()}
-        posterior = self.rssm.observe(state, actions, self.encoder(seen), is_first, noise)
+        posterior = self.rssm.observe(state, actions, self.embed(seen), is_first, noise)
         total, parts = self.posterior_losses(posterior, seen, rewards, terminated)
         return WorldLosses(parts, total, posterior)
+
+    def embed(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Tokens [T, B, E]: the encoder, as losses use it; an agent that learns compiles it."""
+        tokens: Tensor = self.encoder(obs)
+        return tokens
 
     def posterior_losses(
         self, posterior: Posterior, obs: Mapping[str, Tensor], rewards: Tensor, terminated: Tensor

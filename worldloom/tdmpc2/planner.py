@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from worldloom import functional as fn
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel, choose
 
 
@@ -46,7 +46,7 @@ class Planner:
             policy=normal(c.horizon, envs, c.num_pi_trajs, size),
             samples=normal(self.iterations, c.horizon, envs, sampled, size),
             terminal=normal(self.iterations, envs, c.num_samples, size),
-            heads=torch.stack([model.draw_heads(generator) for _ in range(self.iterations)]),
+            heads=model.draw_heads_for(self.iterations, generator),
             choice=-torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7))),
             explore=normal(envs, size),
         )
@@ -58,23 +58,40 @@ class Planner:
 
         previous: [E, H, A]; zeros start a row afresh. task: [E], for a multi-task model.
         """
-        c, mask = self.model.config, self.model.action_mask(task)
+        mask = self.model.action_mask(task)
         discount = self._discount(task, len(z))
-        policy_actions = self._policy_sequences(z, noise.policy, mask)  # [H, E, P, A]
+        policy_actions = self.policy_sequences(z, noise.policy, mask)  # [H, E, P, A]
         shifted = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], 1).movedim(1, 0)
         proposal = self._first_proposal(shifted, mask)
         for i in range(self.iterations):
-            actions = torch.cat([policy_actions, proposal.sample(noise.samples[i])], 2)  # [H, E, P + S, A]
-            value = self.sequence_value(z, actions, noise.terminal[i], noise.heads[i], discount, mask).nan_to_num(0.0)
-            elite_value, elite = value.topk(c.num_elites, 1)  # [E, elites]
-            index = elite[None, :, :, None].expand(c.horizon, -1, -1, actions.shape[-1])
-            elite_actions = actions.gather(2, index)
-            weight = elite_weights(elite_value, c.temperature)
-            proposal = proposal.refit(weight, elite_actions)
+            draws = (noise.samples[i], noise.terminal[i], noise.heads[i])
+            proposal, weight, elite_actions = self.iterate(z, policy_actions, proposal, draws, discount, mask)
         chosen = (weight.log() + noise.choice).argmax(1)
         action = elite_actions[0, torch.arange(len(z), device=z.device), chosen]
         action = proposal.explore(action, noise.explore) if explore else proposal.settle(action)
         return action, proposal.plan
+
+    def iterate(
+        self,
+        z: Tensor,
+        policy_actions: Tensor,
+        proposal: Gaussian | Categorical,
+        draws: tuple[Tensor, Tensor, Tensor],
+        discount: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Gaussian | Categorical, Tensor, Tensor]:
+        """One iteration: the next proposal, the elites' weights [E, K] and the elites [H, E, K, A].
+
+        draws: samples, terminal and heads of `PlanNoise`, those of this iteration.
+        """
+        c, (samples, terminal, heads) = self.model.config, draws
+        actions = torch.cat([policy_actions, proposal.sample(samples)], 2)  # [H, E, P + S, A]
+        value = self.sequence_value(z, actions, terminal, heads, discount, mask).nan_to_num(0.0)
+        elite_value, elite = value.topk(c.num_elites, 1)  # [E, elites]
+        index = elite[None, :, :, None].expand(c.horizon, -1, -1, actions.shape[-1])
+        elite_actions = actions.gather(2, index)
+        weight = elite_weights(elite_value, c.temperature)
+        return proposal.refit(weight, elite_actions), weight, elite_actions
 
     def _first_proposal(self, shifted: Tensor, mask: Tensor | None) -> Gaussian | Categorical:
         """shifted: [H, E, A], the previous plan moved on by a step."""
@@ -120,7 +137,7 @@ class Planner:
         value = model.policy_value(policy, average)
         return total + rate ** len(actions) * alive * value
 
-    def _policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    def policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """The policy's own actions along its own rollout: [H, E, P, A]."""
         latent = z.unsqueeze(1).expand(-1, noise.shape[2], -1)
         actions = []
@@ -212,7 +229,7 @@ class Categorical:
 
     def settle(self, action: Tensor) -> Tensor:  # noqa: ARG002 - a drawn elite may differ where values are close
         """[E, A], the likeliest choice of each part in the first step."""
-        parts = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in self.probs[0].split(self.classes, -1)]
+        parts = [fn.one_hot(part.argmax(-1), part.shape[-1]) for part in self.probs[0].split(self.classes, -1)]
         return torch.cat(parts, -1).to(self.probs.dtype)
 
     @property

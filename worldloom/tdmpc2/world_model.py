@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.nets import Ensemble, SimNorm, mlp, mlp_of_pair
+from worldloom.optim import move_towards
 from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts
@@ -155,8 +156,26 @@ class TDMPC2WorldModel(nn.Module):
         if self.task_embedding is None:
             return cast(Tensor, self.encoder(x))
         assert task is not None
-        embedded = self.task_embedding(task)
+        embedded = self.embed_task(task)
         return torch.cat([self.encoder(torch.cat([x, embedded], -1)), embedded], -1)
+
+    def embed_task(self, task: Tensor) -> Tensor:
+        """[..., T], of task numbers [...]. Embeddings that are looked up and longer than 1 are first cut to that
+        length, in place, as `nn.Embedding(max_norm=1)` does, which on a GPU waits for the host."""
+        assert self.task_embedding is not None
+        weight = self.task_embedding.weight
+        with torch.no_grad():
+            asked = fn.one_hot(task.flatten(), len(weight)).any(0)
+            norm = torch.linalg.vector_norm(weight, dim=1)
+            weight.mul_(torch.where(asked & (norm > 1), 1 / (norm + 1e-7), 1.0).unsqueeze(1))
+        return F.embedding(task, weight)
+
+    def with_task_embedding(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """Latents [B, T, D + T] with their tasks' embeddings looked up again, as the policy's update sees them."""
+        if task is None:
+            return z
+        embedded = self.embed_task(task).detach()[:, None].expand(-1, z.shape[1], -1)
+        return torch.cat([z[..., : self.config.latent_dim], embedded], -1)
 
     def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
         """[..., D + T]"""
@@ -300,10 +319,11 @@ class TDMPC2WorldModel(nn.Module):
 
     # Learning
 
-    @torch.no_grad()
-    def update_targets(self) -> None:
-        """Move the target value heads towards the online ones, by config.tau."""
-        torch._foreach_lerp_(list(self.target_q.parameters()), list(self.q.parameters()), self.config.tau)
+    def update_targets(self, made: Tensor | None = None) -> None:
+        """Move the target value heads towards the online ones, by config.tau; made: bool scalar, False leaves them."""
+        rate = torch.full((), self.config.tau, device=self.bins.device)
+        rate = rate if made is None else rate * made
+        move_towards(list(self.target_q.parameters()), list(self.q.parameters()), rate)
 
     def draw_noise(self, batch_size: int, length: int, generator: Generator | None = None) -> LossNoise:
         """For `losses` of [B, T] rows."""
@@ -320,7 +340,11 @@ class TDMPC2WorldModel(nn.Module):
 
     def draw_heads(self, generator: Generator | None = None) -> Tensor:
         """[2] distinct head indices."""
-        return torch.randperm(self.config.num_q, device=self.bins.device, generator=generator)[:2]
+        return self.draw_heads_for(1, generator)[0]
+
+    def draw_heads_for(self, count: int, generator: Generator | None = None) -> Tensor:
+        """[count, 2]: two distinct head indices for each of `count` uses."""
+        return torch.rand(count, self.config.num_q, device=self.bins.device, generator=generator).argsort(1)[:, :2]
 
     def losses(self, batch: Batch, noise: LossNoise) -> Losses:
         """The joint loss of section 3.1: sum over t of rho^t (consistency + reward + value), plus termination.
@@ -455,7 +479,7 @@ def choose(log_probs: Tensor, noise: Tensor, classes: Sequence[int]) -> Tensor:
     """One-hot draws [..., A], part by part; noise: [..., A] standard normal, made Gumbel by its quantiles."""
     uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
     perturbed = log_probs - torch.log(-torch.log(uniform))
-    parts = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in perturbed.split(tuple(classes), -1)]
+    parts = [fn.one_hot(part.argmax(-1), part.shape[-1]) for part in perturbed.split(tuple(classes), -1)]
     return torch.cat(parts, -1).to(noise.dtype)
 
 
@@ -466,7 +490,7 @@ def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) ->
     """
     log_probs = torch.cat([F.log_softmax(part, -1) for part in logits.split(tuple(classes), -1)], -1)
     probs, drawn = log_probs.exp(), choose(log_probs, noise, classes)
-    likeliest = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in log_probs.split(tuple(classes), -1)]
+    likeliest = [fn.one_hot(part.argmax(-1), part.shape[-1]) for part in log_probs.split(tuple(classes), -1)]
     entropy = -(probs * log_probs).sum(-1)
     mean_action = torch.cat(likeliest, -1).to(logits.dtype)
     return PolicySample(drawn, mean_action, log_probs, (drawn * log_probs).sum(-1), entropy)
