@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from worldloom.runs.build import (
 )
 from worldloom.runs.checkpoint import ReplayStore, copy_agent, load_agent_state, write_agent
 from worldloom.runs.config import RunConfig
-from worldloom.types import Array, Batch, ObsArray, Weights
+from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
 
 RECENT_DRAWS = 1000
 
@@ -258,23 +258,22 @@ class LearnerActor:
         """Learn from each batch in turn. Returns three objects of their own: what the coordinator counts, columns
         for replay, and new weights where they are due."""
         begun, before = time.monotonic(), self._agent.updates // self._publish_every
-        totals: dict[str, float] = defaultdict(float)
+        fresh: list[tuple[Array, FreshColumns]] = []
         written: list[WrittenColumns] = []
         done = 0
         for batch in batches:
             if self._interrupted.is_set():
                 break
-            metrics, columns = self._agent.update(_copy(batch))
+            fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
             done += 1
-            if columns:
-                written.append((batch["rows"], columns))
-            for name, value in metrics.items():
-                totals[name] += value
+        for rows, made in fresh:
+            if columns := made.arrays():
+                written.append((rows, columns))
+        means = self._agent.collect() if done else {}
         due = self._agent.updates // self._publish_every > before
         publishing = time.monotonic()
         weights = self.publish() if due else None
         ended = time.monotonic()
-        means = {name: total / done for name, total in totals.items()}
         result = UpdateResult(
             means, done, publishing - begun, ended - publishing if due else 0.0, self._version if due else None
         )

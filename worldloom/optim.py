@@ -1,4 +1,4 @@
-"""LaProp with adaptive gradient clipping: DreamerV3's optimiser; and the one flat gradient that both agents step with."""
+"""LaProp with adaptive gradient clipping, DreamerV3's optimiser; and the flat gradient that both agents step with."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def move_towards(slow: list[Tensor], online: list[Tensor], rate: Tensor) -> None:
+def move_towards(slow: Iterable[Tensor], online: Iterable[Tensor], rate: Tensor) -> None:
     """slow += rate (online - slow), all of them in place; rate: scalar on the device."""
-    distance = torch._foreach_sub(online, slow)
+    targets = list(slow)
+    distance = torch._foreach_sub(list(online), targets)
     torch._foreach_mul_(distance, rate)
-    torch._foreach_add_(slow, distance)
+    torch._foreach_add_(targets, distance)
 
 
 class LaProp(torch.optim.Optimizer):

@@ -49,10 +49,7 @@ class Tally:
         if in_a_row >= SKIPPED_IN_A_ROW:
             raise FloatingPointError(self._explain())
         self._sums[:-1].zero_()
-        if not made:
-            means = dict(zip(self.names, self._last.tolist(), strict=True))
-        else:
-            means = {name: total / made for name, total in zip(self.names, sums, strict=True)}
+        means = {name: total / made for name, total in zip(self.names, sums, strict=True)} if made else {}
         return {**means, "skipped_updates": skipped / max(made + skipped, 1)}
 
     def _explain(self) -> str:

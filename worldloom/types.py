@@ -152,6 +152,13 @@ class WorldModel(Protocol):
         """Write config.json and model.safetensors; `create_world_model(directory)` reads them."""
 
 
+class FreshColumns(Protocol):
+    """Replay columns that a learning step made, perhaps still on their way from the device."""
+
+    def arrays(self) -> dict[str, Array]:
+        """[B, T, ...] by name. Waits until they are there."""
+
+
 @runtime_checkable
 class Agent(Protocol):
     """A world model that acts and learns.
@@ -181,15 +188,22 @@ class Agent(Protocol):
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
         """The entries of `columns` [E, ...] that belong to the rows just acted on."""
 
-    def configure_learning(self, precision: Precision, compiled: bool) -> None:
-        """How `update` computes: bfloat16 leaves parameters, distributions and losses in float32; compiled runs it
-        through torch.compile. Raises ValueError for what the model cannot do."""
+    def configure_learning(self, precision: Precision, compiled: bool, capture: bool) -> None:
+        """How `learn` and `act` compute: bfloat16 leaves parameters, distributions and losses in float32; compiled runs
+        updates through torch.compile; capture makes each call one CUDA graph, where the device is one. Raises
+        ValueError for what the model cannot do."""
+
+    def learn(self, batch: Batch) -> FreshColumns:
+        """One learning step, which on a GPU is not waited for. Returns replay columns of the trained rows to write
+        back (often none). Raises ValueError for a batch of other shapes."""
+
+    def collect(self) -> Metrics:
+        """Means of the metrics over the steps since the last call. Waits for the device.
+
+        Raises FloatingPointError where several steps in a row gave numbers that are not finite."""
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """One learning step. Returns metrics, and replay columns of the trained rows to write back (often none).
-
-        Raises FloatingPointError for a NaN loss, ValueError for a batch of other shapes.
-        """
+        """`learn` and `collect` in one: metrics of this step, and its replay columns."""
 
     def acting_weights(self) -> Array:
         """What `act` needs and nothing more, as one flat float32 array."""

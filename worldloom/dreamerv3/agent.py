@@ -223,7 +223,7 @@ class DreamerV3Agent:
         made, norm = self._optimizer.apply(flat, torch.isfinite(loss.detach()))
         with torch.no_grad():
             self.behaviour.range.move(low, high, made)
-            slow, online = (list(value.parameters()) for value in (self.behaviour.slow_value, self.behaviour.value))
+            slow, online = self.behaviour.slow_value.parameters(), self.behaviour.value.parameters()
             move_towards(slow, online, made * self.config.slow_critic_rate)
             self._tally.add({"loss": loss, **scalars, "grad_norm": norm}, made)
             return compact(states.transposed()) if self._stored else {}

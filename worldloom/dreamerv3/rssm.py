@@ -200,7 +200,7 @@ class RSSM(nn.Module):
         layers = (self.deter_in.linear, self.stoch_in.linear, self.hidden, self.gru)
         lead, dtype = (*actions.shape[:2], -1), embedded_tokens.dtype
         biases = [layer.bias.to(dtype).expand(lead) for layer in (*layers, self.obs_logits)]
-        added = LoopAdded(*biases[:4], embedded_tokens, biases[4])
+        added = LoopAdded(biases[0], biases[1], biases[2], biases[3], embedded_tokens, biases[4])
         norms = (self.deter_in.norm, self.stoch_in.norm, self.hidden_norm, self.obs_in.norm)
         return (embedded_actions, keep, noise), added, tuple(norm.scale for norm in norms)
 

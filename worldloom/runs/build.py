@@ -89,9 +89,11 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
             seed=seed,
             **config.agent,
         )
-        auto = agent.default_precision if torch.device(device).type == "cuda" else "float32"
-        precision: Precision = auto if config.train.precision == "auto" else config.train.precision
-        agent.configure_learning(precision, config.train.compile and _can_compile(device))
+        cuda, train = torch.device(device).type == "cuda", config.train
+        auto = agent.default_precision if cuda else "float32"
+        precision: Precision = auto if train.precision == "auto" else train.precision
+        compiled = cuda if train.compile == "auto" else train.compile
+        agent.configure_learning(precision, compiled and _can_compile(device), bool(train.capture))
         return agent
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config.algorithm} on {config.env.id}: {error}") from error

@@ -69,7 +69,10 @@ class TrainConfig:
         seed: of everything random
         device: of the learner: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         precision: of the learner's matrix products; auto takes what the algorithm's authors use on that device
-        compile: run updates through torch.compile: the first takes about a minute longer, the rest are faster
+        compile: run updates through torch.compile: the first takes about a minute longer, the rest are faster; auto
+            does so on a GPU
+        capture: on a GPU, run each update and each plan as one CUDA graph, so that it waits for no launches; auto
+            does so
     """
 
     total_steps: int = 100_000
@@ -78,7 +81,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
+    capture: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         _require(self.total_steps >= 1, "train.total_steps", self.total_steps, "at least 1")

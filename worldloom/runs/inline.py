@@ -35,6 +35,9 @@ from worldloom.runs.checkpoint import (
 from worldloom.runs.config import RunConfig
 from worldloom.runs.interrupt import GracefulStop
 from worldloom.runs.run import Run
+from worldloom.types import Array, FreshColumns
+
+COLLECT_EVERY = 100  # updates on a GPU: reading metrics waits for it
 
 
 class InlineTrainer:
@@ -54,6 +57,9 @@ class InlineTrainer:
         if self.run.checkpoint:
             load_agent_state(self.run.checkpoint, self.agent)
             self.run.recorder.rows_lost(self.store.load(self.run.checkpoint, self.replay))
+        self._on_gpu = torch.device(self.run.spec.device).type == "cuda"
+        self._fresh: tuple[Array, FreshColumns] | None = None
+        self._uncollected, self._learning_seconds = 0, 0.0
         self.rollout = self._new_rollout()
 
     def _new_rollout(self) -> Rollout:
@@ -73,6 +79,7 @@ class InlineTrainer:
                     run.recorder.chunk(chunk.info, 0)
                     self._learn(stop)
                     if run.log_clock.due(limiter.env_steps):
+                        self._collect()
                         run.recorder.log()
                     if run.picture_clock.due(limiter.env_steps) and not run.finished:
                         self._picture()
@@ -98,11 +105,35 @@ class InlineTrainer:
         while limiter.updates_due() and not stop.requested:
             begun = time.monotonic()
             batch = self.replay.sample(self.agent.batch_size)
-            metrics, columns = self.agent.update(batch)
-            if columns:
-                self.replay.write_back(batch["rows"].numpy(), columns)
+            fresh = (batch["rows"].numpy(), self.agent.learn(batch))
+            if self._on_gpu:  # the columns of the update before are there by now
+                self._write_back()
+            self._fresh = fresh
+            if not self._on_gpu:
+                self._write_back()
             limiter.updates += 1
-            self.run.recorder.updated(metrics, 1, time.monotonic() - begun)
+            self._uncollected += 1
+            self._learning_seconds += time.monotonic() - begun
+            if not self._on_gpu or self._uncollected >= COLLECT_EVERY:
+                self._collect()
+
+    def _write_back(self) -> None:
+        """Give replay the columns that the last update made, if they were not given yet."""
+        if self._fresh is not None:
+            rows, fresh = self._fresh
+            if columns := fresh.arrays():
+                self.replay.write_back(rows, columns)
+            self._fresh = None
+
+    def _collect(self) -> None:
+        """Record the metrics of the updates since the last time; waits for the device."""
+        if not self._uncollected:
+            return
+        begun = time.monotonic()
+        metrics = self.agent.collect()
+        seconds = self._learning_seconds + time.monotonic() - begun
+        self.run.recorder.updated(metrics, self._uncollected, seconds)
+        self._uncollected, self._learning_seconds = 0, 0.0
 
     def _evaluate(self) -> Evaluation:
         return start_run_evaluation(self.config, self.agent).finish()
@@ -113,6 +144,8 @@ class InlineTrainer:
 
     def save(self) -> None:
         """Write a checkpoint of everything; a disk that refuses it is told of, and ends the run where that is asked."""
+        self._collect()
+        self._write_back()
         snapshot = take_agent(self.agent)
         manifest = self.run.manifest(self.run.incarnation)
         with self.run.saving():

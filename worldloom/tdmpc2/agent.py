@@ -178,7 +178,7 @@ class TDMPC2Agent:
     def core(self, given: Tensors) -> Tensors:
         """The update on the device alone: nothing is read back, and no number in Python changes between updates."""
         model, batch = self.world_model, cast(Batch, given)
-        noise = model.draw_noise(*batch["actions"].shape[:2], self._generator)
+        noise = model.draw_noise(batch["actions"].shape[0], batch["actions"].shape[1], self._generator)
         found = model.losses(batch, noise)
         made, grad_norm = self._step(found.loss, self._model_parameters, self._model_optimizer)
         task = given.get("task")
@@ -199,7 +199,7 @@ class TDMPC2Agent:
         return {}
 
     def _step(
-        self, loss: Tensor, params: list[Tensor], optimizer: torch.optim.Optimizer, allowed: Tensor | None = None
+        self, loss: Tensor, params: Sequence[Tensor], optimizer: torch.optim.Optimizer, allowed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Clip the gradient's norm and step; a gradient that is not finite, or `allowed` False, changes nothing.
 

@@ -323,7 +323,7 @@ class TDMPC2WorldModel(nn.Module):
         """Move the target value heads towards the online ones, by config.tau; made: bool scalar, False leaves them."""
         rate = torch.full((), self.config.tau, device=self.bins.device)
         rate = rate if made is None else rate * made
-        move_towards(list(self.target_q.parameters()), list(self.q.parameters()), rate)
+        move_towards(self.target_q.parameters(), self.q.parameters(), rate)
 
     def draw_noise(self, batch_size: int, length: int, generator: Generator | None = None) -> LossNoise:
         """For `losses` of [B, T] rows."""
