@@ -10,7 +10,8 @@ trainer does, and runs uncompiled in float32, as there.
 
 Prints seconds as JSON, the last line being the whole: {"update": [...], "act_1": [...], "act_16": [...]}, "update" with
 their torch.compile unless the option "compile" is false (its default is true on CUDA only). With it there is
-"update_eager" too, unless the option "eager" is false. Imports nothing of WorldLoom.
+"update_eager" too, unless the option "eager" is false. With the option "lock" (a file) calls are timed while holding
+it, so that several references may warm up at once. Imports nothing of WorldLoom.
 """
 
 from __future__ import annotations
@@ -117,16 +118,19 @@ class RandomBuffer:
 
 
 def timed(name: str, call: Callable[[], Any], options: dict[str, Any]) -> list[float]:
-    seconds: list[float] = []
-    for _ in range(options["warmup"] + options["repeats"]):
+    from turns import turn
+
+    def once() -> float:
         begun = time.perf_counter()
         call()
         if options["device"].startswith("cuda"):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-        if len(seconds) == 1:
-            print(f"{name}: first call {seconds[0]:.1f} s", flush=True)
-    return seconds[options["warmup"] :]
+        return time.perf_counter() - begun
+
+    warmup = [once() for _ in range(options["warmup"])]
+    print(f"{name}: {options['warmup']} warm-up calls in {sum(warmup):.1f} s", flush=True)
+    with turn(options):
+        return [once() for _ in range(options["repeats"])]
 
 
 def act_seconds(agent: Any, environments: int, options: dict[str, Any]) -> list[float]:

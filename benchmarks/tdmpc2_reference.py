@@ -3,7 +3,8 @@
 python benchmarks/tdmpc2_reference.py CHECKOUT OPTIONS: CHECKOUT holds nicklashansen/tdmpc2, OPTIONS are JSON. That
 Python needs torch and tensordict: 0.8.3 as they pin it, 0.12.4 with torch 2.11 (0.15 breaks their code). Prints the
 seconds of each update and plan as JSON, the last line being the whole. On CUDA their settings hold: compiled, and
-float32 products in TensorFloat-32; the options "compile" (a flag) and "calls" (some of "plan", "update") change that.
+float32 products in TensorFloat-32. Options beside the usual: "compile" (a flag), "calls" (some of "plan", "update"),
+and "lock" (a file; calls are timed while holding it, so that several references may warm up at once).
 
 The code runs from a copy in which "cuda:0" is the device asked for. Where there are but two critics (size 1), the copy
 draws their order another way: torch 2.11 cannot compile randperm(2)[:2]. Imports nothing of WorldLoom.
@@ -63,16 +64,19 @@ def make_settings(options: dict[str, Any]) -> Settings:
 
 
 def timed(name: str, call: Any, options: dict[str, Any]) -> list[float]:
-    seconds: list[float] = []
-    for _ in range(options["warmup"] + options["repeats"]):
+    from turns import turn
+
+    def once() -> float:
         begun = time.perf_counter()
         call()
         if options["device"].startswith("cuda"):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-        if len(seconds) == 1:
-            print(f"{name}: first call {seconds[0]:.1f} s", flush=True)
-    return seconds[options["warmup"] :]
+        return time.perf_counter() - begun
+
+    warmup = [once() for _ in range(options["warmup"])]
+    print(f"{name}: {options['warmup']} warm-up calls in {sum(warmup):.1f} s", flush=True)
+    with turn(options):
+        return [once() for _ in range(options["repeats"])]
 
 
 def main() -> None:
