@@ -2,7 +2,9 @@
 
 python benchmarks/dreamerv3_reference.py CHECKOUT OPTIONS: CHECKOUT holds danijar/dreamerv3, OPTIONS are JSON. That
 Python needs jax 0.4.33, ninjax, optax, chex, einops, elements, granular, jaxtyping, portal, scope, colored_traceback,
-ruamel.yaml. Prints the seconds of each update as JSON in the last line. Imports nothing of WorldLoom.
+ruamel.yaml. With jax 0.11 their calls of jax.jit must name the shardings they pass by position. Prints the seconds of
+each update as JSON in the last line. With the option "lock" (a file) updates are timed while holding it, so that
+several references may warm up at once. Imports nothing of WorldLoom.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ def make_config(checkout: Path, options: dict[str, Any]) -> Any:
     from ruamel.yaml import YAML
 
     presets = YAML(typ="safe").load((checkout / "dreamerv3" / "configs.yaml").read_text())
+    presets["defaults"]["jax"]["precompile"] = False  # which would compile their report beside the training step
     config = elements.Config(presets["defaults"]).update(presets[options["size"]])
     jax = {"platform": options["device"], "compute_dtype": options["precision"], "prealloc": False}
     run = {"batch_size": options["batch"], "batch_length": options["length"], "report_length": options["length"]}
@@ -75,20 +78,29 @@ def main() -> None:
     sys.path.insert(0, str(checkout))
     import jax
     from embodied.jax import internal
+    from turns import turn
 
     config = make_config(checkout, options)
+    begun = time.perf_counter()
     agent = make_agent(config, SHAPES[options["obs"]])
+    print(f"agent made in {time.perf_counter() - begun:.1f} s", flush=True)
     rows = (options["batch"], options["length"] + config.replay_context)
     batch = internal.device_put(random_batch(agent, rows), agent.train_sharded)
     carry = agent.init_train(options["batch"])
-    seconds = []
-    for count in range(options["warmup"] + options["repeats"]):
+
+    def once(count: int) -> float:
+        nonlocal carry
         seed = agent._seeds(count, agent.train_mirrored)
         begun = time.perf_counter()
         carry, _, _ = agent.train(carry, {**batch, "seed": seed})
         jax.block_until_ready(agent.params)
-        seconds.append(time.perf_counter() - begun)
-    print(json.dumps({"update": seconds[options["warmup"] :]}))
+        return time.perf_counter() - begun
+
+    warmup = [once(count) for count in range(options["warmup"])]
+    print(f"update: {options['warmup']} warm-up calls in {sum(warmup):.1f} s", flush=True)
+    with turn(options):
+        seconds = [once(options["warmup"] + count) for count in range(options["repeats"])]
+    print(json.dumps({"update": seconds}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """Seconds per update or plan of TD-MPC2's authors' code, run by the benchmarks' --reference, in a Python of its own.
 
 python benchmarks/tdmpc2_reference.py CHECKOUT OPTIONS: CHECKOUT holds nicklashansen/tdmpc2, OPTIONS are JSON. That
-Python needs torch and tensordict 0.8.3. The code runs from a copy in which "cuda:0" is the device asked for. Prints the
-seconds of each update and each plan as JSON in the last line. Imports nothing of WorldLoom.
+Python needs torch and tensordict: 0.8.3 as they pin it, 0.12.4 with torch 2.11 (0.15 breaks their code). Prints the
+seconds of each update and plan as JSON, the last line being the whole. On CUDA their settings hold: compiled, and
+float32 products in TensorFloat-32. Options beside the usual: "compile" (a flag), "calls" (some of "plan", "update"),
+and "lock" (a file; calls are timed while holding it, so that several references may warm up at once).
+
+The code runs from a copy in which "cuda:0" is the device asked for. Where there are but two critics (size 1), the copy
+draws their order another way: torch 2.11 cannot compile randperm(2)[:2]. Imports nothing of WorldLoom.
 """
 
 from __future__ import annotations
@@ -28,12 +33,15 @@ class Settings(SimpleNamespace):
         return getattr(self, key, default)
 
 
-def copy_for(device: str, checkout: Path) -> Path:
+def copy_for(device: str, size: int, checkout: Path) -> Path:
     """The checkout's code with another device in it; Adam's capturable form exists on CUDA only."""
     folder = Path(tempfile.mkdtemp()) / "tdmpc2"
+    draw = "torch.randperm(self.cfg.num_q, device=out.device)"
     shutil.copytree(checkout / "tdmpc2", folder, ignore=shutil.ignore_patterns("envs"))
     for path in folder.rglob("*.py"):
         text = path.read_text().replace("cuda:0", device)
+        if size == 1:
+            text = text.replace(draw, "torch.rand(self.cfg.num_q, device=out.device).argsort()")
         path.write_text(text if device.startswith("cuda") else text.replace("capturable=True", "capturable=False"))
     return folder
 
@@ -49,27 +57,37 @@ def make_settings(options: dict[str, Any]) -> Settings:
         "entropy_coef": 1e-4, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 20, "termination_coef": 1,
         "discount_denom": 5, "discount_min": 0.95, "discount_max": 0.995, "mpc": True, "iterations": 6,
         "num_samples": 512, "num_elites": 64, "num_pi_trajs": 24, "min_std": 0.05, "max_std": 2, "temperature": 0.5,
-        "tasks": ["one"], "batch_size": options["batch"], "compile": options["device"].startswith("cuda"),
+        "tasks": ["one"], "batch_size": options["batch"], "compile": options["compile"],
         "episode_length": EPISODE_LENGTH, "action_dim": ACTIONS, "obs_shape": {"state": (OBS,)},
     }  # fmt: skip
     return Settings(**published | MODEL_SIZE[options["size"]])
 
 
-def timed(call: Any, options: dict[str, Any]) -> list[float]:
-    seconds = []
-    for _ in range(options["warmup"] + options["repeats"]):
+def timed(name: str, call: Any, options: dict[str, Any]) -> list[float]:
+    from turns import turn
+
+    def once() -> float:
         begun = time.perf_counter()
         call()
         if options["device"].startswith("cuda"):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return seconds[options["warmup"] :]
+        return time.perf_counter() - begun
+
+    warmup = [once() for _ in range(options["warmup"])]
+    print(f"{name}: {options['warmup']} warm-up calls in {sum(warmup):.1f} s", flush=True)
+    with turn(options):
+        return [once() for _ in range(options["repeats"])]
 
 
 def main() -> None:
     checkout, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    cuda = options["device"].startswith("cuda")
+    options = {"compile": cuda, "calls": ["plan", "update"]} | options
     torch.set_num_threads(options["threads"])
-    sys.path.insert(0, str(copy_for(options["device"], checkout)))
+    if cuda:  # as their train.py
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    sys.path.insert(0, str(copy_for(options["device"], options["size"], checkout)))
     from tdmpc2 import TDMPC2
 
     agent = TDMPC2(make_settings(options))
@@ -81,12 +99,14 @@ def main() -> None:
         torch.zeros(*rows, 1, device=device),
         None,
     )
-    obs, steps = torch.randn(OBS), iter(range(10**9))
-    found = {
-        "plan": timed(lambda: agent.act(obs, t0=next(steps) == 0), options),
-        "update": timed(lambda: agent.update(SimpleNamespace(sample=lambda: batch)), options),
+    obs, found = torch.randn(OBS), {}
+    calls = {  # t0 stays false: true would be compiled apart, and costs the same
+        "plan": lambda: agent.act(obs, t0=False),
+        "update": lambda: agent.update(SimpleNamespace(sample=lambda: batch)),
     }
-    print(json.dumps(found))
+    for name in options["calls"]:
+        found[name] = timed(name, calls[name], options)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
