@@ -10,6 +10,7 @@ and are timed one at a time. OUT/table.md holds the tables.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGES = {"obs": "image", "batch": 16, "length": 64}
-ALL = ["eager", "captured", "compiled", "both"]
+LEARNING = ("walker", "pixels")  # stages that train
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,20 @@ def correctness(o: argparse.Namespace) -> list[Job]:
 
 
 def timing(o: argparse.Namespace) -> list[Job]:
+    acting_modes = [mode for mode in o.modes if mode in ("eager", "captured")]  # DreamerV3's acting is not compiled
     common = {"device": o.device, "repeats": o.repeats, "lock": str(o.out / "lock")}
     jobs = []
     for size in o.tdmpc2_sizes:
         model = {"model": f"tdmpc2:{size}", "obs": "vector", "batch": 256, "precision": "float32"}
-        jobs.append(own(f"update tdmpc2:{size}", "timing", "update", o.bound, **common, **model, modes=ALL))
+        jobs.append(own(f"update tdmpc2:{size}", "timing", "update", o.bound, **common, **model, modes=o.modes))
         acting = {**common, **model, "envs": o.envs}
-        jobs.append(own(f"act tdmpc2:{size}", "timing", "act", o.bound, **acting, modes=ALL))
+        jobs.append(own(f"act tdmpc2:{size}", "timing", "act", o.bound, **acting, modes=o.modes))
     for size in o.dreamer_sizes:
         model = {"model": f"dreamerv3:{size}", **IMAGES, "batch": o.batch, "length": o.length}
         learning = {**common, **model, "precision": "bfloat16"}
-        jobs.append(own(f"update dreamerv3:{size}", "timing", "update", o.bound, **learning, modes=ALL))
+        jobs.append(own(f"update dreamerv3:{size}", "timing", "update", o.bound, **learning, modes=o.modes))
         acting = {**common, **model, "envs": o.envs[:2]}
-        jobs.append(own(f"act dreamerv3:{size}", "timing", "act", o.bound, **acting, modes=["eager", "captured"]))
+        jobs.append(own(f"act dreamerv3:{size}", "timing", "act", o.bound, **acting, modes=acting_modes))
     return jobs
 
 
@@ -94,17 +96,23 @@ def learning(o: argparse.Namespace) -> list[Job]:
 
     steps = str(o.steps)
     return [
-        train("walker", "tdmpc2_dmc", "--train.total_steps", steps, "--eval.interval", "10000", *o.train_more),
-        train("pixels", "dreamerv3_dmc_vision", "--train.total_steps", steps, *o.train_more),
+        train("walker", "tdmpc2_dmc", "--train.total_steps", steps, *o.train_more.split()),
+        train("pixels", "dreamerv3_dmc_vision", "--train.total_steps", steps, *o.train_more.split()),
     ]
 
 
 def run(jobs: list[Job], o: argparse.Namespace, ends: float) -> None:
-    """Run jobs beside each other, at most o.parallel at a time; what has no time left is left out."""
-    waiting, running = list(jobs), []
+    """Run jobs beside each other, at most o.parallel at a time; what has no time left is left out.
+
+    While one trains, none is timed: the others warm up and compile.
+    """
+    waiting, running = sorted(jobs, key=lambda job: job.stage not in LEARNING), []
+    lock = (o.out / "lock").open("a")
     while waiting or running:
         while waiting and len(running) < o.parallel and time.monotonic() < ends:
             job = waiting.pop(0)
+            if job.stage in LEARNING:
+                fcntl.flock(lock, fcntl.LOCK_EX)
             log = (o.out / "log.txt").open("ab")
             log.write(f"\n=== {job.name}: {' '.join(job.command)}\n".encode())
             log.flush()
@@ -119,10 +127,12 @@ def run(jobs: list[Job], o: argparse.Namespace, ends: float) -> None:
             job, process, output, begun = entry
             over = time.monotonic() > min(begun + job.seconds, ends)
             if process.poll() is None and over:
-                end(process, signal.SIGINT if job.stage in ("walker", "pixels") else signal.SIGKILL)
+                end(process, signal.SIGINT if job.stage in LEARNING else signal.SIGKILL)
             if process.poll() is not None:
                 running.remove(entry)
                 finished(job, process, output, time.monotonic() - begun, o)
+                if job.stage in LEARNING:
+                    fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
@@ -187,6 +197,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", default="correctness,timing,peers,walker,pixels")
     parser.add_argument("--tdmpc2-sizes", default="5m,1m,19m,48m,317m")
     parser.add_argument("--dreamer-sizes", default="size12m,size1m,size50m,size200m")
+    parser.add_argument("--modes", default="eager,captured,compiled,both")
     parser.add_argument("--envs", default="1,16,64,256", help="numbers of environments to plan for")
     parser.add_argument("--batch", type=int, default=16, help="of DreamerV3")
     parser.add_argument("--length", type=int, default=64, help="of DreamerV3")
@@ -195,13 +206,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bound", type=float, default=400, help="seconds for one timing job")
     parser.add_argument("--steps", type=int, default=50_000, help="of the learning runs")
     parser.add_argument("--learning-seconds", type=float, default=600, help="for one learning run")
-    parser.add_argument("--train-more", nargs="*", default=[], help="further arguments of the learning runs")
+    parser.add_argument("--train-more", default="", help="further arguments of the learning runs, as one text")
     parser.add_argument("--r2dreamer", type=Path, help="checkout of NM512/r2dreamer")
     parser.add_argument("--tdmpc2", type=Path, help="checkout of nicklashansen/tdmpc2")
     parser.add_argument("--dreamerv3", type=Path, help="checkout of danijar/dreamerv3")
     parser.add_argument("--jax", default=sys.executable, help="a Python that has what the JAX code needs")
     options = parser.parse_args()
-    for name in ("tdmpc2_sizes", "dreamer_sizes", "envs"):
+    for name in ("tdmpc2_sizes", "dreamer_sizes", "envs", "modes"):
         setattr(options, name, [part for part in getattr(options, name).split(",") if part])
     options.envs = [int(count) for count in options.envs]
     options.out = options.out.resolve()

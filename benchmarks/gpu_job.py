@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,7 +60,16 @@ def kernel_share(call: Callable[[], Any], wall_ms: float) -> Figures:
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(e.device_time for e in kernels) / 1e3
-    return {"kernels": len(kernels), "kernel_ms": round(busy, 3), "kernel_share": round(busy / wall_ms, 3)}
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in kernels:
+        by_name[event.name[:70]].append(event.device_time / 1e3)
+    largest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:12]
+    return {
+        "kernels": len(kernels),
+        "kernel_ms": round(busy, 3),
+        "kernel_share": round(busy / wall_ms, 3),
+        "largest": {name: [len(times), round(sum(times), 2)] for name, times in largest},  # calls, milliseconds
+    }
 
 
 def modes(options: Figures) -> Iterator[tuple[str, bool, bool]]:
@@ -122,6 +132,7 @@ def act(options: Figures) -> None:
 def correctness(options: Figures) -> None:
     """The device against the CPU: loss and gradients from equal parameters and noise; then captured against not."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     here, there = build(options, "cpu"), build(options)
     shake(here)
     there.load_state_dict(portable(here.state_dict(), there))

@@ -93,6 +93,8 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
         auto = agent.default_precision if cuda else "float32"
         precision: Precision = auto if train.precision == "auto" else train.precision
         compiled = cuda if train.compile == "auto" else train.compile
+        if cuda:  # products of float32 in TF32, as both papers' code computes them
+            torch.set_float32_matmul_precision("high")
         agent.configure_learning(precision, compiled and _can_compile(device), bool(train.capture))
         return agent
     except (ValueError, TypeError) as error:
