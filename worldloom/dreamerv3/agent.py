@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -118,11 +119,10 @@ class DreamerV3Agent:
         if cuda:
             compile_part(self._optimizer, "change")
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the chosen precision. One context for each phase: weights that were cast without
         gradient must not serve where a gradient is needed."""
-        wide = self._dtype == torch.float32
-        return torch.autocast(self.device.type, None if wide else self._dtype, enabled=not wide)
+        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, self._dtype)
 
     # Acting
 

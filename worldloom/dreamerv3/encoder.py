@@ -97,7 +97,7 @@ def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes)
     for name, shape in shapes.items():
         value = obs[name]
         if name in classes:
-            value = F.one_hot(value.long().clamp(min=0), classes[name]) * (value >= 0).unsqueeze(-1)
+            value = fn.one_hot(value.long(), classes[name])  # none of them for -1
             parts.append(value.float().flatten(value.ndim - len(shape) - 1))
             continue
         value = torch.where(value == MISSING, 0.0, fn.symlog(value.float()))
