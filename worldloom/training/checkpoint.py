@@ -93,6 +93,22 @@ def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
     return found[-1]
 
 
+def checkpoint_to_resume(run_dir: str | os.PathLike[str], shards: int) -> Path:
+    """The newest. Raises CheckpointError if there is none, or a replay of so many shards cannot go on from it."""
+    folder = newest_checkpoint(run_dir)
+    check_shards(folder, read_manifest(folder), shards)
+    return folder
+
+
+def check_shards(folder: Path, manifest: Mapping[str, Any], shards: int) -> None:
+    """Rows stay in the shard of their env actor. Raises CheckpointError for another number of shards."""
+    if (saved := len(manifest["rows"])) != shards:
+        through = "" if saved == 1 else " --runtime.kind ray"
+        raise CheckpointError(
+            f"{folder} has {saved} replay shards, expected {shards}. Go on with{through} --replay.shards {saved}."
+        )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError if it is damaged or newer than this library."""
     try:
@@ -247,12 +263,9 @@ class ReplayStore:
 
         Raises CheckpointError if it is of another replay, or what says how the rows hang together cannot be read.
         """
-        shards = read_manifest(folder)["rows"]
-        if len(shards) != self._shards:
-            raise CheckpointError(
-                f"{folder} has {len(shards)} replay shards, expected {self._shards}. Resume with its own replay.shards."
-            )
-        names: list[str] = shards[self._shard]
+        manifest = read_manifest(folder)
+        check_shards(folder, manifest, self._shards)
+        names: list[str] = manifest["rows"][self._shard]
         damaged = self._damaged(names)
         if damaged and len(damaged) == len(names):
             raise CheckpointError(
