@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
+from launch.runs import run_directory, runs_folder
 from worldloom.envs import EnvironmentFailed
 from worldloom.training.assembly import check_config
 from worldloom.training.config import RunConfig
@@ -25,9 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = _parser()
-    parsed = parser.parse_args(_with_saved_config(argv))
-    config = run_config(parser, parsed)
-    run_dir = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
+    try:
+        parsed = parser.parse_args(_with_saved_config(argv))
+        config = run_config(parser, parsed)
+        given = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
+        run_dir = run_directory(given)
+    except ValueError as error:
+        parser.error(str(error))
+    if run_dir != given:
+        print(f"run directory: {run_dir} (of a Ray job, whose relative ones lie in {runs_folder()})", flush=True)
     fresh = not run_dir.exists()
     with contextlib.ExitStack() as held:
         try:
@@ -66,7 +73,7 @@ def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
 
 def _parser() -> Parser:
     parser = run_parser("launch.train", "Train an agent, through Ray or in this process (--runtime.kind inline).")
-    parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help="default: runs/ENV-ALGORITHM-TIME")
+    parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, replay included")
     return parser
 
@@ -76,10 +83,10 @@ def _with_saved_config(argv: list[str]) -> list[str]:
     if "--resume" not in argv:
         return argv
     given = next((a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.startswith("--run-dir")), None)
-    saved = Path(given or "") / "config.yaml"
-    if given is None or not saved.is_file():
+    run_dir = None if given is None else run_directory(given)
+    if run_dir is None or not (saved := run_dir / "config.yaml").is_file():
         sys.exit(
-            f"launch.train: --resume needs --run-dir DIR of an earlier run; {given or 'none'} holds no config.yaml."
+            f"launch.train: --resume needs --run-dir DIR of an earlier run; {run_dir or 'none'} holds no config.yaml."
         )
     return ["--config", str(saved), *argv]
 
@@ -173,6 +180,9 @@ SHORT = {
     "--runtime=inline": "--runtime.kind=inline",
     "--runtime=ray": "--runtime.kind=ray",
 }
+RUN_DIR_HELP = (
+    "default: runs/ENV-ALGORITHM-TIME; in a Ray job relative ones lie in ~/worldloom/runs, or in $WORLDLOOM_RUNS"
+)
 LOCK = ".lock"
 HUSK = (LOCK, "config.yaml", "metrics.jsonl", "tensorboard")  # what is there before the first line of metrics
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
