@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from worldloom.envs import EnvironmentFailed
 from worldloom.replay.chunk import ChunkInfo, row_bytes
 from worldloom.report.pictures import PICTURE_ROWS
 from worldloom.runs.build import EVAL_SEED, AgentSpec, probe_env, replay_columns
-from worldloom.runs.checkpoint import read_manifest
+from worldloom.runs.checkpoint import checkpoint_to_resume, read_manifest
 from worldloom.runs.config import RunConfig
 from worldloom.runs.interrupt import GracefulStop
 from worldloom.runs.run import Run
@@ -82,20 +83,26 @@ class Coordinator:
 
     def start(self, resume: bool) -> None:
         """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
+        checkpoint = checkpoint_to_resume(self._run_dir, self.config.replay.shards) if resume else None
         self._shares = share(self.config)
         self.spec: AgentSpec = self.start_learner()
-        gauges = RayGauges(self._run_dir.name)
-        self.run = Run(self.config, self._run_dir, self._env_spec, self.spec, resume, [gauges])
-        self.incarnation = self.run.incarnation  # of the actor started last
         check_object_store(self.learner_node, self.batch_bytes(), self.bundle() * self.updates_in_flight)
         self.replay = Shards(self.launcher, self.config, self._env_spec, self.spec, self._run_dir)
         self.replay.start(self.learner_node)
-        if self.run.checkpoint:
-            result_of(self.learner.load.remote(self.run.checkpoint), "learner")
-            self.run.recorder.rows_lost(self.replay.load(self.run.checkpoint))
-            self.replay.load_state_dict(read_manifest(self.run.checkpoint)["replay"])
+        rows_lost = self._restore(checkpoint) if checkpoint else 0
+        gauges = RayGauges(self._run_dir.name)
+        self.run = Run(self.config, self._run_dir, self._env_spec, self.spec, checkpoint, [gauges])
+        self.run.recorder.rows_lost(rows_lost)
+        self.incarnation = self.run.incarnation  # of the actor started last
         self.start_server()
         self.start_collecting()
+
+    def _restore(self, checkpoint: Path) -> int:
+        """Learner and replay; returns how many rows are lost with damaged files."""
+        result_of(self.learner.load.remote(checkpoint), "learner")
+        rows_lost = self.replay.load(checkpoint)
+        self.replay.load_state_dict(read_manifest(checkpoint).get("replay"))
+        return rows_lost
 
     def start_learner(self) -> AgentSpec:
         threads = {"acting": serving(self.config).clients, "saving": 1, "control": 1}
@@ -543,13 +550,19 @@ class Coordinator:
         return True
 
 
-def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:
-    """A whole run on Ray. Returns what summary.json holds; whatever happens, no actor is left behind."""
+def train(
+    config: RunConfig, run_dir: Path, resume: bool = False, on_start: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """A whole run on Ray. Returns what summary.json holds; whatever happens, no actor is left behind.
+
+    on_start: called once everything is up, and restored if `resume`, before the first step.
+    """
     from distributed.lockstep import Lockstep
 
     coordinator = Lockstep(config, run_dir) if config.runtime.sync else Coordinator(config, run_dir)
     try:
         coordinator.start(resume)
+        on_start()
         return coordinator.train()
     finally:
         coordinator.close()

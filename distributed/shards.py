@@ -122,8 +122,10 @@ class Shards:
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._rng.bit_generator.state}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rng.bit_generator.state = state["rng"]
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """None: of a run that had a single shard in one process, where nothing was drawn."""
+        if state is not None:
+            self._rng.bit_generator.state = state["rng"]
 
     # Recovery
 

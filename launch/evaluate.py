@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from launch.runs import FAILURES, env_config, run_envs
+from launch.runs import FAILURES, env_config, run_directory, run_envs
 from worldloom import load_agent
 from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
 from worldloom.runs.build import choose_device
@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        agent = load_agent(options.run_dir, choose_device(options.device), options.seed, **options.agent)
-        env = env_config(Path(options.run_dir))
+        run_dir = run_directory(options.run_dir)
+        agent = load_agent(run_dir, choose_device(options.device), options.seed, **options.agent)
+        env = env_config(run_dir)
         result = play(agent, env, options.episodes, options.seed, options.video)
     except FAILURES as error:
         print(f"launch.evaluate: {error}", file=sys.stderr)

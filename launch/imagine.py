@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from launch.evaluate import save_frames
-from launch.runs import FAILURES, env_config, run_envs
+from launch.runs import FAILURES, env_config, run_directory, run_envs
 from worldloom import load_agent
 from worldloom.acting.evaluation import record_episode
 from worldloom.imagination import OBSERVED, OpenLoop, open_loop
@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        agent = load_agent(options.run_dir, choose_device(options.device), options.seed)
-        env = run_envs(env_config(Path(options.run_dir)), 1, options.seed)
+        run_dir = run_directory(options.run_dir)
+        agent = load_agent(run_dir, choose_device(options.device), options.seed)
+        env = run_envs(env_config(run_dir), 1, options.seed)
         obs, actions, rewards = record_episode(agent, env, options.steps, options.seed)
         loop = open_loop(agent.world_model, obs, actions, rewards, options.observed, options.seed)
         written = write(Path(options.out), loop, env.name)

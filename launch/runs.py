@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,33 @@ from worldloom.pretrained import CheckpointError
 from worldloom.runs.build import make_run_env
 from worldloom.runs.config import EnvConfig
 
+RUNS_VARIABLE = "WORLDLOOM_RUNS"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this name, for what `ray job submit` starts
 FAILURES = (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed)  # told in a sentence
+
+
+def in_ray_job() -> bool:
+    return JOB_VARIABLE in os.environ
+
+
+def runs_folder() -> Path:
+    """Where relative run directories of Ray jobs lie. Raises ValueError for a $WORLDLOOM_RUNS that is relative too."""
+    folder = Path(os.environ.get(RUNS_VARIABLE) or "~/worldloom/runs").expanduser()
+    if not folder.is_absolute():
+        raise ValueError(f"{RUNS_VARIABLE} is {str(folder)!r}, expected an absolute path.")
+    return folder
+
+
+def run_directory(given: str | os.PathLike[str]) -> Path:
+    """The directory of the run that is called `given`.
+
+    A job's working directory is a copy of the checkout in Ray's cache, named by its content: another after each change,
+    deleted when the cache is full. So in a job runs/NAME, or NAME alone, means NAME in `runs_folder`.
+    """
+    path = Path(given)
+    if path.is_absolute() or not in_ray_job():
+        return path
+    return runs_folder() / (path.relative_to("runs") if path.parts[:1] == ("runs",) else path)
 
 
 def env_config(run_dir: Path) -> EnvConfig:

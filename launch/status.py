@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from launch.runs import run_directory
 from worldloom.pretrained import CheckpointError
 from worldloom.report.page import read_metrics
 from worldloom.runs.verify import verify
@@ -24,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="also check the newest checkpoint's invariants")
     options = parser.parse_args(argv)
     try:
-        for name, value in status(Path(options.run_dir)):
+        run_dir = run_directory(options.run_dir)
+        for name, value in status(run_dir):
             print(f"{name:<22}{value}")
-        broken = verify(options.run_dir) if options.verify else []
+        broken = verify(run_dir) if options.verify else []
     except (OSError, ValueError, CheckpointError) as error:
         print(f"launch.status: {error}", file=sys.stderr)
         return 1

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
+from launch.runs import run_directory, runs_folder
 from worldloom.envs import EnvironmentFailed
-from worldloom.pretrained import CheckpointError
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RunConfig
 
@@ -26,9 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = _parser()
-    parsed = parser.parse_args(_with_saved_config(argv))
-    config = run_config(parser, parsed)
-    run_dir = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
+    try:
+        parsed = parser.parse_args(_with_saved_config(argv))
+        config = run_config(parser, parsed)
+        given = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
+        run_dir = run_directory(given)
+    except ValueError as error:
+        parser.error(str(error))
+    if run_dir != given:
+        print(f"run directory: {run_dir} (of a Ray job, whose relative ones lie in {runs_folder()})", flush=True)
     fresh = not run_dir.exists()
     with contextlib.ExitStack() as held:
         try:
@@ -37,28 +43,27 @@ def main(argv: list[str] | None = None) -> int:
             held.enter_context(_claimed(run_dir))
             if fresh:
                 held.callback(_leave_no_husk, run_dir)
-            before = _prepare(run_dir, config, parsed.resume)
+            if not parsed.resume:
+                _check_unused(run_dir)
         except (ValueError, TypeError, OSError) as error:
             parser.error(str(error))
-        return _run(config, run_dir, parsed.resume, before)
+        return _run(config, run_dir, parsed.resume)
 
 
-def _run(config: RunConfig, run_dir: Path, resume: bool, before: str | None) -> int:
-    """before: the config of the run that is resumed, which stands where what was given does not fit it."""
+def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
+    path, saved = run_dir / "config.yaml", _checkpoints(run_dir)
+    before = path.read_text() if resume else None
     try:
         summary = _train(config, run_dir, resume)
     except KeyboardInterrupt:
-        saved = any(run_dir.glob("checkpoints/step-*/manifest.json"))
-        go_on = (
-            f"go on from the last checkpoint with:\n  {_resume_command(run_dir)}" if saved else "nothing was saved yet"
-        )
-        print(f"\nstopped at once; {go_on}")
+        go_on = f"go on from the last checkpoint with:\n  {_resume_command(run_dir)}"
+        print(f"\nstopped at once; {go_on if _checkpoints(run_dir) else 'nothing was saved yet'}")
         return 130
     except Exception as error:
+        if before is not None and _checkpoints(run_dir) == saved:  # which the config of before belongs to
+            _write(path, before)
         if not isinstance(error, EXPECTED):
             raise
-        if before is not None and isinstance(error, CheckpointError | ValueError | TypeError):
-            (run_dir / "config.yaml").write_text(before)
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # where in the user's own code
         print(f"launch.train: {error}", file=sys.stderr)
@@ -68,7 +73,7 @@ def _run(config: RunConfig, run_dir: Path, resume: bool, before: str | None) -> 
 
 def _parser() -> Parser:
     parser = run_parser("launch.train", "Train an agent, through Ray or in this process (--runtime.kind inline).")
-    parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help="default: runs/ENV-ALGORITHM-TIME")
+    parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, replay included")
     return parser
 
@@ -78,10 +83,10 @@ def _with_saved_config(argv: list[str]) -> list[str]:
     if "--resume" not in argv:
         return argv
     given = next((a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.startswith("--run-dir")), None)
-    saved = Path(given or "") / "config.yaml"
-    if given is None or not saved.is_file():
+    run_dir = None if given is None else run_directory(given)
+    if run_dir is None or not (saved := run_dir / "config.yaml").is_file():
         sys.exit(
-            f"launch.train: --resume needs --run-dir DIR of an earlier run; {given or 'none'} holds no config.yaml."
+            f"launch.train: --resume needs --run-dir DIR of an earlier run; {run_dir or 'none'} holds no config.yaml."
         )
     return ["--config", str(saved), *argv]
 
@@ -91,15 +96,10 @@ def _default_run_dir(config: RunConfig) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _prepare(run_dir: Path, config: RunConfig, resume: bool) -> str | None:
-    """Write config.yaml; returns the one of before, of a resumed run."""
+def _check_unused(run_dir: Path) -> None:
     metrics = run_dir / "metrics.jsonl"
-    if not resume and ((run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size)):
+    if (run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size):
         raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
-    path = run_dir / "config.yaml"
-    saved = path.read_text() if resume else None
-    path.write_text(dump_config(config))  # of a resumed run, with what was changed
-    return saved
 
 
 @contextlib.contextmanager
@@ -125,14 +125,32 @@ def _leave_no_husk(run_dir: Path) -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
+def _checkpoints(run_dir: Path) -> set[Path]:
+    return set(run_dir.glob("checkpoints/step-*/manifest.json"))
+
+
 def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
+    """Writes config.yaml, of a resumed run with what was changed, once everything is up and restored."""
+
+    def write_config() -> None:
+        _write(run_dir / "config.yaml", dump_config(config))
+
     if config.runtime.kind == "inline":
         from worldloom.runs.inline import InlineTrainer
 
-        return InlineTrainer(config, run_dir, resume).train()
+        trainer = InlineTrainer(config, run_dir, resume)
+        write_config()
+        return trainer.train()
     from distributed.coordinator import train
 
-    return train(config, run_dir, resume)
+    return train(config, run_dir, resume, write_config)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _results(run_dir: Path) -> Path:
@@ -162,6 +180,9 @@ SHORT = {
     "--runtime=inline": "--runtime.kind=inline",
     "--runtime=ray": "--runtime.kind=ray",
 }
+RUN_DIR_HELP = (
+    "default: runs/ENV-ALGORITHM-TIME; in a Ray job relative ones lie in ~/worldloom/runs, or in $WORLDLOOM_RUNS"
+)
 LOCK = ".lock"
 HUSK = (LOCK, "config.yaml", "metrics.jsonl", "tensorboard")  # what is there before the first line of metrics
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)

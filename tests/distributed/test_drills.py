@@ -54,9 +54,10 @@ def finish(made, run_dir):
 def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):
     made = coordinator(slow_config())
     collector = made.collectors[0]
-    while collector.task is None:
-        made.advance(None)
-    ray.wait([collector.task])
+    while not collector.idle:
+        made.take_ready(timeout=10)
+    made.collect(collector, made.steps_to_collect())
+    ray.wait([collector.task])  # it is there, and not taken in yet
     kill(collector.handle)
     made.take_ready(timeout=10)
     info = next(iter(made.inserts.values()))

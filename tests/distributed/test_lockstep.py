@@ -1,6 +1,7 @@
 """Lockstep: the Ray runtime gives bit for bit what the in-process trainer gives, and a resumed run goes on exactly."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -74,6 +75,20 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Gives the outcome of a family's run in one process that never stopped."""
+    torch.set_num_threads(1)
+
+    @functools.cache
+    def made(family):
+        folder = tmp_path_factory.mktemp(family)
+        inline(config(family), folder)
+        return outcome(folder, config(family))
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("family", "actors"),
     [
@@ -83,12 +98,10 @@ def assert_equal(a, b, path=""):
         ("dreamerv3", 1),
     ],
 )
-def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, tmp_path):
+def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, whole, tmp_path):
     made = config(family, env_actors=actors)
-    torch.set_num_threads(1)
-    train(made, tmp_path / "ray")
-    inline(made, tmp_path / "inline")
-    first, second = outcome(tmp_path / "ray", made), outcome(tmp_path / "inline", made)
+    train(made, tmp_path)
+    first, second = outcome(tmp_path, made), whole(family)
     assert len(first["rows"]["rewards"]) > 500
     assert first["counts"]["updates"] >= 50
     assert sum("eval/return_mean" in line for line in first["metrics"]) == 3
@@ -96,28 +109,30 @@ def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"),
+    ("first", "second", "family"),
     [
-        ("inline", "tdmpc2"),
-        ("inline", "dreamerv3"),
-        pytest.param("ray", "tdmpc2", marks=pytest.mark.slow),
-        ("ray", "dreamerv3"),
+        ("inline", "inline", "tdmpc2"),
+        ("inline", "inline", "dreamerv3"),
+        pytest.param("ray", "ray", "tdmpc2", marks=pytest.mark.slow),
+        ("ray", "ray", "dreamerv3"),
+        ("inline", "ray", "tdmpc2"),
+        pytest.param("inline", "ray", "dreamerv3", marks=pytest.mark.slow),
+        pytest.param("ray", "inline", "tdmpc2", marks=pytest.mark.slow),
+        ("ray", "inline", "dreamerv3"),
     ],
 )
-def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(family, kind, tmp_path):
-    run = inline if kind == "inline" else train
-    run(config(family), tmp_path / "whole")
-    run(config(family, steps=400), tmp_path / "parts")
-    for folder in (tmp_path / "parts" / "checkpoints").glob("step-*"):
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(family, first, second, whole, tmp_path):
+    runs = {"inline": inline, "ray": train}
+    runs[first](config(family, steps=400), tmp_path)
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
         steps = int(folder.name.removeprefix("step-"))
         if steps >= 400:  # as if it had been killed on the way: the checkpoint at 200 is the last
             (folder / "manifest.json").unlink()
-    made = config(family)
-    run(made, tmp_path / "parts", True)
-    whole, parts = outcome(tmp_path / "whole", made), outcome(tmp_path / "parts", made)
-    for each in (whole, parts):
+    runs[second](config(family), tmp_path, True)
+    parts, never_stopped = outcome(tmp_path, config(family)), dict(whole(family))
+    for each in (never_stopped, parts):
         each.pop("metrics")  # of the parts, those of the stretch that was lost stand there twice
-    assert_equal(whole, parts)
+    assert_equal(never_stopped, parts)
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from distributed.coordinator import Coordinator
 from distributed.launcher import Launcher
 from distributed.shards import Shards
+from tests.distributed.test_ray import accepted as accepted_by
 from tests.distributed.test_ray import ray_config, run
 from tests.runs.test_inline import dreamer_config
 from worldloom.pretrained import CheckpointError, newest_checkpoint
@@ -14,6 +16,7 @@ from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
 from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
@@ -34,6 +37,11 @@ def all_rows(run_dir):
     names = [name for shard in read_manifest(folder)["rows"] for name in shard]
     segments = [read_msgpack(folder.parent / "rows" / name) for name in names]
     return {name: np.concatenate([segment[name] for segment in segments]) for name in segments[0]}
+
+
+def files(folder):
+    """Every file's bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def check(summary, accepted, config, run_dir):
@@ -98,13 +106,27 @@ def test_three_shards_of_replay_are_one(family, tmp_path):
     summary, accepted = run(config, tmp_path)
     check(summary, accepted, config, tmp_path)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=500))
-    summary, after = run(longer, tmp_path, resume=True)
+    fewer = dataclasses.replace(longer, replay=dataclasses.replace(longer.replay, shards=1))
+    inline = dataclasses.replace(fewer, runtime=dataclasses.replace(fewer.runtime, kind="inline"))
+    before = files(tmp_path)
+    for refused in (lambda: run(fewer, tmp_path, resume=True), lambda: InlineTrainer(inline, tmp_path, resume=True)):
+        with pytest.raises(CheckpointError, match="has 3 replay shards, expected 1. Go on with --runtime.kind ray --r"):
+            refused()
+    assert files(tmp_path) == before
+    manifest = read_manifest(newest_checkpoint(tmp_path))
+    coordinator = Coordinator(longer, tmp_path)
+    try:
+        coordinator.start(resume=True)
+        assert coordinator.run.limiter.state_dict() == manifest["limiter"]
+        assert accepted_by(coordinator) == accepted
+        assert coordinator.replay.state_dict() == manifest["replay"]
+        summary = coordinator.train()
+        after = accepted_by(coordinator)
+    finally:
+        coordinator.close()
     assert summary["env_steps"] == after.steps >= 500
     assert after.rows > accepted.rows
     assert verify(tmp_path) == []
-    fewer = dataclasses.replace(longer, replay=dataclasses.replace(longer.replay, shards=1))
-    with pytest.raises(CheckpointError, match="has 3 replay shards, expected 1"):
-        run(fewer, tmp_path, resume=True)
     shards = read_manifest(newest_checkpoint(tmp_path))["rows"]
     assert [len(shard) > 0 for shard in shards] == [True] * 3
     actors = [{int(a) for name in shard for a in origins(tmp_path, name)} for shard in shards]

@@ -114,6 +114,7 @@ def test_published_protocols_are_those_of_the_paper_and_of_the_authors_code():
         (["--agent.horzon", "4"], ["agent.horzon", "horizon"]),
         (["--agent.horizon", "four"], ["agent.horizon", "four", "int"]),
         (["--agent.latent_dim", "20"], ["agent.latent_dim", "20", "simnorm_dim"]),
+        (["--replay.shards", "2"], ["replay.shards is 2", "1 with runtime.kind inline", "several are for Ray"]),
         (["--train.device", "cuda:7"], ["train.device", "cuda:7"]),
         (["--train.device", "gpu"], ["train.device", "gpu", "auto"]),
         (["--config", "absent.yaml"], ["absent.yaml"]),

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from worldloom.encoding import pack, unpack
-from worldloom.pretrained import CheckpointError, read_description, save_described, save_parameters
+from worldloom.pretrained import CheckpointError, newest_checkpoint, read_description, save_described, save_parameters
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.types import Agent, Array
 
@@ -78,6 +78,22 @@ def _prune(folder: Path, keep: int) -> None:
     for path in (folder / "rows").glob("*.msgpack"):
         if path.name not in wanted:
             path.unlink()
+
+
+def checkpoint_to_resume(run_dir: str | os.PathLike[str], shards: int) -> Path:
+    """The newest. Raises CheckpointError if there is none, or a replay of so many shards cannot go on from it."""
+    folder = newest_checkpoint(run_dir)
+    check_shards(folder, read_manifest(folder), shards)
+    return folder
+
+
+def check_shards(folder: Path, manifest: Mapping[str, Any], shards: int) -> None:
+    """Rows stay in the shard of their env actor. Raises CheckpointError for another number of shards."""
+    if (saved := len(manifest["rows"])) != shards:
+        through = "" if saved == 1 else " --runtime.kind ray"
+        raise CheckpointError(
+            f"{folder} has {saved} replay shards, expected {shards}. Go on with{through} --replay.shards {saved}."
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -234,12 +250,9 @@ class ReplayStore:
 
         Raises CheckpointError if it is of another replay, or what says how the rows hang together cannot be read.
         """
-        shards = read_manifest(folder)["rows"]
-        if len(shards) != self._shards:
-            raise CheckpointError(
-                f"{folder} has {len(shards)} replay shards, expected {self._shards}. Resume with its own replay.shards."
-            )
-        names: list[str] = shards[self._shard]
+        manifest = read_manifest(folder)
+        check_shards(folder, manifest, self._shards)
+        names: list[str] = manifest["rows"][self._shard]
         damaged = self._damaged(names)
         if damaged and len(damaged) == len(names):
             raise CheckpointError(

@@ -230,7 +230,7 @@ class RunConfig:
             self.runtime.kind == "ray" or self.replay.shards == 1,
             "replay.shards",
             self.replay.shards,
-            "1 with runtime.kind inline",
+            "1 with runtime.kind inline: several are for Ray, where a run that began with them goes on",
         )
         _require(
             self.replay.shards <= max(self.runtime.env_actors, 1),

@@ -27,6 +27,7 @@ from worldloom.runs.build import (
 from worldloom.runs.checkpoint import (
     ReplayStore,
     begin_checkpoint,
+    checkpoint_to_resume,
     commit_checkpoint,
     load_agent_state,
     take_agent,
@@ -51,12 +52,15 @@ class InlineTrainer:
         self.config = config
         self.agent = make_run_agent(config, env, choose_device(config.train.device), seed)
         spec = agent_spec(self.agent)
+        checkpoint = checkpoint_to_resume(run_dir, config.replay.shards) if resume else None
         self.replay = make_replay(config, env, spec)
-        self.run = Run(config, run_dir, env, spec, resume)
         self.store = ReplayStore(run_dir, compress=config.checkpoint.compress)
-        if self.run.checkpoint:
-            load_agent_state(self.run.checkpoint, self.agent)
-            self.run.recorder.rows_lost(self.store.load(self.run.checkpoint, self.replay))
+        rows_lost = 0
+        if checkpoint:
+            load_agent_state(checkpoint, self.agent)
+            rows_lost = self.store.load(checkpoint, self.replay)
+        self.run = Run(config, run_dir, env, spec, checkpoint)
+        self.run.recorder.rows_lost(rows_lost)
         self._on_gpu = torch.device(self.run.spec.device).type == "cuda"
         self._fresh: tuple[Array, FreshColumns] | None = None
         self._uncollected, self._learning_seconds = 0, 0.0

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from worldloom.pretrained import newest_checkpoint
 from worldloom.replay.chunk import row_bytes
 from worldloom.replay.memory import ring_bytes
 from worldloom.report.metrics import Recorder
@@ -21,7 +20,10 @@ from worldloom.types import ObsShape
 
 
 class Run:
-    """What the in-process trainer and the Ray coordinator share. With `resume`, counters go on where they stopped."""
+    """What the in-process trainer and the Ray coordinator share. Counters go on where they stood at `checkpoint`.
+
+    Nothing is written before; make it once all else is restored, so that a resume that fails leaves no trace.
+    """
 
     def __init__(
         self,
@@ -29,13 +31,13 @@ class Run:
         run_dir: Path,
         env: EnvSpec,
         spec: AgentSpec,
-        resume: bool,
+        checkpoint: Path | None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         self.config, self.dir, self.spec = config, run_dir, spec
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = newest_checkpoint(run_dir) if resume else None
-        manifest = read_manifest(self.checkpoint) if self.checkpoint else {}
+        self.checkpoint = checkpoint
+        manifest = read_manifest(checkpoint) if checkpoint else {}
         self.limiter = make_limiter(config, spec)
         if manifest:
             self.limiter.load_state_dict(manifest["limiter"])
