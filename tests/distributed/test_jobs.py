@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from worldloom.pretrained import newest_checkpoint
 
 from launch import status
 from launch.runs import run_directory
 from launch.train import main
 from tests.launch.test_launch import TINY
+from worldloom.pretrained import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).parent / "ray"
