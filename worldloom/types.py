@@ -108,6 +108,7 @@ class ColumnSpec:
 
     shape: tuple[int, ...]
     dtype: str
+    context_only: bool = False  # the agent reads the context rows of a window alone, so batches hold no others
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,10 @@ class DreamerV3Agent:
         self.windows = WindowSpec(c.batch_length + context, context, crosses_episodes=True, online_queue=True)
         self.columns: Mapping[str, ColumnSpec] = {}
         if self._stored:  # deter as the bits of bfloat16, stoch as class indices: a seventh of float32
-            self.columns = {"deter": ColumnSpec((c.deter,), "uint16"), "stoch": ColumnSpec((c.stoch,), "uint8")}
+            self.columns = {
+                "deter": ColumnSpec((c.deter,), "uint16", context_only=True),
+                "stoch": ColumnSpec((c.stoch,), "uint8", context_only=True),
+            }
         shown = model.encoder.vectors | model.encoder.images
         self._obs_columns = {name: f"obs/{name}" for name in shown}
         self._imagined_at_once = c.imagination_length  # steps in one call of _imagine_steps

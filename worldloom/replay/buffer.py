@@ -195,6 +195,8 @@ class ReplayBuffer:
         """One batch as numpy: every column [B, T, ...] (`as_batch` joins those of a mapping), `continues`, and the
         row numbers `rows`. seq_len: T; None takes that of `windows`. rng: None draws with the buffer's own.
 
+        In windows of the agent's own length, columns that it reads in the context rows alone come for those.
+
         Raises ValueError where no episode holds seq_len rows.
         """
         if batch_size < 1:
@@ -203,7 +205,11 @@ class ReplayBuffer:
         self.check_length(length)
         ring = self._ring
         positions = ring.follow(self._draw_starts(batch_size, length, rng), length)
-        batch = {name: column.take(positions, axis=0) for name, column in ring.columns.items()}
+        leading = positions[:, : self.windows.context] if length == self.windows.length else positions
+        batch = {
+            name: column.take(leading if self.specs[name].context_only else positions, axis=0)
+            for name, column in ring.columns.items()
+        }
         batch["continues"] = (~batch["terminated"]).astype(np.float32)
         age = (ring.rows - 1 - positions) % self.capacity
         batch["rows"] = ring.rows - 1 - age

@@ -18,6 +18,7 @@ from worldloom.families import build_config, create_agent
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunk import base_columns
 from worldloom.report.subject import Subject
+from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
 from worldloom.runs.config import EnvConfig, RunConfig
 from worldloom.runs.limiter import RateLimiter
 from worldloom.spaces import observation_columns
@@ -93,6 +94,8 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
         auto = agent.default_precision if cuda else "float32"
         precision: Precision = auto if train.precision == "auto" else train.precision
         compiled = cuda if train.compile == "auto" else train.compile
+        if compiled:
+            drop_damaged_libraries(compiler_cache())
         if cuda:  # products of float32 in TF32, as both papers' code computes them
             torch.set_float32_matmul_precision("high")
         agent.configure_learning(precision, compiled and _can_compile(device), bool(train.capture))
