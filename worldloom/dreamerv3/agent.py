@@ -30,7 +30,7 @@ from worldloom.tally import Tally
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec, split_obs
 
 ROWS = ("actions", "rewards", "is_first", "terminated", "truncated")  # what an update reads of a batch beside obs
-FILTER_STEPS, IMAGINATION_STEPS = 8, 5  # in one compiled graph; more take longer to compile and gain little
+STEPS_AT_ONCE = {True: (8, 5), False: (1, 1)}  # of filter and imagination in one compiled graph, on CUDA and elsewhere
 
 
 class Behaviour(nn.Module):
@@ -108,7 +108,7 @@ class DreamerV3Agent:
         if not compiled:
             return
         model, cuda = self.world_model, self.device.type == "cuda"
-        model.rssm.steps_at_once, self._imagined_at_once = FILTER_STEPS, IMAGINATION_STEPS
+        model.rssm.steps_at_once, self._imagined_at_once = STEPS_AT_ONCE[self.device.type == "cuda"]
         for owner, name in [
             (model, "embed"),
             (model.rssm, "prepare"),
