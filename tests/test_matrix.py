@@ -11,7 +11,7 @@ from distributed.shards import Shards
 from tests.test_ray import accepted as accepted_by
 from tests.test_ray import ray_config, run
 from tests.test_training import dreamer_config
-from worldloom.training.assembly import agent_spec, make_run_agent, probe_env
+from worldloom.training.assembly import probe_env
 from worldloom.training.checkpoint import CheckpointError, newest_checkpoint, read_manifest, read_msgpack
 from worldloom.training.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.training.inline import InlineTrainer
@@ -138,8 +138,7 @@ def origins(run_dir, name):
 
 def test_batches_come_from_shards_in_proportion_to_their_windows(tmp_path):
     config = matrix_config("tdmpc2", 3, shards=3)
-    env = probe_env(config)
-    shards = Shards(Launcher("unused"), config, env, agent_spec(make_run_agent(config, env, "cpu", 0)), tmp_path)
+    shards = Shards(Launcher("unused"), config, probe_env(config), tmp_path)
     before = shards.state_dict()
     shards.accepted = [Acceptance(0, 0, 0, 0, 0, windows) for windows in (300, 0, 100)]
     drawn = [shards.draw() for _ in range(4000)]
