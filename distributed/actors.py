@@ -146,12 +146,14 @@ class ReplayActor:
     def __init__(self, shard: int) -> None:
         self._shard = shard
 
-    def open(self, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> None:
-        """Allocate the buffer: not in the constructor, whose errors lose their type on the way to the driver."""
+    def open(self, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> str:
+        """Allocate the buffer: not in the constructor, whose errors lose their type on the way to the driver. Returns
+        the id of this node."""
         self._replay = make_replay(config, env, spec, self._shard)
         self._store = ReplayStore(run_dir, self._shard, config.replay.shards, config.checkpoint.compress)
         self._batch_size, self._exact = spec.batch_size, config.runtime.sync
         self._drawn: deque[float] = deque(maxlen=RECENT_DRAWS)
+        return str(ray.get_runtime_context().get_node_id())
 
     def __repr__(self) -> str:
         return f"replay/{self._shard}"
@@ -196,10 +198,6 @@ class ReplayActor:
     def save(self, folder: Path) -> list[str]:
         """Snapshot and write at once, without a copy of everything."""
         return self._store.save(folder, self._replay, self._exact)
-
-    @ray.method(concurrency_group="control")
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
 
     def load(self, folder: Path) -> tuple[Acceptance, int]:
         """What was accepted by then, and how many rows are lost with damaged files."""

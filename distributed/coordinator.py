@@ -85,10 +85,11 @@ class Coordinator:
         """Bring up learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
         checkpoint = checkpoint_to_resume(self._run_dir, self.config.replay.shards) if resume else None
         self._shares = share(self.config)
+        self.replay = Shards(self.launcher, self.config, self._env_spec, self._run_dir)
+        self.replay.launch()
         self.spec: AgentSpec = self.start_learner()
         check_object_store(self.learner_node, self.batch_bytes(), self.bundle() * self.updates_in_flight)
-        self.replay = Shards(self.launcher, self.config, self._env_spec, self.spec, self._run_dir)
-        self.replay.start(self.learner_node)
+        self.replay.start(self.spec, self.learner_node)
         rows_lost = self._restore(checkpoint) if checkpoint else 0
         gauges = RayGauges(self._run_dir.name)
         self.run = Run(self.config, self._run_dir, self._env_spec, self.spec, checkpoint, [gauges])

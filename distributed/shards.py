@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.actors import ReplayActor
@@ -26,26 +27,35 @@ class ChunkLost(RuntimeError):
 class Shards:
     """Chunks go to the shard of their env actor; a batch comes from one shard, drawn in proportion to its windows."""
 
-    def __init__(self, launcher: Launcher, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> None:
+    def __init__(self, launcher: Launcher, config: RunConfig, env: EnvSpec, run_dir: Path) -> None:
         self._launcher = launcher
-        self._opening = (config, env, spec, run_dir)
+        self._config, self._env, self._run_dir = config, env, run_dir
         self._rng = np.random.default_rng([config.train.seed, 0x54A2D])
         self.handles: list[Any] = [None] * config.replay.shards
         self.nodes: list[str] = [""] * config.replay.shards  # their ids
         self.accepted = [NOTHING for _ in self.handles]
 
-    def start(self, node: str) -> None:
-        """All of them; a single one beside the learner, whose batches then need no copy between machines."""
-        for shard in range(len(self.handles)):
-            self._start(shard, node)
+    def launch(self) -> None:
+        """Let the processes come up while the learner does, unless it decides where: see `start`."""
+        if len(self.handles) > 1 or sum(node["Alive"] for node in ray.nodes()) == 1:
+            for shard in range(len(self.handles)):
+                self._launch(shard, "SPREAD")
 
-    def _start(self, shard: int, node: str) -> None:
-        alone = len(self.handles) == 1
-        where: Any = NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD"
-        handle = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
-        self.handles[shard] = handle
-        self._launcher.wait(handle.open.remote(*self._opening), self.name(shard))
-        self.nodes[shard] = self._launcher.wait(handle.node.remote(), self.name(shard))
+    def start(self, spec: AgentSpec, node: str) -> None:
+        """All of them; a single one on the learner's node, where its batches need no copy between machines."""
+        self._spec = spec
+        for shard, handle in enumerate(self.handles):
+            if handle is None:
+                self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True))
+        for shard, opened in enumerate([self._open(shard) for shard in range(len(self.handles))]):
+            self.nodes[shard] = self._launcher.wait(opened, self.name(shard))
+
+    def _launch(self, shard: int, where: Any) -> None:
+        self.handles[shard] = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
+
+    def _open(self, shard: int) -> Any:
+        """A reference to the id of its node."""
+        return self.handles[shard].open.remote(self._config, self._env, self._spec, self._run_dir)
 
     @staticmethod
     def name(shard: int) -> str:
@@ -135,7 +145,9 @@ class Shards:
     def restart(self, shard: int, node: str, checkpoint: Path | None) -> int:
         """From the checkpoint, or empty without one; returns how many rows are lost with damaged files."""
         self._launcher.end(self.handles[shard])
-        self._start(shard, node)
+        alone = len(self.handles) == 1
+        self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD")
+        self.nodes[shard] = self._launcher.wait(self._open(shard), self.name(shard))
         if checkpoint is None:
             self.accepted[shard] = NOTHING
         return self._loaded(shard, self.handles[shard].load.remote(checkpoint)) if checkpoint else 0

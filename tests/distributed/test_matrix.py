@@ -13,7 +13,7 @@ from tests.distributed.test_ray import ray_config, run
 from tests.runs.test_inline import dreamer_config
 from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.replay.buffer import Acceptance
-from worldloom.runs.build import agent_spec, make_run_agent, probe_env
+from worldloom.runs.build import probe_env
 from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
@@ -139,8 +139,7 @@ def origins(run_dir, name):
 
 def test_batches_come_from_shards_in_proportion_to_their_windows(tmp_path):
     config = matrix_config("tdmpc2", 3, shards=3)
-    env = probe_env(config)
-    shards = Shards(Launcher("unused"), config, env, agent_spec(make_run_agent(config, env, "cpu", 0)), tmp_path)
+    shards = Shards(Launcher("unused"), config, probe_env(config), tmp_path)
     before = shards.state_dict()
     shards.accepted = [Acceptance(0, 0, 0, 0, 0, windows) for windows in (300, 0, 100)]
     drawn = [shards.draw() for _ in range(4000)]
