@@ -16,8 +16,8 @@ from distributed.launcher import DEATHS
 from worldloom.acting.rollout import Acted, ActingLost
 from worldloom.acting.server import ActingServer, Client
 from worldloom.families import agent_from_description
-from worldloom.runs.build import AgentSpec, choose_device
-from worldloom.runs.config import RunConfig
+from worldloom.runs.build import AgentSpec, choose_device, configure_agent
+from worldloom.runs.config import RunConfig, TrainConfig
 from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray, Weights
 
 LANES = 2  # halves of an actor's environments: one steps while the other waits for its actions
@@ -106,9 +106,14 @@ class RemoteJudge:
         return answer(reference, self._timeout), act_state or {}
 
 
-def make_server(description: dict[str, Any], device: str, seed: int, serving: Serving, threads: int) -> ActingServer:
+def make_server(
+    description: dict[str, Any], device: str, seed: int, serving: Serving, threads: int, train: TrainConfig
+) -> ActingServer:
     def make_agent() -> Agent:
-        return agent_from_description(description, device, seed)
+        agent = agent_from_description(description, device, seed)
+        if torch.device(device).type == "cuda":
+            configure_agent(agent, train, device)
+        return agent
 
     return ActingServer(make_agent, serving.rows, serving.deadline, threads)
 
@@ -118,7 +123,7 @@ class InferenceActor:
 
     def open(self, config: RunConfig, spec: AgentSpec, serving: Serving, incarnation: int) -> None:
         device = choose_device(config.train.device)
-        self._server = make_server(spec.description, device, config.train.seed + incarnation, serving, 1)
+        self._server = make_server(spec.description, device, config.train.seed + incarnation, serving, 1, config.train)
 
     def __repr__(self) -> str:
         return "inference"

@@ -217,7 +217,7 @@ class LearnerActor:
         torch.set_num_threads(threads)
         self._device = choose_device(config.train.device)
         self._agent = make_run_agent(config, env, self._device, config.train.seed)
-        self._version, self._seed = version, config.train.seed
+        self._version, self._seed, self._train = version, config.train.seed, config.train
         self._publish_every = config.runtime.publish_interval
         self._server: ActingServer | None = None
         self._interrupted = threading.Event()
@@ -229,7 +229,8 @@ class LearnerActor:
     def serve(self, serving: Serving, incarnation: int) -> None:
         """Act for env actors from now on, with the weights that are published."""
         seed = self._seed + incarnation
-        self._server = make_server(self._agent.describe(), self._device, seed, serving, torch.get_num_threads())
+        description, threads = self._agent.describe(), torch.get_num_threads()
+        self._server = make_server(description, self._device, seed, serving, threads, self._train)
 
     @ray.method(concurrency_group="acting")
     def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:

@@ -19,7 +19,7 @@ from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunk import base_columns
 from worldloom.report.subject import Subject
 from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
-from worldloom.runs.config import EnvConfig, RunConfig
+from worldloom.runs.config import EnvConfig, RunConfig, TrainConfig
 from worldloom.runs.limiter import RateLimiter
 from worldloom.spaces import observation_columns
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
@@ -90,18 +90,25 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
             seed=seed,
             **config.agent,
         )
-        cuda, train = torch.device(device).type == "cuda", config.train
-        auto = agent.default_precision if cuda else "float32"
-        precision: Precision = auto if train.precision == "auto" else train.precision
-        compiled = cuda if train.compile == "auto" else train.compile
-        if compiled:
-            drop_damaged_libraries(compiler_cache())
-        if cuda:  # products of float32 in TF32, as both papers' code computes them
-            torch.set_float32_matmul_precision("high")
-        agent.configure_learning(precision, compiled and _can_compile(device), bool(train.capture))
+        configure_agent(agent, config.train, device)
         return agent
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config.algorithm} on {config.env.id}: {error}") from error
+
+
+def configure_agent(agent: Agent, train: TrainConfig, device: str) -> None:
+    """Let the agent compute as `train` asks: precision, compilation, CUDA graphs.
+
+    Raises ValueError for what it cannot do."""
+    cuda = torch.device(device).type == "cuda"
+    auto = agent.default_precision if cuda else "float32"
+    precision: Precision = auto if train.precision == "auto" else train.precision
+    compiled = cuda if train.compile == "auto" else train.compile
+    if compiled:
+        drop_damaged_libraries(compiler_cache())
+    if cuda:  # products of float32 in TF32, as both papers' code computes them
+        torch.set_float32_matmul_precision("high")
+    agent.configure_learning(precision, compiled and _can_compile(device), bool(train.capture))
 
 
 def _can_compile(device: str) -> bool:
