@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 WARMUP = 2  # calls of each shape that run uncaptured; libraries set themselves up in them, and compilers compile
 SHAPES = 16  # graphs of one function; further shapes run uncaptured
+
+ONE_AT_A_TIME = threading.Lock()  # a recording begins with a wait for the device, which would end another thread's
 
 Tensors = dict[str, Tensor]
 
@@ -90,5 +93,5 @@ class Captured:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         recording.graph = torch.cuda.CUDAGraph()
         recording.graph.register_generator_state(self._generator)
-        with torch.cuda.graph(recording.graph, pool=self._pool, capture_error_mode="thread_local"):
+        with ONE_AT_A_TIME, torch.cuda.graph(recording.graph, pool=self._pool, capture_error_mode="thread_local"):
             recording.outputs = self._function(recording.inputs, **settings)
