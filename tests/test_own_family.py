@@ -97,7 +97,7 @@ def test_an_own_family_trains_on_ray_and_the_commands_know_it(package, tmp_path)
     ]:
         looked = command(tmp_path, module, "--run-dir", "run", *rest)
         assert looked.returncode == 0, looked.stdout + looked.stderr
-    again = command(tmp_path, "launch.train", "--resume", "run", "--train.total_steps", 240)
+    again = command(tmp_path, "launch.train", "--run-dir", "run", "--resume", "--train.total_steps", 240)
     assert again.returncode == 0, again.stdout + again.stderr
 
 

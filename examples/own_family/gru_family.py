@@ -1,7 +1,7 @@
 """A world model of your own: a GRU predicts observations and rewards, and the agent acts by searching in it (CEM).
 
-In the manner of PlaNet (Hafner et al. 2019, https://arxiv.org/abs/1811.04551), with a deterministic state, for vectors and
-continuous actions.
+In the manner of PlaNet (Hafner et al. 2019, https://arxiv.org/abs/1811.04551), with a deterministic state, for vectors
+and continuous actions.
 """
 
 import dataclasses
