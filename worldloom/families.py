@@ -135,7 +135,7 @@ def _preset(model: str) -> tuple[Family, str, str]:
     known += [*FAMILIES, *installed(), *ALIASES]
     if family is not None:
         known = [f"{name}:{size}" for size in family.sizes]
-    near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+    near = [] if "." in name and not family else difflib.get_close_matches(model, known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     others = "" if family else ", the path of a model, or module:size of a module that can be imported and holds FAMILY"
     raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}{others}.")

@@ -141,7 +141,7 @@ class GRUAgent:
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=c.lr)
 
-    def configure_learning(self, precision, compiled, capture=True):  # noqa: ARG002 - it learns the same either way
+    def configure_learning(self, precision, compiled, capture=True):
         if precision != "float32":
             raise ValueError(f"train.precision is {precision!r}, expected float32.")
 
@@ -177,7 +177,7 @@ class GRUAgent:
             mean, std = elites.mean(1), elites.std(1).clamp(min=0.05)
         return mean
 
-    def replay_columns(self, act_state):  # noqa: ARG002 - nothing of it is kept
+    def replay_columns(self, act_state):
         return {}
 
     def learn(self, batch):
