@@ -15,8 +15,8 @@ from worldloom import dreamerv3, tdmpc2
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, import_family, installed
 from worldloom.pretrained import load_parameters, newest_checkpoint, read_description
-from worldloom.tdmpc2 import TASK_SETS, Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
-from worldloom.tdmpc2.tasks import multitask_sizes
+from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
+from worldloom.tdmpc2.tasks import read_options, read_tasks
 from worldloom.types import Agent, WorldModel
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         TDMPC2Agent,
         ("tasks", "action_classes"),
         "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
+        read_options=read_options,
     ),
 }
 ALIASES: dict[str, str] = {
@@ -201,23 +202,19 @@ def create_world_model(
         raise ValueError(f"{model} knows its own {', '.join(sorted(foreign))}. Leave them out.")
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
-    if isinstance(tasks, str) and tasks not in TASK_SETS:
-        raise ValueError(f"tasks is {tasks!r}, expected {' or '.join(TASK_SETS)}, or a list of Task(name, action_dim).")
-    tasks, task_set = (TASK_SETS[tasks], tasks) if isinstance(tasks, str) else (tuple(tasks), None)
     if Path(model).is_file():
-        return load_official(
-            model, obs_shape, action_dim, device, episode_length, tasks, check_overrides(TDMPC2Config, overrides)
-        )
+        fields = check_overrides(TDMPC2Config, overrides)
+        return load_official(model, obs_shape, action_dim, device, episode_length, read_tasks(tasks), fields)
     family, _, size = _preset(str(model))
     if obs_shape is None or action_dim is None:
         raise ValueError(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
-    config = build_config(str(model), {**(multitask_sizes(size, task_set) if task_set else {}), **overrides})
-    given["tasks"] = tasks
     options = {key: value for key, value in given.items() if value}
     if foreign := options.keys() - set(family.options):
         raise ValueError(f"{model} takes no {', '.join(foreign)}. {EXPLANATIONS[next(iter(foreign))]}")
+    fields, options = family.read_options(size, options)
+    config = build_config(str(model), {**fields, **overrides})
     shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
     return cast(WorldModel, family.model(shape, action_dim, config, episode_length, **options).to(device))
 
@@ -251,8 +248,7 @@ def _from_description(source: object, description: Mapping[str, Any], overrides:
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
     options: dict[str, Any] = {key: description[key] for key in family.options if description.get(key)}
-    if "tasks" in options:
-        options["tasks"] = tuple(Task(**task) for task in options["tasks"])
+    _, options = family.read_options("", options)  # what they set stands in the config already
     return family.model(obs_shape, description["action_dim"], config, description["episode_length"], **options)
 
 

@@ -11,6 +11,11 @@ from typing import Any
 GROUP = "worldloom.families"  # entry points: short name = "my_package.my_family", or "my_package.my_family:FAMILY"
 
 
+def as_given(size: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
+    """Options that set no config field."""
+    return {}, dict(options)
+
+
 @dataclass(frozen=True)
 class Family:
     """How one algorithm is built. A module of yours holds one as `FAMILY`; its name is then the family's name."""
@@ -23,6 +28,8 @@ class Family:
     options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks, action_classes
     description: str = ""  # one sentence
     default_obs: str = "vector"  # what its published settings observe: vector or image
+    # (size, options as create_world_model or a description has them) -> (config fields that follow, options of `model`)
+    read_options: Callable[[str, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] = as_given
 
 
 def installed() -> dict[str, EntryPoint]:
