@@ -24,6 +24,7 @@ ROOMS = {
     "report": {"families", "envs", "replay", "acting"},
     "runs": {"families", "envs", "replay", "acting", "report"},
     "training": {"families", "envs", "replay", "acting", "report", "runs"},
+    "testing": {"families", "envs", "replay", "acting"},
 }
 FORBIDDEN = {"worldloom": {"ray", "distributed", "launch"}, "distributed": {"launch"}}
 

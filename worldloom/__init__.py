@@ -1,7 +1,6 @@
 """World models for reinforcement learning: one typed API, no cluster needed."""
 
 from worldloom.families import (
-    Family,
     ModelInfo,
     create_agent,
     create_world_model,
@@ -11,6 +10,7 @@ from worldloom.families import (
     load_agent,
     register_model,
 )
+from worldloom.family import Family
 from worldloom.types import Agent, Batch, LatentState, Trajectory, WindowSpec, WorldModel
 
 __version__ = "0.1.0"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args, get_origin, get_type_hints, overload
 
@@ -14,27 +13,14 @@ import torch
 
 from worldloom import dreamerv3, tdmpc2
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
+from worldloom.family import Family, import_family, installed
 from worldloom.pretrained import load_parameters, newest_checkpoint, read_description
-from worldloom.tdmpc2 import TASK_SETS, Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
-from worldloom.tdmpc2.tasks import multitask_sizes
+from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
+from worldloom.tdmpc2.tasks import read_options, read_tasks
 from worldloom.types import Agent, WorldModel
 
 if TYPE_CHECKING:
     import gymnasium
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one algorithm is built. A third-party model joins with `register_model`."""
-
-    config: type[Any]  # a frozen dataclass; its fields are what `agent: {…}` may override
-    sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
-    default_size: str
-    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
-    agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
-    options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks, action_classes
-    description: str = ""  # one sentence
-    default_obs: str = "vector"  # what its published settings observe: vector or image
 
 
 FAMILIES: dict[str, Family] = {
@@ -56,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         TDMPC2Agent,
         ("tasks", "action_classes"),
         "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
+        read_options=read_options,
     ),
 }
 ALIASES: dict[str, str] = {
@@ -78,10 +65,21 @@ EXPLANATIONS = {
 
 
 def register_model(name: str, family: Family) -> None:
-    """Make `name:size` known. Raises ValueError if the name is taken."""
+    """Make `name:size` known in this process alone; `module:size` needs no call and is found in every process of a run.
+
+    Raises ValueError if the name is taken.
+    """
     if name in FAMILIES:
         raise ValueError(f"register_model: {name!r} is taken. Choose another name.")
     FAMILIES[name] = family
+
+
+def find_family(name: str) -> Family | None:
+    """The family of that name: one of ours, a registered or installed one, or FAMILY in the module of that name.
+
+    Raises ValueError or TypeError for a module that holds none.
+    """
+    return FAMILIES.get(name) or import_family(name)
 
 
 class ModelInfo(TypedDict):
@@ -98,15 +96,16 @@ def list_models(verbose: Literal[False] = False) -> list[str]: ...
 @overload
 def list_models(verbose: Literal[True]) -> dict[str, ModelInfo]: ...
 def list_models(verbose: bool = False) -> list[str] | dict[str, ModelInfo]:
-    """Every preset, as create_world_model takes it; verbose: with what `get_model_info` says of each."""
-    presets = [f"{name}:{size}" for name, family in FAMILIES.items() for size in family.sizes]
+    """Every preset, ours and installed ones, as create_world_model takes it; verbose: with `get_model_info` of each."""
+    names = dict.fromkeys([*FAMILIES, *installed()])
+    found = {name: family for name in names if (family := find_family(name))}
+    presets = [f"{name}:{size}" for name, family in found.items() for size in family.sizes]
     return {preset: get_model_info(preset) for preset in presets} if verbose else presets
 
 
 def get_model_info(model: str) -> ModelInfo:
     """Description, family, parameter count and observation kind of a preset or alias. Raises ValueError for others."""
-    name, size = resolve(model)
-    family = FAMILIES[name]
+    family, name, size = _preset(model)
     return {
         "description": family.description,
         "family": name,
@@ -124,20 +123,28 @@ def get_config(model: str, **overrides: Any) -> Any:
 
 
 def resolve(model: str) -> tuple[str, str]:
-    """(family, size) of a preset or alias. Raises ValueError with the nearest names."""
+    """(family, size) of a preset or alias. Raises ValueError with the nearest names, TypeError as `find_family`."""
+    return _preset(model)[1:]
+
+
+def _preset(model: str) -> tuple[Family, str, str]:
     name, _, size = ALIASES.get(model, model).partition(":")
-    if name in FAMILIES and (size or FAMILIES[name].default_size) in FAMILIES[name].sizes:
-        return name, size or FAMILIES[name].default_size
-    known = [*list_models(), *FAMILIES, *ALIASES]
-    near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+    family = find_family(name)
+    if family is not None and (size or family.default_size) in family.sizes:
+        return family, name, size or family.default_size
+    known = [f"{known}:{size}" for known, ours in FAMILIES.items() for size in ours.sizes]
+    known += [*FAMILIES, *installed(), *ALIASES]
+    if family is not None:
+        known = [f"{name}:{size}" for size in family.sizes]
+    near = [] if "." in name and not family else difflib.get_close_matches(model, known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}, or the path of a model.")
+    others = "" if family else ", the path of a model, or module:size of a module that can be imported and holds FAMILY"
+    raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}{others}.")
 
 
 def build_config(model: str, overrides: Mapping[str, Any]) -> Any:
     """The configuration of a preset with single fields replaced. Raises ValueError or TypeError, naming the field."""
-    name, size = resolve(model)
-    family = FAMILIES[name]
+    family, _, size = _preset(model)
     fields = {**family.sizes[size], **check_overrides(family.config, overrides)}
     return family.config(**fields)
 
@@ -178,8 +185,8 @@ def create_world_model(
     action_classes: Sequence[int] = (),
     **overrides: Any,
 ) -> WorldModel:
-    """A world model from a preset ("tdmpc2:5m"), an alias ("tdmpc"), a directory (`save_pretrained`) or a file: one of
-    the TD-MPC2 checkpoints that its authors published.
+    """A world model from a preset ("tdmpc2:5m"; "my_package.my_family:size" of your own), an alias ("tdmpc"), a
+    directory (`save_pretrained`) or a file: one of the TD-MPC2 checkpoints that its authors published.
 
     obs_shape: of one observation, channel-first for images; DreamerV3 takes a mapping of them too. action_dim: A,
     the number of action dimensions or of one-hot entries. episode_length: agent steps, where known (TD-MPC2 derives
@@ -195,24 +202,19 @@ def create_world_model(
         raise ValueError(f"{model} knows its own {', '.join(sorted(foreign))}. Leave them out.")
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, overrides)
-    if isinstance(tasks, str) and tasks not in TASK_SETS:
-        raise ValueError(f"tasks is {tasks!r}, expected {' or '.join(TASK_SETS)}, or a list of Task(name, action_dim).")
-    tasks, task_set = (TASK_SETS[tasks], tasks) if isinstance(tasks, str) else (tuple(tasks), None)
     if Path(model).is_file():
-        return load_official(
-            model, obs_shape, action_dim, device, episode_length, tasks, check_overrides(TDMPC2Config, overrides)
-        )
-    name, size = resolve(str(model))
-    family = FAMILIES[name]
+        fields = check_overrides(TDMPC2Config, overrides)
+        return load_official(model, obs_shape, action_dim, device, episode_length, read_tasks(tasks), fields)
+    family, _, size = _preset(str(model))
     if obs_shape is None or action_dim is None:
         raise ValueError(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
-    config = build_config(str(model), {**(multitask_sizes(size, task_set) if task_set else {}), **overrides})
-    given["tasks"] = tasks
     options = {key: value for key, value in given.items() if value}
     if foreign := options.keys() - set(family.options):
         raise ValueError(f"{model} takes no {', '.join(foreign)}. {EXPLANATIONS[next(iter(foreign))]}")
+    fields, options = family.read_options(size, options)
+    config = build_config(str(model), {**fields, **overrides})
     shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
     return cast(WorldModel, family.model(shape, action_dim, config, episode_length, **options).to(device))
 
@@ -236,17 +238,17 @@ def _load_world_model(
 
 
 def _from_description(source: object, description: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    family = FAMILIES.get(description.get("family", ""))
+    family = find_family(name := str(description.get("family")))
     if family is None:
+        known = ", ".join(FAMILIES)
         raise ValueError(
-            f"{source} holds a model of family {description.get('family')!r}, expected one of {', '.join(FAMILIES)}."
+            f"{source} holds a model of family {name!r}, expected one of {known}, or a module on sys.path."
         )
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
     options: dict[str, Any] = {key: description[key] for key in family.options if description.get(key)}
-    if "tasks" in options:
-        options["tasks"] = tuple(Task(**task) for task in options["tasks"])
+    _, options = family.read_options("", options)  # what they set stands in the config already
     return family.model(obs_shape, description["action_dim"], config, description["episode_length"], **options)
 
 
@@ -266,7 +268,7 @@ def create_agent(
     """
     from worldloom.spaces import ActionCodec, ObservationCodec, observation_classes, observation_shape
 
-    name, _ = resolve(model)
+    family, name, _ = _preset(model)
     actions, observations = ActionCodec(model, action_space), ObservationCodec(model, observation_space).space
     with torch.random.fork_rng(devices=[]):  # one seed gives one agent, and leaves torch's own generator alone
         torch.manual_seed(seed)
@@ -277,10 +279,14 @@ def create_agent(
             device,
             episode_length,
             observation_classes(observations),
-            action_classes=actions.classes if "action_classes" in FAMILIES[name].options else (),
+            action_classes=actions.classes if "action_classes" in family.options else (),
             **overrides,
         )
-        return cast(Agent, FAMILIES[name].agent(world_model, seed, actions.classes))
+        agent = cast(Agent, family.agent(world_model, seed, actions.classes))
+    found = find_family(named := str(agent.describe().get("family")))
+    if found is None or (found.model, found.agent) != (family.model, family.agent):
+        raise ValueError(f"{model} describes its family as {named!r}, expected {name!r}, by which others find it.")
+    return agent
 
 
 def agent_from_description(
@@ -292,7 +298,8 @@ def agent_from_description(
     """An untrained agent as `Agent.describe` described it; `load_state_dict` or weights complete it."""
     model = _from_description("the description", description, overrides or {}).to(device)
     classes = tuple(description.get("action_classes", ()))
-    return cast(Agent, FAMILIES[description["family"]].agent(model, seed, classes))
+    family = cast(Family, find_family(description["family"]))
+    return cast(Agent, family.agent(model, seed, classes))
 
 
 def load_agent(
@@ -335,4 +342,4 @@ def load_agent(
 
 def config_fields(model: str) -> list[dataclasses.Field[Any]]:
     """The fields that `agent: {…}` may override for this model, in order."""
-    return list(dataclasses.fields(FAMILIES[resolve(model)[0]].config))
+    return list(dataclasses.fields(_preset(model)[0].config))

@@ -42,7 +42,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class LatentState:
-    """What a model knows of B environments: `deterministic` [B, D] and, for DreamerV3, `stochastic` [B, S K] flat."""
+    """What a model knows of B environments: `deterministic` [B, D] and, if it has one, `stochastic` [B, S K] flat."""
 
     deterministic: Tensor
     stochastic: Tensor | None = None
@@ -60,7 +60,7 @@ class LatentState:
     def categorical(self) -> Tensor:
         """[B, S, K]: the stochastic part as a grid. Raises ValueError for a model that has none."""
         if self.stochastic is None or not self.classes:
-            raise ValueError("this state has no categorical part: its model is TD-MPC2, expected DreamerV3.")
+            raise ValueError("this state has no categorical part, expected that of a model that has one (DreamerV3).")
         grid: Tensor = self.stochastic.unflatten(-1, (-1, self.classes))
         return grid
 
@@ -126,7 +126,10 @@ Precision = Literal["float32", "bfloat16"]
 
 @runtime_checkable
 class WorldModel(Protocol):
-    """What both models do; each is an nn.Module. Actions are float32 [.., A] in [-1, 1] or one-hot."""
+    """What every model does; each is an nn.Module, and has `obs_shape` and `action_dim` as it was given them.
+
+    Actions are float32 [.., A] in [-1, 1] or one-hot.
+    """
 
     def encode(self, obs: Obs) -> LatentState:
         """The state after seeing only obs [B, *obs_shape]."""
@@ -213,7 +216,9 @@ class Agent(Protocol):
         """Take what `acting_weights` gave. Raises ValueError for another model's."""
 
     def describe(self) -> dict[str, Any]:
-        """The preset-independent description that `load_agent` rebuilds the agent from (JSON types)."""
+        """What `load_agent` and other processes rebuild the agent from, in JSON's types: `family`, by which it is found
+        there, `obs_shape`, `action_dim`, `episode_length`, `config`, and the family's options and
+        `action_classes`, where there are any."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything: parameters, optimisers, scales, counters, generators."""

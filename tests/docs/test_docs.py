@@ -21,6 +21,7 @@ from nbclient import NotebookClient
 from launch.arguments import run_config, run_parser
 from launch.train import main as train_command
 from worldloom import create_world_model
+from worldloom.family import GROUP
 from worldloom.tdmpc2 import save_official
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,7 @@ BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TINY = {
     "tdmpc2": "encoder_dim=16 mlp_dim=16 latent_dim=16 batch_size=8 num_samples=16 num_elites=4 num_pi_trajs=4",
     "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
+    "gru_family": "units=16 batch_size=8 batch_length=6 candidates=16 elites=4",
 }
 SHORT = (
     "--runtime.kind inline --train.total_steps 60 --train.learning_starts 50 --train.train_ratio 8 "
@@ -39,6 +41,15 @@ SHORT = (
 
 def blocks(page, *kinds):
     return [(kind, title, code) for kind, title, code in BLOCK.findall(page.read_text()) if kind in kinds]
+
+
+def written(page):
+    """The files that a page has the reader write, perhaps block by block."""
+    files = {}
+    for _, title, code in blocks(page, "python"):
+        if match := re.search(r'title="([^"]+)"', title):
+            files.setdefault(match[1], []).append(code)
+    return {name: "\n".join(parts) for name, parts in files.items()}
 
 
 def name_of(page):
@@ -71,9 +82,10 @@ def test_python_blocks_run_in_order(page, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
     namespace = {"__name__": "page"}
+    for name, text in written(page).items():
+        (workplace / name).write_text(text)
     for _, title, code in blocks(page, "python"):
-        if match := re.search(r'title="([^"]+)"', title):  # a file that the page has the reader write
-            (workplace / match[1]).write_text(code)
+        if "title=" in title:
             continue
         small = re.sub(r"total_steps=[\d_]+", "total_steps=2", code)
         exec(compile(small, f"{page.name}: {code.splitlines()[0]}", "exec"), namespace)
@@ -127,10 +139,11 @@ def run_launch(words, workplace):
         arguments[at] = str(run_steps(workplace) + 2)
     elif module == "launch.train":
         text = " ".join(arguments)
-        arguments += shortened("dreamerv3" if "dreamerv3" in text else "tdmpc2")
+        arguments += shortened(next((family for family in TINY if family in text), "tdmpc2"))
         if "dm_control" in text or "dmc" in text or "atari" in text:
             arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
-        fresh = "runs/thermostat" if "thermostat" in text else f"runs/{len(list((workplace / 'runs').iterdir()))}"
+        named = next((name for name in ("thermostat", "gru") if f"runs/{name}" in text), None)
+        fresh = f"runs/{named or len(list((workplace / 'runs').iterdir()))}"
         arguments += ["--run-dir", fresh]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{workplace}", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
@@ -157,7 +170,21 @@ def test_yaml_blocks_are_presets(page, tmp_path):
 def test_every_block_is_of_a_kind_that_is_tested():
     for page in PAGES:
         fences = re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)
-        assert set(fences) <= {"python", "bash", "yaml"}, page
+        assert set(fences) <= {"python", "bash", "yaml", "toml"}, page
+
+
+def test_the_family_of_the_page_is_the_example():
+    """Block by block the same code; only the blank lines between blocks may differ."""
+    page = ROOT / "docs" / "tutorials" / "own-world-model.md"
+    example = (ROOT / "examples" / "own_family" / "gru_family.py").read_text()
+    assert [line for line in written(page)["gru_family.py"].splitlines() if line] == [
+        line for line in example.splitlines() if line
+    ]
+
+
+def test_entry_points_of_the_page_are_those_that_are_read():
+    (block,) = blocks(ROOT / "docs" / "tutorials" / "own-world-model.md", "toml")
+    assert list(tomllib.loads(block[2])["project"]["entry-points"]) == [GROUP]
 
 
 def test_the_pages_build_without_a_warning(tmp_path):

@@ -202,7 +202,7 @@ class RunConfig:
     """A whole run.
 
     Args:
-        algorithm: a preset such as tdmpc2:5m, or an alias
+        algorithm: a preset such as tdmpc2:5m, an alias, or module:size of a family of your own
         agent: single fields of the preset's config to replace
         protocol: paper, the published hyper-parameters, or head, those of the authors' present code, where a preset
             tells them apart

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 DM_CONTROL_STEPS, META_WORLD_STEPS = 500, 100  # agent steps of an episode
 
@@ -55,3 +57,23 @@ def multitask_sizes(size: str, task_set: str) -> dict[str, int]:
     if task_set == "mt30" and size in ("5m", "19m", "48m"):
         return {"task_dim": 64, **({"latent_dim": 512} if size == "19m" else {})}
     return {"task_dim": 96}
+
+
+def read_tasks(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ...]:
+    """The tasks of a published set, or these, which may be as a description holds them. Raises ValueError for other
+    sets."""
+    if isinstance(tasks, str):
+        if tasks not in TASK_SETS:
+            sets = " or ".join(TASK_SETS)
+            raise ValueError(f"tasks is {tasks!r}, expected {sets}, or a list of Task(name, action_dim).")
+        return TASK_SETS[tasks]
+    return tuple(task if isinstance(task, Task) else Task(**task) for task in tasks)
+
+
+def read_options(size: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config fields that the options of a model of this size set, and the options as the model takes them."""
+    if "tasks" not in options:
+        return {}, dict(options)
+    tasks, given = read_tasks(options["tasks"]), options["tasks"]
+    fields = multitask_sizes(size, given) if isinstance(given, str) else {}
+    return fields, {**options, "tasks": tasks}

@@ -1,0 +1,66 @@
+"""Our own families, and the example of one's own, pass the checks that `check_family` makes; a broken one does not."""
+
+import pytest
+from gymnasium import spaces
+
+from tests.dreamerv3_models import TINY as TINY_DREAMER
+from tests.runs.test_inline import TINY_AGENT
+from tests.test_own_family import EXAMPLE, MODEL, package  # noqa: F401 - a fixture
+from worldloom.testing import check_family, checks
+from worldloom.testing.subject import Subject
+
+CHOICES = spaces.MultiDiscrete([3, 2])
+
+
+@pytest.mark.parametrize("actions", [{}, {"action_space": CHOICES}], ids=["continuous", "choices"])
+@pytest.mark.parametrize(
+    ("model", "fields"), [("tdmpc2:1m", TINY_AGENT), ("dreamerv3:size1m", TINY_DREAMER)], ids=["tdmpc2", "dreamerv3"]
+)
+def test_our_families_hold_what_is_asked_of_one(model, fields, actions):
+    assert not [line for line in check_family(model, **actions, **fields) if line.wrong]
+
+
+def test_the_example_of_an_own_family_holds_it_and_learns(package, capsys):  # noqa: F811
+    checks = check_family(MODEL, updates=300)
+    assert checks[-1].name == "beats chance"
+    assert capsys.readouterr().out.count("ok") >= len(checks)
+
+
+BROKEN = [
+    (checks.is_an_agent, "def replay_columns", "def columns_of_replay", "the agent has no replay_columns"),
+    (checks.describes_itself, '"config": dataclasses.asdict(self.config),', "", "describe() lacks config"),
+    (checks.decodes_and_imagines, "going_on.sigmoid()[:, None]", "going_on[:, None]", "continue leaves [0, 1]"),
+    (checks.decodes_and_imagines, "symexp(reward)[:, None]", "symexp(reward)", "reward is (3,), expected (3, 1)"),
+    (checks.has_a_loss, '{"loss": sum(means.values()), **means}', "means", 'expected "loss" among them'),
+    (checks.acts, "action.cpu().numpy(),", "10 * action.cpu().numpy(),", "expected entries in [-1, 1]"),
+    (checks.keeps_environments_apart, "* kept\n", "\n", "remembers what was before"),
+    (checks.keeps_environments_apart, "model.see(h, obs)", "model.see(h, obs.mean(0).expand_as(obs))", "another one"),
+    (checks.follows_its_seed, "generator=self.acting_generator, ", "", "draw from acting_generator alone"),
+    (checks.learns_in_updates, "        self.updates += 1\n", "", "updates went from 0 to 0, expected one more"),
+    (
+        checks.learns_in_updates,
+        "            self.optimizer.step()",
+        "            pass",
+        "an update changes no parameter",
+    ),
+    (checks.goes_on_from_a_checkpoint, '"updates": self.updates,', '"updates": 0,', "leaves `updates` as it was"),
+    (checks.hands_on_its_acting_weights, "load_flat(list(self", "print(list(self", "something is left out of them"),
+]
+
+
+@pytest.mark.parametrize(("check", "found", "instead", "sentence"), BROKEN)
+def test_what_is_missing_is_said_in_a_sentence(package, check, found, instead, sentence):  # noqa: F811
+    text = EXAMPLE.read_text()
+    assert found in text
+    (package / "my_package" / "my_family.py").write_text(text.replace(found, instead))
+    with pytest.raises(AssertionError) as failure:
+        check(Subject(MODEL, checks.VECTOR, checks.CONTINUOUS, {}))
+    assert sentence in str(failure.value)
+
+
+def test_a_family_that_fails_is_told_everything_at_once(package, capsys):  # noqa: F811
+    text = EXAMPLE.read_text().replace("def see(", "def saw(", 1)
+    (package / "my_package" / "my_family.py").write_text(text)
+    with pytest.raises(AssertionError, match="fails 10 of 13 checks"):
+        check_family(MODEL)
+    assert "AttributeError: 'GRUWorldModel' object has no attribute 'see'" in capsys.readouterr().out

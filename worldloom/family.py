@@ -1,0 +1,67 @@
+"""What a family of models is, and how one that stands outside the library is found: by module, or by entry point."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+GROUP = "worldloom.families"  # entry points: short name = "my_package.my_family", or "my_package.my_family:FAMILY"
+
+
+def as_given(size: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
+    """Options that set no config field."""
+    return {}, dict(options)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one algorithm is built. A module of yours holds one as `FAMILY`; its name is then the family's name."""
+
+    config: type[Any]  # a frozen dataclass; its fields are what `agent: {…}` may override
+    sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
+    default_size: str
+    model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
+    agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
+    options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks, action_classes
+    description: str = ""  # one sentence
+    default_obs: str = "vector"  # what its published settings observe: vector or image
+    # (size, options as create_world_model or a description has them) -> (config fields that follow, options of `model`)
+    read_options: Callable[[str, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] = as_given
+
+
+def installed() -> dict[str, EntryPoint]:
+    """The entry points of installed packages, by short name."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def import_family(name: str) -> Family | None:
+    """The family behind an entry point or in a module; None where there is neither.
+
+    Raises ValueError for a module that cannot be imported or holds no FAMILY, TypeError where FAMILY is something else.
+    """
+    point = installed().get(name)
+    module, _, attribute = (point.value if point else name).partition(":")
+    if not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if point is None and error.name and f"{module}.".startswith(f"{error.name}."):
+            return None  # the module itself, or a package that it would be in
+        raise ValueError(f"family {name!r} cannot be imported: {error}. Install that module.") from error
+    except ImportError as error:
+        raise ValueError(f"family {name!r} cannot be imported: {error}.") from error
+    family = getattr(found, attribute or "FAMILY", None)
+    if family is None:
+        raise ValueError(
+            f"family {name!r}: module {module} holds no {attribute or 'FAMILY'}, expected FAMILY = worldloom.Family(…)."
+        )
+    if not isinstance(family, Family):
+        raise TypeError(
+            f"family {name!r}: {attribute or 'FAMILY'} in {module} is a {type(family).__name__}, expected a "
+            "worldloom.Family."
+        )
+    return family
