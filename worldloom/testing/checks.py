@@ -322,8 +322,8 @@ def check_family(
     """Print a table of what holds for a family, such as "my_package.my_family:tiny", and return it.
 
     Spaces are Gymnasium's, of an environment that it has to take. updates: if any, it has to beat chance at a task of
-    two states after so many. overrides: fields of its config; take small ones, and it is a matter of seconds. Raises
-    AssertionError with a sentence for each thing that is missing.
+    two states after so many; a planner does in some hundreds. overrides: fields of its config; take small ones, and it
+    is a matter of seconds. Raises AssertionError with a sentence for each thing that is missing.
     """
     subject = Subject(model, observation_space, action_space, overrides)
     subject.agent()  # what cannot be made at all says so itself
