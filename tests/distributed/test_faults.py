@@ -29,21 +29,21 @@ def handle_of(coordinator, name):
 
 def run_and_kill(config, run_dir, kills):
     """A whole run in which, at each number of steps, the process of an actor is killed, every actor once; its summary,
-    and replay's counts at its end."""
+    and replay's counts at its end. No checkpoint is being written then, so that it is known which one is the newest."""
     coordinator = Coordinator(config, run_dir)
+    advance, left = coordinator.advance, []
 
-    def killer():
-        for (steps, _), pid in zip(kills, pids, strict=True):
-            while coordinator.run.limiter.env_steps < steps:
-                time.sleep(0.02)
-            os.kill(pid, signal.SIGKILL)
+    def advance_and_kill(stop):
+        advance(stop)
+        while left and coordinator.run.limiter.env_steps >= left[0][0] and coordinator.saving is None:
+            os.kill(left.pop(0)[1], signal.SIGKILL)
 
+    coordinator.advance = advance_and_kill
     try:
         coordinator.start(resume=False)
-        pids = [ray.get(handle_of(coordinator, name).pid.remote()) for _, name in kills]
-        thread = threading.Thread(target=killer, daemon=True)
-        thread.start()
+        left += [(steps, ray.get(handle_of(coordinator, name).pid.remote())) for steps, name in kills]
         summary = coordinator.train()
+        assert not left
         return summary, accepted(coordinator)
     finally:
         coordinator.close()

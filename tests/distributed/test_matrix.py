@@ -103,7 +103,14 @@ def test_an_actor_of_its_own_can_act_for_all(family, tmp_path):
 def test_three_shards_of_replay_are_one(family, tmp_path):
     config = matrix_config(family, 3, shards=3)
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(interval=100, compress=True))
-    summary, accepted = run(config, tmp_path)
+    coordinator = Coordinator(config, tmp_path)
+    try:
+        coordinator.start(resume=False)
+        while any(collector.node is None for collector in coordinator.collectors):
+            coordinator.take_ready(timeout=10)  # so that each of them takes part
+        summary, accepted = coordinator.train(), accepted_by(coordinator)
+    finally:
+        coordinator.close()
     check(summary, accepted, config, tmp_path)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=500))
     fewer = dataclasses.replace(longer, replay=dataclasses.replace(longer.replay, shards=1))
