@@ -1,5 +1,6 @@
 import os
 import secrets
+import sys
 
 import pytest
 import torch
@@ -14,14 +15,48 @@ def ray_token(tmp_path_factory):
     path.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     os.environ.pop("RAY_ADDRESS", None)
+    yield
+    end_cluster()
 
 
-@pytest.fixture(scope="module")
-def small_cluster(tmp_path_factory):
-    """A Ray cluster of two processors for the tests of one module."""
+@pytest.fixture(scope="session")
+def marks(tmp_path_factory):
+    """Where `tests.environments.once` leaves its marks."""
+    folder = tmp_path_factory.mktemp("marks")
+    os.environ["WORLDLOOM_TEST_MARKS"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def small_cluster(marks):
+    """A Ray cluster of two processors. It is started once, and every test finds it without marks and actors."""
     import ray
 
-    os.environ["WORLDLOOM_TEST_MARKS"] = str(tmp_path_factory.mktemp("marks"))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    for mark in marks.iterdir():
+        mark.unlink()
+    if not ray.is_initialized():
+        options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 200 * 2**20}
+        soon = {"metrics_report_interval_ms": 1000}  # in place of 10 seconds, since a test waits for one
+        ray.init(address="local", num_cpus=2, _system_config=soon, **options)
     yield
-    ray.shutdown()
+    for left in ray.util.list_named_actors(all_namespaces=True):  # by a test that failed
+        ray.kill(ray.get_actor(left["name"], left["namespace"]))
+
+
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Runs here draw nothing and write no report, which takes them seconds; other tests look at both."""
+    monkeypatch.setattr("worldloom.training.recorder.write_report", lambda *args: None)
+    monkeypatch.setattr("worldloom.training.inline.InlineTrainer._picture", lambda self: None)
+    monkeypatch.setattr("distributed.coordinator.Coordinator._picture", lambda self: None)
+
+
+@pytest.fixture
+def no_cluster():
+    """For tests that start one of their own."""
+    end_cluster()
+
+
+def end_cluster():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        sys.modules["ray"].shutdown()

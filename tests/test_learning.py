@@ -41,7 +41,7 @@ def test_tdmpc2_learns_to_copy_its_observation(tmp_path):
         ("dreamerv3_cartpole", 400),
     ],
 )
-def test_presets_learn_their_tasks(tmp_path, kind, preset, enough):
+def test_presets_learn_their_tasks(no_cluster, tmp_path, kind, preset, enough):
     parser = run_parser("test", "")
     config = run_config(parser, parser.parse_args(["--config", f"configs/{preset}.yaml"]))
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, kind=kind))

@@ -19,7 +19,7 @@ from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig,
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
 
 
 @pytest.fixture
@@ -103,11 +103,10 @@ def test_all_env_actors_may_die_at_once(coordinator, tmp_path):
 
 @pytest.mark.parametrize("where", ["actor", pytest.param("learner", marks=pytest.mark.slow)])
 def test_an_acting_server_that_dies_loses_no_step(where, tmp_path):
-    steps = TrainConfig(total_steps=1200, learning_starts=100, train_ratio=12)
     runtime = RuntimeConfig(
         env_actors=2, chunk_steps=8, publish_interval=5, learner_threads=1, acting="server", acting_server=where
     )
-    config = slow_config(runtime=runtime, train=steps)
+    config = slow_config(runtime=runtime)
     victim = "server" if where == "actor" else "learner"
     summary, counts = run_and_kill(config, tmp_path, [(500, victim)])
     check(summary, counts, tmp_path, config)
@@ -193,18 +192,18 @@ def test_a_death_while_a_checkpoint_is_written_leaves_a_whole_one(victim, coordi
 
 
 def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordinator, tmp_path):
-    made = coordinator(slow_config(checkpoint=CheckpointConfig(interval=200)))
+    made = coordinator(slow_config(600, checkpoint=CheckpointConfig(interval=100)))
     rows, aside = tmp_path / "checkpoints" / "rows", tmp_path / "aside"
     begin, found = made.begin_saving, {}
 
     def begin_on_a_bad_disk():
         step = made.run.limiter.env_steps
-        if 400 <= step < 800 and not rows.is_symlink():
+        if 200 <= step < 400 and not rows.is_symlink():
             made._finish_saving()
             found["before"] = verify(tmp_path)
             rows.rename(aside)
             rows.symlink_to("/proc")  # nobody can make files there
-        elif step >= 800 and rows.is_symlink():
+        elif step >= 400 and rows.is_symlink():
             made._finish_saving()
             rows.unlink()
             aside.rename(rows)
@@ -217,7 +216,7 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
     assert found["before"] == []
     name, broken = found["after"]
     assert broken == []
-    assert 200 <= int(name.removeprefix("step-")) < 400
+    assert 100 <= int(name.removeprefix("step-")) < 200
     assert summary["env_steps_discarded"] == summary["updates_lost"] == 0
 
 
@@ -270,9 +269,9 @@ def test_what_is_too_big_for_the_object_store_is_refused(tmp_path):
 def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
     """In process: whatever the last thing that was done, the checkpoint before loads, and the next one is whole."""
     config = dataclasses.replace(
-        slow_config(train=TrainConfig(total_steps=400, learning_starts=100, train_ratio=12)),
+        slow_config(120),
         runtime=RuntimeConfig(kind="inline"),
-        checkpoint=CheckpointConfig(interval=100),
+        checkpoint=CheckpointConfig(interval=20),
     )
 
     class Died(BaseException):
@@ -283,7 +282,7 @@ def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
 
     InlineTrainer(config, tmp_path / "run").train()
     whole = newest_checkpoint(tmp_path / "run").name
-    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=600))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=160))
     for name in (
         "worldloom.runs.inline.begin_checkpoint",
         "worldloom.runs.inline.write_agent",
@@ -301,5 +300,5 @@ def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
         assert newest_checkpoint(tmp_path / "run").name == whole, name
         assert verify(tmp_path / "run") == [], name
     summary = InlineTrainer(longer, tmp_path / "run", resume=True).train()
-    assert summary["env_steps"] >= 600
+    assert summary["env_steps"] >= 160
     assert verify(tmp_path / "run") == []

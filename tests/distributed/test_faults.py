@@ -20,7 +20,7 @@ from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
 
 
 def handle_of(coordinator, name):
@@ -49,8 +49,8 @@ def run_and_kill(config, run_dir, kills):
         coordinator.close()
 
 
-def slow_config(**sections):
-    steps = TrainConfig(total_steps=1200, learning_starts=100, train_ratio=12)
+def slow_config(total_steps=700, **sections):
+    steps = TrainConfig(total_steps=total_steps, learning_starts=100, train_ratio=12)
     return ray_config("SlowCounting", **{"train": steps, "checkpoint": CheckpointConfig(interval=300), **sections})
 
 
@@ -121,7 +121,7 @@ def test_dreamerv3_recovers_with_its_latents(tmp_path):
 
 @pytest.mark.slow
 def test_a_learner_that_dies_again_and_again_ends_the_run(tmp_path):
-    coordinator = Coordinator(slow_config(checkpoint=CheckpointConfig(interval=0)), tmp_path)
+    coordinator = Coordinator(slow_config(1200, checkpoint=CheckpointConfig(interval=0)), tmp_path)
     stopped = threading.Event()
 
     def killer():

@@ -21,7 +21,7 @@ STORE = 100 * 2**20
 
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
+def cluster(no_cluster, tmp_path, monkeypatch):
     """A head that runs nothing but the driver, and three nodes of two processors."""
     monkeypatch.setenv("WORLDLOOM_TEST_MARKS", str(tmp_path))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})

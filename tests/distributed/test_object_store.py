@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STORE = 80 * 2**20  # about the least that Ray takes
 
 
-def test_a_store_that_overflows_slows_the_run_and_says_so(tmp_path, capsys):
+def test_a_store_that_overflows_slows_the_run_and_says_so(no_cluster, tmp_path, capsys):
     config = dreamer_config(
         "Screen",
         agent={**TINY_DREAMER, "batch_size": 40, "batch_length": 64},  # a batch of 32 MB, and three are under way
