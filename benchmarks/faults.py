@@ -58,9 +58,9 @@ class Drill:
         while c.run.limiter.env_steps < 1_200:  # learning, and two checkpoints written
             time.sleep(0.05)
         for _ in range(self._rounds):
-            self._kill("env actor", c.collectors[1].handle, self._new_env_actor_delivers(1))
-            self._kill("learner", c.learner, self._grows(lambda: c.run.limiter.updates))
-            self._kill("replay", c.replay.handles[0], self._grows(lambda: c.run.limiter.env_steps))
+            self._kill("env actor", c.parts.collecting.collectors[1].handle, self._new_env_actor_delivers(1))
+            self._kill("learner", c.parts.learning.learner, self._grows(lambda: c.run.limiter.updates))
+            self._kill("replay", c.parts.replay.handles[0], self._grows(lambda: c.run.limiter.env_steps))
         self.done.set()
 
     def _kill(self, name: str, handle: object, recovered: Callable[[], bool]) -> None:
@@ -76,10 +76,10 @@ class Drill:
             time.sleep(0.05)
 
     def _new_env_actor_delivers(self, index: int) -> Callable[[], bool]:
-        old = self._coordinator.collectors[index].incarnation
+        old = self._coordinator.parts.collecting.collectors[index].incarnation
 
         def delivered() -> bool:
-            collector = self._coordinator.collectors[index]
+            collector = self._coordinator.parts.collecting.collectors[index]
             return collector.incarnation != old and collector.restarts == 0
 
         return delivered

@@ -31,17 +31,18 @@ class Readings:
 
     def __init__(self, coordinator: Coordinator, begin: int, every: int) -> None:
         self._run, self._next, self._every = coordinator.run, begin, every
-        actors: dict[str, Any] = {"learner": coordinator.learner, "replay/0": coordinator.replay.handles[0]}
-        actors |= {f"env/{c.index:03d}": c.handle for c in coordinator.collectors}
+        parts = coordinator.parts
+        actors: dict[str, Any] = {"learner": parts.learning.learner, "replay/0": parts.replay.handles[0]}
+        actors |= {collector.name: collector.handle for collector in parts.collecting.collectors}
         self._pids = {"coordinator": os.getpid(), **{n: ray.get(a.pid.remote()) for n, a in actors.items()}}
         self.values: dict[str, list[float]] = {name: [] for name in self._pids}
-        advance = coordinator.advance
+        advance = coordinator.pace.advance
 
         def advanced(stop: Any) -> None:
             advance(stop)
             self._read()
 
-        coordinator.advance = advanced  # type: ignore[method-assign]
+        coordinator.pace.advance = advanced  # type: ignore[method-assign]
 
     def _read(self) -> None:
         if self._run.limiter.env_steps >= self._next:

@@ -25,7 +25,7 @@ import numpy as np
 import ray
 import torch
 
-from distributed.actors import ReplayActor
+from distributed.actors.replay import ReplayActor
 from distributed.cluster import OBJECT_STORE_BYTES
 from distributed.coordinator import Coordinator
 from distributed.launcher import Launcher
@@ -81,7 +81,7 @@ class RaySide:
     def __init__(self, config: RunConfig, chunks: list[Any], run_dir: Path) -> None:
         self._coordinator = Coordinator(config, run_dir)
         self._coordinator.start(resume=False)
-        replay = self._coordinator.replay
+        replay = self._coordinator.parts.replay
         for chunk in chunks:
             replay.take_acceptance(replay.insert(chunk, 0), 0)
         self._limiter = self._coordinator.run.limiter
@@ -94,8 +94,8 @@ class RaySide:
         busy = self._coordinator.run.recorder.busy_seconds
         begun = time.perf_counter()
         while self._limiter.updates_due():
-            self._coordinator.dispatch_updates()
-            self._coordinator.take_ready(timeout=1.0)
+            self._coordinator.parts.learning.dispatch()
+            self._coordinator.parts.take_ready(timeout=1.0)
         seconds = time.perf_counter() - begun
         return updates / seconds, (self._coordinator.run.recorder.busy_seconds - busy) / seconds
 
@@ -175,9 +175,9 @@ def actors(options: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as run_dir:
                 coordinator = Coordinator(config, Path(run_dir))
                 coordinator.start(resume=False)
-                limiter = coordinator.run.limiter
-                step = lambda: coordinator.advance(NEVER)  # noqa: E731, B023
-                _for(step, until=lambda: all(c.node for c in coordinator.collectors) and limiter.env_steps > 2000)  # noqa: B023
+                limiter, collectors = coordinator.run.limiter, coordinator.parts.collecting.collectors
+                step = lambda: coordinator.pace.advance(NEVER)  # noqa: E731, B023
+                _for(step, until=lambda: all(c.node for c in collectors) and limiter.env_steps > 2000)  # noqa: B023
                 begun, before = time.perf_counter(), limiter.env_steps
                 _for(step, seconds=6.0)
                 found.append((limiter.env_steps - before) / (time.perf_counter() - begun))

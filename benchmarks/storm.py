@@ -60,11 +60,12 @@ class Storm:
     def _run(self) -> None:
         ends = time.monotonic() + self._seconds
         while not self._over.wait(self._every) and time.monotonic() < ends:
-            c = self._coordinator
-            victims = {"learner": c.learner, **{c.replay.name(n): handle for n, handle in enumerate(c.replay.handles)}}
-            victims |= {f"env/{collector.index:03d}": collector.handle for collector in c.collectors}
-            if c.server is not None and c.server is not c.learner:
-                victims["acting server"] = c.server
+            parts = self._coordinator.parts
+            victims = {"learner": parts.learning.learner}
+            victims |= {parts.replay.name(shard): handle for shard, handle in enumerate(parts.replay.handles)}
+            victims |= {collector.name: collector.handle for collector in parts.collecting.collectors}
+            if parts.state.own_server:
+                victims["acting server"] = parts.state.server
             name = self._random.choice(sorted(victims))
             if (pid := self._pid(victims[name])) is not None:
                 with contextlib.suppress(ProcessLookupError):

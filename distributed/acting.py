@@ -1,8 +1,7 @@
-"""Acting by a server: what an env actor has in place of an agent, and an actor of its own for the server."""
+"""Acting through a server: what an env actor has in place of an agent, and how the server is built and batches."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,39 +15,46 @@ from distributed.launcher import DEATHS
 from worldloom.acting.rollout import Acted, ActingLost
 from worldloom.acting.server import ActingServer, Client
 from worldloom.families import agent_from_description
-from worldloom.runs.build import AgentSpec, choose_device, configure_agent
+from worldloom.runs.build import configure_agent
 from worldloom.runs.config import RunConfig, TrainConfig
-from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray, Weights
+from worldloom.types import ActState, Agent, Array, ColumnSpec, ObsArray
 
-LANES = 2  # halves of an actor's environments: one steps while the other waits for its actions
+LANES = 2  # parts of an actor's environments: one steps while the other waits for its actions
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How a server batches."""
+class Batching:
+    """How an acting server batches."""
 
-    rows: int  # environments that wait when a batch closes
-    deadline: float  # seconds
+    rows: int  # waiting environments that close a batch
+    deadline: float  # seconds after which a batch closes anyway
     clients: int  # that may wait at once
 
 
-def serving(config: RunConfig) -> Serving:
+def batching(config: RunConfig) -> Batching:
     """A batch closes with one lane of every env actor: by then the other lanes are stepping."""
     actors, envs = max(config.runtime.env_actors, 1), config.env.num_envs
-    return Serving(actors * -(-envs // LANES), config.runtime.acting_deadline, LANES * actors + 2)
+    return Batching(actors * -(-envs // LANES), config.runtime.acting_deadline, LANES * actors + 2)
 
 
 def lane_sizes(num_envs: int, served: bool) -> list[int]:
-    """Environments of each lane."""
+    """Number of environments in each lane."""
     lanes = min(LANES, num_envs) if served else 1
     return [len(part) for part in np.array_split(np.arange(num_envs), lanes)]
 
 
-def acts_on_server(config: RunConfig, spec: AgentSpec) -> bool:
-    """What runtime.acting comes to."""
-    if config.runtime.acting != "auto":
-        return config.runtime.acting == "server"
-    return spec.plans and spec.device.startswith("cuda") and not config.runtime.sync
+def make_server(
+    description: dict[str, Any], device: str, seed: int, batching: Batching, threads: int, train: TrainConfig
+) -> ActingServer:
+    """Build an acting server for the agent that `description` names."""
+
+    def make_agent() -> Agent:
+        agent = agent_from_description(description, device, seed)
+        if torch.device(device).type == "cuda":
+            configure_agent(agent, train, device)
+        return agent
+
+    return ActingServer(make_agent, batching.rows, batching.deadline, threads)
 
 
 class RemoteActing:
@@ -60,10 +66,10 @@ class RemoteActing:
         self._unanswered = False
 
     def start(self, seed: int) -> None:
-        """Nothing: the server draws, and starts a client that it does not know anew."""
+        """Do nothing: the server draws, and resets the state of a client that it does not know."""
 
     def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
-        if self._unanswered:  # the server may have acted on it: it starts this client anew
+        if self._unanswered:  # the server may have acted on it: a new session resets this client's state there
             self._client = self._client._replace(session=self._client.session + 1)
         self._unanswered = True
         if self.server is None:
@@ -77,20 +83,8 @@ class RemoteActing:
         return acted
 
 
-def answer(reference: Any, timeout: float) -> Any:
-    """What the server said. Raises ActingLost if it died or is silent, or what its agent raised."""
-    try:
-        return ray.get(reference, timeout=timeout)
-    except GetTimeoutError as error:
-        raise ActingLost(f"the acting server gave no answer for {timeout:g} s.") from error
-    except DEATHS as error:
-        raise ActingLost(f"the acting server died ({type(error).__name__}).") from error
-    except RayTaskError as error:
-        raise error.cause from error
-
-
-class RemoteJudge:
-    """What an evaluation has in place of an agent: `server` acts, with the weights that the evaluation began with."""
+class RemoteEvaluationAgent:
+    """Acts in an evaluation through `server`, with the weights that the evaluation began with."""
 
     def __init__(self, server: Any, timeout: float) -> None:
         self._server, self._timeout = server, timeout
@@ -106,46 +100,13 @@ class RemoteJudge:
         return answer(reference, self._timeout), act_state or {}
 
 
-def make_server(
-    description: dict[str, Any], device: str, seed: int, serving: Serving, threads: int, train: TrainConfig
-) -> ActingServer:
-    def make_agent() -> Agent:
-        agent = agent_from_description(description, device, seed)
-        if torch.device(device).type == "cuda":
-            configure_agent(agent, train, device)
-        return agent
-
-    return ActingServer(make_agent, serving.rows, serving.deadline, threads)
-
-
-class InferenceActor:
-    """Holds an ActingServer and nothing else."""
-
-    def open(self, config: RunConfig, spec: AgentSpec, serving: Serving, incarnation: int) -> None:
-        device = choose_device(config.train.device)
-        self._server = make_server(spec.description, device, config.train.seed + incarnation, serving, 1, config.train)
-
-    def __repr__(self) -> str:
-        return "inference"
-
-    def load(self, weights: Weights) -> None:
-        self._server.load(weights)
-
-    @ray.method(concurrency_group="acting")
-    def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
-        return self._server.act(client, obs, is_first)
-
-    @ray.method(concurrency_group="acting")
-    def begin_evaluation(self, weights: Weights, seed: int) -> int:
-        return self._server.begin_evaluation(weights, seed)
-
-    @ray.method(concurrency_group="acting")
-    def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
-        return self._server.act_in_evaluation(obs, is_first)
-
-    @ray.method(concurrency_group="acting")
-    def serving_gauges(self) -> dict[str, float]:
-        return self._server.gauges()
-
-    def pid(self) -> int:
-        return os.getpid()
+def answer(reference: Any, timeout: float) -> Any:
+    """Return the server's answer. Raises ActingLost if it died or is silent, or what its agent raised."""
+    try:
+        return ray.get(reference, timeout=timeout)
+    except GetTimeoutError as error:
+        raise ActingLost(f"the acting server gave no answer for {timeout:g} s.") from error
+    except DEATHS as error:
+        raise ActingLost(f"the acting server died ({type(error).__name__}).") from error
+    except RayTaskError as error:
+        raise error.cause from error

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
+from distributed.ray_internals import free_cpus_by_node
 from worldloom.runs.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def share(config: RunConfig) -> Shares:
     own_server = config.runtime.acting_server == "actor" and config.runtime.acting != "local"
     processes = 1 + config.runtime.env_actors + int(own_server)
     deadline = time.monotonic() + FREE_CPU_SECONDS
-    while (cpus := cpus_for(processes, _free_by_node())) <= 0:
+    while (cpus := cpus_for(processes, free_cpus_by_node())) <= 0:
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"the cluster had no free CPU for {FREE_CPU_SECONDS:.0f} s, but {processes} processes need some. "
@@ -122,12 +123,6 @@ def cpus_for(processes: int, free: Sequence[float]) -> float:
         if sum(math.floor(100 * cpus / hundredths + 1e-6) for cpus in free) >= processes:
             return hundredths / 100
     return 0.0
-
-
-def _free_by_node() -> list[float]:
-    from ray._private.state import available_resources_per_node
-
-    return [float(free.get("CPU", 0.0)) for free in available_resources_per_node().values()]
 
 
 def check_object_store(node: str, batch_bytes: int, batches: int) -> None:

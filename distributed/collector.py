@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
+
+from distributed.state import State
 
 EVALUATION = "evaluation"
 
@@ -15,10 +18,10 @@ class Collector:
     index: int
     incarnation: int
     handle: Any
-    coming: Any  # reference to the id of its node, ready once it is up
+    coming: Any  # reference to the id of its node, ready once the actor is up
     node: str | None = None  # once it is up
     version: int = -1  # of the weights that it holds
-    task: Any = None  # reference to the info of the collect, or to the evaluation, that is under way
+    task: Any = None  # reference to the info of the current collect, or to the current evaluation
     chunk: Any = None  # reference to the chunk, or EVALUATION
     requested: int = 0  # environment steps
     since: float = 0.0
@@ -26,11 +29,45 @@ class Collector:
     leaving: bool = False  # its node is about to go: it is moved once its chunk is here
 
     @property
+    def name(self) -> str:
+        return f"env/{self.index:03d}"
+
+    @property
     def idle(self) -> bool:
-        """Up, with nothing to do, and to stay."""
+        """Whether it is up, has nothing to do, and is to stay."""
         return self.task is None and self.node is not None and not self.leaving
 
     @property
     def evaluating(self) -> bool:
-        """Whether what is under way is an evaluation."""
         return self.task is not None and self.chunk is EVALUATION
+
+    @property
+    def collecting(self) -> bool:
+        return self.task is not None and self.chunk is not EVALUATION
+
+    def collect(self, state: State, steps: int) -> None:
+        """Ask for a chunk of so many vector steps, with the newest weights."""
+        fresh = state.server is not None or self.version == state.version
+        collect = self.handle.collect.options(num_returns=2, name=f"{self.name}.collect")
+        weights = None if fresh else state.weights
+        self.chunk, self.task = collect.remote(steps, state.run.random_actions, weights, state.server)
+        if state.server is None:
+            self.version = state.version
+        self.requested = steps * state.config.env.num_envs
+        self.since = time.monotonic()
+
+    def evaluate(self, state: State, start: Any) -> None:
+        """Ask for an evaluation; see `EnvActor.evaluate` for `start`, of which this is a reference."""
+        self.task = self.handle.evaluate.remote(start, state.server)
+        self.chunk, self.since = EVALUATION, time.monotonic()
+        if state.server is None:
+            self.version = state.version
+
+    def go_on_evaluating(self) -> None:
+        self.task, self.since = self.handle.evaluate.remote(None), time.monotonic()
+
+    def drop_task(self) -> int:
+        """Forget what it is doing; return the environment steps that were asked for."""
+        requested, self.requested = self.requested, 0
+        self.task = self.chunk = None
+        return requested

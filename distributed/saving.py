@@ -9,13 +9,15 @@ from typing import Any
 
 import ray
 
-from distributed.launcher import result_of
+from distributed.launcher import ActorLost, result_of
+from distributed.learning import Learning
 from distributed.shards import Shards
+from distributed.state import State
 from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint, drop_partial
 
 
 class Saving:
-    """A checkpoint under way. Learner and replay copy what they hold after all that they were sent before, then go on.
+    """A checkpoint that is being written. Learner and replay copy what they hold, then go on.
 
     beside: replay copies its new rows first and writes them while the run goes on; else it waits until they are
     written, which takes no second copy of them. Raises OSError.
@@ -39,18 +41,20 @@ class Saving:
         return not self._open
 
     def wait(self) -> None:
-        """Until `commit` can be called."""
+        """Wait until `commit` can be called."""
         if self._open:
             ray.wait(self._open, num_returns=len(self._open))
 
     @property
     def seconds(self) -> float:
-        """Since it was begun."""
+        """Time since it was begun."""
         return time.monotonic() - self._begun
 
     def commit(self, keep: int) -> float:
-        """Make it valid; returns the seconds that learning stood still. Raises OSError, ActorLost, or what the learner
-        raised: then it leaves nothing behind."""
+        """Make it valid; return the seconds for which learning stood still.
+
+        Raises OSError, ActorLost, or what the learner raised: then it leaves nothing behind.
+        """
         try:
             paused: float = result_of(self._learner, "learner")
             rows = [result_of(names, "replay") for names in self._shards]
@@ -59,3 +63,59 @@ class Saving:
         except BaseException:
             drop_partial(self._run_dir)
             raise
+
+
+class Checkpoints:
+    """Writes the run's checkpoints, one at a time."""
+
+    def __init__(self, state: State, learning: Learning, replay: Shards) -> None:
+        self._state, self._learning, self._replay = state, learning, replay
+        self.saving: Saving | None = None
+        self.committed = 0  # checkpoints of this process
+
+    def begin(self) -> None:
+        """Begin a checkpoint that is written while the run goes on; nothing else may be under way."""
+        self.finish()
+        self._begin(beside=True)
+
+    def save(self) -> None:
+        """Write a checkpoint and wait for it; nothing else may be under way."""
+        self.finish()
+        self._begin(beside=False)
+        self.finish()
+
+    def _begin(self, beside: bool) -> None:
+        run = self._state.run
+        manifest = {**run.manifest(self._state.incarnation), "replay": self._replay.state_dict()}
+        with run.saving():
+            self.saving = Saving(run.dir.resolve(), manifest, self._learning.learner, self._replay, beside)
+
+    def pending(self) -> list[Any]:
+        return self.saving.pending() if self.saving else []
+
+    def take(self, ready: Sequence[Any]) -> None:
+        """Commit the checkpoint if it is written."""
+        if self.saving and self.saving.done(ready):
+            self._commit()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        if self.saving:
+            self.saving.wait()
+            self._commit()
+
+    def settle(self) -> None:
+        """After a death: complete the checkpoint that was being written if all of it is there, else drop it."""
+        try:
+            self.finish()
+        except ActorLost:
+            self._state.run.recorder.say("the checkpoint that was being written is lost with it")
+
+    def _commit(self) -> None:
+        assert self.saving is not None
+        saving, self.saving = self.saving, None
+        with self._state.run.saving():
+            paused = saving.commit(self._state.config.checkpoint.keep)
+            gauges = {"checkpoint/paused_seconds": paused, "checkpoint/seconds": saving.seconds}
+            self._state.run.recorder.gauges(gauges)
+            self.committed += 1

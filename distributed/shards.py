@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distributed.actors import ReplayActor
+from distributed.actors.replay import ReplayActor
 from distributed.launcher import ActorLost, Launcher, alive, result_of
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import AgentSpec, EnvSpec

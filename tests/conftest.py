@@ -48,7 +48,7 @@ def no_pages(monkeypatch):
     """Runs here draw nothing and write no report, which takes them seconds; other tests look at both."""
     monkeypatch.setattr("worldloom.report.metrics.write_report", lambda *args: None)
     monkeypatch.setattr("worldloom.runs.inline.InlineTrainer._picture", lambda self: None)
-    monkeypatch.setattr("distributed.coordinator.Coordinator._picture", lambda self: None)
+    monkeypatch.setattr("distributed.learning.Learning.draw_picture", lambda self: None)
 
 
 @pytest.fixture

@@ -53,17 +53,17 @@ def finish(made, run_dir):
 
 def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):
     made = coordinator(slow_config())
-    collector = made.collectors[0]
+    collector = made.parts.collecting.collectors[0]
     while not collector.idle:
-        made.take_ready(timeout=10)
-    made.collect(collector, made.steps_to_collect())
+        made.parts.take_ready(timeout=10)
+    collector.collect(made.parts.state, made.parts.collecting.steps_to_collect())
     ray.wait([collector.task])  # it is there, and not taken in yet
     kill(collector.handle)
-    made.take_ready(timeout=10)
-    info = next(iter(made.inserts.values()))
+    made.parts.take_ready(timeout=10)
+    info = next(iter(made.parts.inserting.under_way.values()))
     assert info.key == (0, 0, 0)
-    while made.inserts:
-        made.take_ready(timeout=10)
+    while made.parts.inserting.under_way:
+        made.parts.take_ready(timeout=10)
     assert made.run.limiter.env_steps == info.steps > 0
     summary = finish(made, tmp_path)
     assert summary["actor_restarts"] == 1
@@ -73,13 +73,13 @@ def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator,
 @pytest.mark.slow
 def test_a_chunk_that_comes_twice_counts_once(coordinator, tmp_path):
     made = coordinator(ray_config(actors=2))
-    insert = made.replay.insert
+    insert = made.parts.replay.insert
 
     def insert_again(chunk, actor):
         insert(chunk, actor)  # as if its acknowledgement had been lost
         return insert(chunk, actor)
 
-    made.replay.insert = insert_again
+    made.parts.replay.insert = insert_again
     summary = made.train()
     counts = accepted(made)
     assert counts.duplicates == counts.chunks > 10
@@ -92,8 +92,8 @@ def test_a_chunk_that_comes_twice_counts_once(coordinator, tmp_path):
 def test_all_env_actors_may_die_at_once(coordinator, tmp_path):
     made = coordinator(slow_config(runtime=RuntimeConfig(env_actors=2, chunk_steps=8, learner_threads=1)))
     while made.run.limiter.updates < 50:
-        made.advance(None)
-    for collector in made.collectors:
+        made.pace.advance(None)
+    for collector in made.parts.collecting.collectors:
         kill(collector.handle)
     summary = finish(made, tmp_path)
     assert summary["actor_restarts"] == 2
@@ -120,16 +120,16 @@ def test_an_acting_server_that_dies_loses_no_step(where, tmp_path):
 def test_an_acting_server_that_dies_in_an_evaluation_plays_it_again(where, coordinator, tmp_path):
     runtime = RuntimeConfig(env_actors=1, chunk_steps=8, learner_threads=1, acting="server", acting_server=where)
     made = coordinator(slow_config(runtime=runtime))
-    begin, killed = made._begin_evaluation, []
+    begin, killed = made.parts.evaluating.set_aside, []
 
     def begin_and_kill():
         reference = begin()
         if not killed:
-            killed.append(made.server)
-            kill(made.server)
+            killed.append(made.parts.state.server)
+            kill(made.parts.state.server)
         return reference
 
-    made._begin_evaluation = begin_and_kill
+    made.parts.evaluating.set_aside = begin_and_kill
     summary = finish(made, tmp_path)
     assert killed
     assert summary["actor_restarts"] == 1  # of the server; the env actor lives on
@@ -139,24 +139,24 @@ def test_an_acting_server_that_dies_in_an_evaluation_plays_it_again(where, coord
 @pytest.mark.slow
 def test_a_shard_that_dies_while_it_is_restored_is_counted_once(coordinator, tmp_path):
     made = coordinator(slow_config(replay=ReplayConfig(capacity=2000, shards=2), **two_actors()))
-    restart, struck = made.replay.restart, []
+    restart, struck = made.parts.replay.restart, []
 
     def restart_and_die(shard, node, checkpoint):
         if len(struck) < 2:
             struck.append(shard)
-            kill(made.replay.handles[1 - shard])  # so that the next one fails half-way
+            kill(made.parts.replay.handles[1 - shard])  # so that the next one fails half-way
         return restart(shard, node, checkpoint)
 
-    made.replay.restart = restart_and_die
-    begin = made.begin_saving
+    made.parts.replay.restart = restart_and_die
+    begin = made.parts.begin_checkpoint
 
     def begin_then_kill():
         begin()
         if made.run.limiter.env_steps >= 600 and not struck:
-            made._finish_saving()
-            kill(made.replay.handles[0])
+            made.parts.checkpoints.finish()
+            kill(made.parts.replay.handles[0])
 
-    made.begin_saving = begin_then_kill
+    made.parts.begin_checkpoint = begin_then_kill
     summary = finish(made, tmp_path)
     assert struck
     assert 0 <= summary["env_steps_discarded"] < 900
@@ -170,21 +170,21 @@ def two_actors():
 @pytest.mark.parametrize("victim", ["learner", "replay"])
 def test_a_death_while_a_checkpoint_is_written_leaves_a_whole_one(victim, coordinator, tmp_path):
     made = coordinator(slow_config())
-    begin, killed = made.begin_saving, []
+    begin, killed = made.parts.begin_checkpoint, []
 
     def begin_and_kill():
         begin()
         if not killed and made.run.limiter.env_steps >= 600:
-            handle = made.learner if victim == "learner" else made.replay.handles[0]
+            handle = made.parts.learning.learner if victim == "learner" else made.parts.replay.handles[0]
             killed.append(made.run.limiter.env_steps)
             os.kill(pids[victim], signal.SIGKILL)
             assert handle is not None
 
     pids = {
-        "learner": ray.get(made.learner.pid.remote()),
-        "replay": ray.get(made.replay.handles[0].pid.remote()),
+        "learner": ray.get(made.parts.learning.learner.pid.remote()),
+        "replay": ray.get(made.parts.replay.handles[0].pid.remote()),
     }
-    made.begin_saving = begin_and_kill
+    made.parts.begin_checkpoint = begin_and_kill
     summary = finish(made, tmp_path)
     assert killed
     assert summary["actor_restarts"] == 1
@@ -194,23 +194,23 @@ def test_a_death_while_a_checkpoint_is_written_leaves_a_whole_one(victim, coordi
 def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordinator, tmp_path):
     made = coordinator(slow_config(600, checkpoint=CheckpointConfig(interval=100)))
     rows, aside = tmp_path / "checkpoints" / "rows", tmp_path / "aside"
-    begin, found = made.begin_saving, {}
+    begin, found = made.parts.begin_checkpoint, {}
 
     def begin_on_a_bad_disk():
         step = made.run.limiter.env_steps
         if 200 <= step < 400 and not rows.is_symlink():
-            made._finish_saving()
+            made.parts.checkpoints.finish()
             found["before"] = verify(tmp_path)
             rows.rename(aside)
             rows.symlink_to("/proc")  # nobody can make files there
         elif step >= 400 and rows.is_symlink():
-            made._finish_saving()
+            made.parts.checkpoints.finish()
             rows.unlink()
             aside.rename(rows)
             found["after"] = newest_checkpoint(tmp_path).name, verify(tmp_path)
         begin()
 
-    made.begin_saving = begin_on_a_bad_disk
+    made.parts.begin_checkpoint = begin_on_a_bad_disk
     summary = finish(made, tmp_path)
     assert summary["checkpoints_failed"] == 2
     assert found["before"] == []
@@ -237,8 +237,8 @@ def test_a_slow_actor_holds_nobody_up(coordinator, tmp_path):
     )
     runtime = dataclasses.replace(config.runtime, chunk_steps=64, chunk_seconds=0.3)
     made = coordinator(dataclasses.replace(config, runtime=runtime))
-    insert, infos = made._insert, []
-    made._insert = lambda chunk, info: (infos.append(info), insert(chunk, info))
+    insert, infos = made.parts.inserting.begin, []
+    made.parts.inserting.begin = lambda chunk, info: (infos.append(info), insert(chunk, info))
     summary = made.train()
     assert summary["status"] == "completed"
     by_actor = [[info for info in infos if info.key.actor == actor] for actor in (0, 1)]

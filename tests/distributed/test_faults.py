@@ -24,21 +24,22 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures
 
 
 def handle_of(coordinator, name):
-    return coordinator.replay.handles[0] if name == "replay" else getattr(coordinator, name)
+    parts = coordinator.parts
+    return {"learner": parts.learning.learner, "replay": parts.replay.handles[0], "server": parts.state.server}[name]
 
 
 def run_and_kill(config, run_dir, kills):
     """A whole run in which, at each number of steps, the process of an actor is killed, every actor once; its summary,
     and replay's counts at its end. No checkpoint is being written then, so that it is known which one is the newest."""
     coordinator = Coordinator(config, run_dir)
-    advance, left = coordinator.advance, []
+    advance, left = coordinator.pace.advance, []
 
     def advance_and_kill(stop):
         advance(stop)
-        while left and coordinator.run.limiter.env_steps >= left[0][0] and coordinator.saving is None:
+        while left and coordinator.run.limiter.env_steps >= left[0][0] and coordinator.parts.checkpoints.saving is None:
             os.kill(left.pop(0)[1], signal.SIGKILL)
 
-    coordinator.advance = advance_and_kill
+    coordinator.pace.advance = advance_and_kill
     try:
         coordinator.start(resume=False)
         left += [(steps, ray.get(handle_of(coordinator, name).pid.remote())) for steps, name in kills]
@@ -127,7 +128,7 @@ def test_a_learner_that_dies_again_and_again_ends_the_run(tmp_path):
     def killer():
         while not stopped.is_set():
             try:
-                os.kill(ray.get(coordinator.learner.pid.remote(), timeout=60), signal.SIGKILL)
+                os.kill(ray.get(coordinator.parts.learning.learner.pid.remote(), timeout=60), signal.SIGKILL)
             except Exception:
                 time.sleep(0.05)
 

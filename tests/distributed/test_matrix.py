@@ -106,8 +106,8 @@ def test_three_shards_of_replay_are_one(family, tmp_path):
     coordinator = Coordinator(config, tmp_path)
     try:
         coordinator.start(resume=False)
-        while any(collector.node is None for collector in coordinator.collectors):
-            coordinator.take_ready(timeout=10)  # so that each of them takes part
+        while any(collector.node is None for collector in coordinator.parts.collecting.collectors):
+            coordinator.parts.take_ready(timeout=10)  # so that each of them takes part
         summary, accepted = coordinator.train(), accepted_by(coordinator)
     finally:
         coordinator.close()
@@ -126,7 +126,7 @@ def test_three_shards_of_replay_are_one(family, tmp_path):
         coordinator.start(resume=True)
         assert coordinator.run.limiter.state_dict() == manifest["limiter"]
         assert accepted_by(coordinator) == accepted
-        assert coordinator.replay.state_dict() == manifest["replay"]
+        assert coordinator.parts.replay.state_dict() == manifest["replay"]
         summary = coordinator.train()
         after = accepted_by(coordinator)
     finally:

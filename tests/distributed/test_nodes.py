@@ -73,13 +73,16 @@ def node_of(cluster, node_id):
 
 def test_a_node_that_goes_costs_its_env_actors_only(cluster, coordinator, tmp_path):
     made = coordinator(actors=4)
-    arrivals, insert = [], made._insert
-    made._insert = lambda chunk, info: (arrivals.append((time.monotonic(), info.key)), insert(chunk, info))
+    arrivals, insert = [], made.parts.inserting.begin
+    made.parts.inserting.begin = lambda chunk, info: (
+        arrivals.append((time.monotonic(), info.key)),
+        insert(chunk, info),
+    )
     gone = {}
 
     def remove():
-        node = next(c.node for c in made.collectors if c.node not in (None, made.learner_node))
-        gone["actors"] = [c.index for c in made.collectors if c.node == node]
+        node = next(c.node for c in made.parts.collecting.collectors if c.node not in (None, made.parts.learning.node))
+        gone["actors"] = [c.index for c in made.parts.collecting.collectors if c.node == node]
         gone["at"] = time.monotonic()
         cluster.remove_node(node_of(cluster, node), allow_graceful=False)
 
@@ -98,7 +101,7 @@ def test_the_learners_node_may_go_with_replay(cluster, coordinator, tmp_path):
     made = coordinator(actors=2)
 
     def remove():
-        cluster.remove_node(node_of(cluster, made.learner_node), allow_graceful=False)
+        cluster.remove_node(node_of(cluster, made.parts.learning.node), allow_graceful=False)
 
     summary = run(made, 1000, remove)
     check(summary, accepted(made), tmp_path, made.config)
@@ -113,7 +116,7 @@ def test_a_drained_node_hands_over_what_it_has(cluster, coordinator, tmp_path):
     drained = {}
 
     def drain():
-        node = next(c.node for c in made.collectors if c.node not in (None, made.learner_node))
+        node = next(c.node for c in made.parts.collecting.collectors if c.node not in (None, made.parts.learning.node))
         drained["node"] = node
         ray_command = Path(sys.executable).parent / "ray"
         words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "drill"]
@@ -126,6 +129,6 @@ def test_a_drained_node_hands_over_what_it_has(cluster, coordinator, tmp_path):
     summary = run(made, 500, drain)
     check(summary, accepted(made), tmp_path, made.config)
     assert drained
-    assert all(c.node != drained["node"] for c in made.collectors)
+    assert all(c.node != drained["node"] for c in made.parts.collecting.collectors)
     assert summary["env_steps_discarded"] == 0
     assert summary["actor_restarts"] == 0

@@ -33,7 +33,7 @@ def ray_config(env="Counting", actors=1, **sections):
 
 def accepted(coordinator):
     """What all shards of replay have accepted."""
-    shards = ray.get([handle.accepted.remote() for handle in coordinator.replay.handles])
+    shards = ray.get([handle.accepted.remote() for handle in coordinator.parts.replay.handles])
     return Acceptance(*(sum(counts) for counts in zip(*map(dataclasses.astuple, shards), strict=True)))
 
 
@@ -96,7 +96,7 @@ def test_an_env_actor_killed_from_outside_is_replaced(tmp_path):
 
     try:
         coordinator.start(resume=False)
-        victim = ray.get(coordinator.collectors[1].handle.pid.remote())
+        victim = ray.get(coordinator.parts.collecting.collectors[1].handle.pid.remote())
         killer = threading.Thread(target=kill)
         killer.start()
         summary = coordinator.train()

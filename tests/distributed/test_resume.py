@@ -44,7 +44,7 @@ def begin(config, run_dir):
 
     try:
         coordinator.start(resume)
-        replay = coordinator.replay.handles[0]
+        replay = coordinator.parts.replay.handles[0]
         batch = ray.get(replay.sample.remote(1))[0] if resume else None
         return coordinator.run, ray.get(replay.accepted.remote()), batch, train
     except BaseException:

@@ -1,0 +1,149 @@
+"""The learner actor: the agent on its device, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from distributed.acting import Batching, make_server
+from distributed.actors.replay import Batches, WrittenColumns
+from worldloom.acting.rollout import Acted
+from worldloom.acting.server import ActingServer, Client
+from worldloom.replay.buffer import as_batch
+from worldloom.report.pictures import sequence_picture
+from worldloom.runs.build import AgentSpec, EnvSpec, agent_spec, choose_device, make_run_agent
+from worldloom.runs.checkpoint import copy_agent, load_agent_state, write_agent
+from worldloom.runs.config import RunConfig
+from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What the coordinator counts after a task of several updates."""
+
+    metrics: dict[str, float]  # means over the updates
+    updates: int
+    seconds: float  # of learning
+    publish_seconds: float
+    published: int | None  # version of the weights published at the end, if any
+
+
+def _copy(batch: dict[str, Array]) -> Batch:
+    """Copy out of the object store, whose memory is read-only and must not stay pinned."""
+    return as_batch({name: torch.from_numpy(np.array(value)) for name, value in batch.items()})
+
+
+class LearnerActor:
+    """Holds the Agent on its device and updates it from batches; on request it acts for env actors too."""
+
+    def open(self, config: RunConfig, env: EnvSpec, threads: int, version: int) -> AgentSpec:
+        """Build the agent, outside of the constructor as in ReplayActor; weights were published up to `version`."""
+        torch.set_num_threads(threads)
+        self._device = choose_device(config.train.device)
+        self._agent = make_run_agent(config, env, self._device, config.train.seed)
+        self._version, self._seed, self._train = version, config.train.seed, config.train
+        self._publish_every = config.runtime.publish_interval
+        self._server: ActingServer | None = None
+        self._interrupted = threading.Event()
+        return agent_spec(self._agent)
+
+    def __repr__(self) -> str:
+        return "learner"
+
+    def serve(self, batching: Batching, incarnation: int) -> None:
+        """Start to act for env actors, with the published weights."""
+        seed = self._seed + incarnation
+        description, threads = self._agent.describe(), torch.get_num_threads()
+        self._server = make_server(description, self._device, seed, batching, threads, self._train)
+
+    @ray.method(concurrency_group="acting")
+    def act(self, client: Client, obs: dict[str, Array], is_first: Array) -> Acted:
+        return self._served().act(client, obs, is_first)
+
+    @ray.method(concurrency_group="acting")
+    def begin_evaluation(self, weights: Weights, seed: int) -> int:
+        return self._served().begin_evaluation(weights, seed)
+
+    @ray.method(concurrency_group="acting")
+    def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
+        return self._served().act_in_evaluation(obs, is_first)
+
+    def _served(self) -> ActingServer:
+        if self._server is None:
+            raise RuntimeError("this learner does not act for others: serve comes first.")
+        return self._server
+
+    @ray.method(concurrency_group="control")
+    def serving_gauges(self) -> dict[str, float]:
+        return {} if self._server is None else self._server.gauges()
+
+    def update(self, batches: Batches) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
+        """Learn from each batch in turn.
+
+        Returns three separate objects: what the coordinator counts, columns for replay, and new weights where they
+        are due.
+        """
+        begun, before = time.monotonic(), self._agent.updates // self._publish_every
+        fresh: list[tuple[Array, FreshColumns]] = []
+        for batch in batches:
+            if self._interrupted.is_set():
+                break
+            fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
+        written = [(rows, columns) for rows, made in fresh if (columns := made.arrays())]
+        means = self._agent.collect() if fresh else {}
+        due = self._agent.updates // self._publish_every > before
+        publishing = time.monotonic()
+        weights = self.publish() if due else None
+        publish_seconds = time.monotonic() - publishing if due else 0.0
+        published = self._version if due else None
+        return UpdateResult(means, len(fresh), publishing - begun, publish_seconds, published), written, weights
+
+    def publish(self) -> Weights:
+        self._version += 1
+        weights = Weights(self._version, self._agent.acting_weights())
+        if self._server is not None:
+            self._server.load(weights)
+        return weights
+
+    @ray.method(concurrency_group="control")
+    def interrupt(self) -> None:
+        """End the current task, and every later one, after the update that is being made."""
+        self._interrupted.set()
+
+    @ray.method(concurrency_group="control")
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
+        return sequence_picture(self._agent.world_model, sequence, title)
+
+    def snapshot(self) -> float:
+        """Copy what a checkpoint needs; return the seconds that this took."""
+        begun = time.monotonic()
+        self._snapshot = copy_agent(self._agent)
+        return time.monotonic() - begun
+
+    @ray.method(concurrency_group="saving")
+    def write(self, folder: Path, taken: float) -> float:
+        """Write the snapshot while updates go on; return the seconds for which learning stood still."""
+        try:
+            write_agent(folder, self._snapshot)
+            return taken
+        finally:
+            del self._snapshot
+
+    def load(self, folder: Path) -> int:
+        """Restore a checkpoint; return the number of updates that the agent has made."""
+        load_agent_state(folder, self._agent)
+        return self._agent.updates
+
+    @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        return os.getpid()

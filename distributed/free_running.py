@@ -1,0 +1,38 @@
+"""How a run goes on normally: everybody is kept busy, nobody waits for another's turn."""
+
+from __future__ import annotations
+
+from distributed.parts import Parts
+from distributed.recovery import Recovery
+from distributed.state import Limits
+from worldloom.runs.config import RunConfig
+from worldloom.runs.interrupt import GracefulStop
+
+UPDATES_IN_FLIGHT = 2  # tasks at the learner: one being learned from, one whose batches are on the way
+UPDATES_PER_TASK = 8  # at most
+
+
+class FreeRunning:
+    """Keeps learner and env actors busy within the train ratio, and takes in whatever is ready."""
+
+    def __init__(self, parts: Parts, recovery: Recovery) -> None:
+        self._parts, self._recovery = parts, recovery
+
+    @staticmethod
+    def limits(config: RunConfig) -> Limits:
+        return Limits(UPDATES_IN_FLIGHT, UPDATES_PER_TASK, config.runtime.chunk_steps)
+
+    def advance(self, stop: GracefulStop) -> None:  # noqa: ARG002 - see Lockstep
+        """One look at everybody."""
+        parts = self._parts
+        parts.learning.dispatch()
+        parts.collecting.dispatch()
+        here = parts.collecting.own is not None and parts.collecting.collect_here()
+        parts.take_ready(timeout=0 if here else 1.0)
+        self._recovery.leave_draining_nodes()
+
+    def after_interval(self) -> None:
+        """Do nothing: evaluations are played while the run goes on."""
+
+    def after_checkpoint(self) -> None:
+        """Do nothing: collecting goes on across it."""

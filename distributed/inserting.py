@@ -1,0 +1,53 @@
+"""Chunks on their way to replay, as the coordinator sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distributed.serving import blame_server
+from distributed.shards import ChunkLost, Shards
+from distributed.state import State
+from worldloom.replay.chunk import ChunkInfo
+
+
+class Inserting:
+    """Hands chunks to replay, and counts their steps once replay has accepted them."""
+
+    def __init__(self, state: State, replay: Shards) -> None:
+        self._state, self._replay = state, replay
+        self.under_way: dict[Any, ChunkInfo] = {}  # by reference to what replay accepted
+
+    @property
+    def steps(self) -> int:
+        """Environment steps in the chunks under way."""
+        return sum(info.steps for info in self.under_way.values())
+
+    def begin(self, chunk: Any, info: ChunkInfo) -> None:
+        """Hand a Chunk, or a reference to one, to replay. Raises ActorLost if it ended because nobody acted."""
+        self.under_way[self._replay.insert(chunk, info.key.actor)] = info
+        if info.acting_lost:
+            blame_server(self._state, info.acting_lost)
+
+    def take(self, ready: Sequence[Any]) -> None:
+        """Count what replay accepted. Raises ActorLost."""
+        for reference in [r for r in ready if r in self.under_way]:
+            info = self.under_way[reference]
+            try:
+                self._replay.take_acceptance(reference, info.key.actor)
+            except ChunkLost:  # with its actor's node: the actor's next incarnation starts new episodes
+                self._count_discarded(self.under_way.pop(reference).steps)
+                continue
+            del self.under_way[reference]
+            self._state.run.limiter.env_steps = self._replay.steps
+            self._state.run.recorder.chunk(info, self._state.version)
+
+    def discard(self, shards: Sequence[int]) -> int:
+        """Forget chunks on their way to these shards; return their environment steps."""
+        lost = [r for r, info in self.under_way.items() if self._replay.shard_of(info.key.actor) in shards]
+        steps = sum(self.under_way.pop(reference).steps for reference in lost)
+        self._count_discarded(steps)
+        return steps
+
+    def _count_discarded(self, env_steps: int) -> None:
+        self._state.run.recorder.counters["env_steps_discarded"] += env_steps

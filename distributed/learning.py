@@ -1,0 +1,115 @@
+"""The learner as the coordinator sees it: updates under way, weights, pictures."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed.acting import batching
+from distributed.actors.learner import LearnerActor
+from distributed.launcher import result_of
+from distributed.shards import Shards
+from distributed.state import State
+from worldloom.replay.chunk import row_bytes
+from worldloom.report.pictures import PICTURE_ROWS
+from worldloom.runs.build import AgentSpec, replay_columns
+
+TASK_BYTES = 4 * 2**20  # the batches of one task together hold about this much
+
+
+@dataclass
+class Task:
+    """Several updates under way at the learner."""
+
+    result: Any  # references to what `LearnerActor.update` returns
+    written: Any
+    weights: Any
+    updates: int
+    shard: int  # that the batches came from
+
+
+class Learning:
+    """Keeps the learner supplied with batches, takes in its results, and publishes weights."""
+
+    def __init__(self, state: State, replay: Shards) -> None:
+        self._state, self._replay = state, replay
+        self.learner: Any = None
+        self.node = ""  # its id
+        self.tasks: deque[Task] = deque()
+
+    def start(self) -> None:
+        """Start the learner, and wait until it has built its agent; tasks of an earlier one are forgotten."""
+        state = self._state
+        self.tasks.clear()
+        threads = {"acting": batching(state.config).clients, "saving": 1, "control": 1}
+        shares, start = state.shares, state.launcher.start
+        self.learner = start(LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads)
+        opened = self.learner.open.remote(state.config, state.env, shares.learner_threads, state.version)
+        spec: AgentSpec = state.launcher.wait(opened, "the learner")
+        state.spec, self.node = spec, state.launcher.wait(self.learner.node.remote(), "the learner")
+
+    def load(self, checkpoint: Path) -> int:
+        """Restore the agent; return the number of updates that it has made."""
+        updates: int = result_of(self.learner.load.remote(checkpoint), "learner")
+        return updates
+
+    def publish(self) -> None:
+        """Have the learner publish its weights, for whoever acts next."""
+        state = self._state
+        state.weights = self.learner.publish.remote()
+        state.version = state.launcher.wait(state.weights, "the learner").version
+        state.run.recorder.published(state.version)
+        if state.own_server:
+            state.launcher.wait(state.server.load.remote(state.weights), "the acting server")
+
+    def dispatch(self) -> None:
+        """Keep the learner supplied with tasks, never with more updates than are due."""
+        limits = self._state.limits
+        while len(self.tasks) < limits.updates_in_flight:
+            due = self._state.run.limiter.updates_due() - sum(task.updates for task in self.tasks)
+            updates = min(due, self.updates_per_task())
+            if updates <= 0:
+                return
+            batches, shard = self._replay.sample(updates)
+            result, written, weights = self.learner.update.options(num_returns=3).remote(batches)
+            self.tasks.append(Task(result, written, weights, updates, shard))
+
+    def updates_per_task(self) -> int:
+        """Updates in one task: several where batches are small, so that calls cost little beside learning."""
+        return max(1, min(self._state.limits.updates_per_task, TASK_BYTES // self.batch_bytes()))
+
+    def batch_bytes(self) -> int:
+        """Size of one batch of the learner."""
+        spec = self._state.spec
+        return spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._state.env, spec))
+
+    def pending(self) -> list[Any]:
+        return [task.result for task in self.tasks]
+
+    def take(self, ready: Sequence[Any]) -> None:
+        """Take in the tasks that are done, in their order. Raises ActorLost."""
+        while self.tasks and self.tasks[0].result in ready:
+            self.take_oldest()
+
+    def take_oldest(self, write_back: bool = True) -> None:
+        """Take in the oldest task. Raises ActorLost."""
+        state, task = self._state, self.tasks.popleft()
+        result = result_of(task.result, "learner")
+        state.run.limiter.updates += result.updates
+        state.run.recorder.updated(result.metrics, result.updates, result.seconds, result.publish_seconds)
+        if result.published is not None:
+            state.weights, state.version = task.weights, result.published
+            state.run.recorder.published(state.version)
+            if state.own_server:
+                state.server.load.remote(state.weights)
+        if state.spec.columns and write_back:
+            result_of(self._replay.write_back(task.shard, task.written), "replay")
+
+    def draw_picture(self) -> None:
+        """Record a picture of what the world model imagines."""
+        run = self._state.run
+        sequence = self._replay.draw_sequence(PICTURE_ROWS, run.limiter.env_steps)
+        run.recorder.picture(result_of(self.learner.picture.remote(sequence, run.title()), "learner"))

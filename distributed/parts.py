@@ -1,0 +1,95 @@
+"""The parts of a run, and waiting for whatever they have under way."""
+
+from __future__ import annotations
+
+import time
+
+import ray
+
+from distributed.collecting import Collecting
+from distributed.evaluating import Evaluating
+from distributed.inserting import Inserting
+from distributed.learning import Learning
+from distributed.saving import Checkpoints
+from distributed.serving import Serving
+from distributed.shards import Shards
+from distributed.state import State
+from worldloom.runs.interrupt import GracefulStop
+
+SETTLE_SECONDS = 10.0  # for the last collects of a run; what comes later is discarded and counted
+
+
+class Parts:
+    """Everything that the coordinator drives; each part owns what it has under way."""
+
+    def __init__(self, state: State, replay: Shards) -> None:
+        self.state, self.replay = state, replay
+        self.learning = Learning(state, replay)
+        self.serving = Serving(state, self.learning)
+        self.evaluating = Evaluating(state)
+        self.inserting = Inserting(state, replay)
+        self.collecting = Collecting(state, self.inserting, self.evaluating)
+        self.checkpoints = Checkpoints(state, self.learning, replay)
+
+    def take_ready(self, timeout: float) -> None:
+        """Take in whatever is ready, waiting at most `timeout` seconds for the first. Raises ActorLost."""
+        pending = [
+            *self.collecting.pending(),
+            *self.inserting.under_way,
+            *self.learning.pending(),
+            *self.checkpoints.pending(),
+        ]
+        if not pending:
+            return
+        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
+        if ready:
+            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+        self.inserting.take(ready)
+        self.learning.take(ready)
+        self.checkpoints.take(ready)
+        self.collecting.take(ready)
+
+    def settle(self, collects: bool = False) -> None:
+        """Take in every update and insert under way, so that counters, learner and replay agree; with `collects`, the
+        collects too, unless they take too long."""
+        deadline, collecting, due = time.monotonic() + SETTLE_SECONDS, self.collecting, self._to_settle
+        while due() or (collects and any(c.collecting for c in collecting.collectors)):
+            self.take_ready(timeout=1.0)
+            if collects and time.monotonic() > deadline and not due():
+                self.state.run.recorder.counters["env_steps_discarded"] += collecting.requested()
+                return
+
+    def _to_settle(self) -> bool:
+        return bool(self.learning.tasks or self.inserting.under_way)
+
+    def finish_evaluations(self, stop: GracefulStop | None = None) -> bool:
+        """Have the evaluation that is due, or under way, played to its end; False if `stop` came first."""
+        while self.evaluating.pending:
+            if stop is not None and stop.requested:
+                return False
+            self.collecting.expect_somebody()
+            self.collecting.begin_evaluation()
+            self.take_ready(timeout=1.0)
+        return True
+
+    def begin_checkpoint(self) -> None:
+        """Begin a checkpoint of the run as it is; it is written while the run goes on."""
+        self.settle()
+        self.checkpoints.begin()
+
+    def save_what_was_accepted(self) -> None:
+        """Write a checkpoint while another error is on its way; current collects may bring the same error again."""
+        for collector in self.collecting.collectors:
+            collector.drop_task()
+        self.settle()
+        self.checkpoints.save()
+
+    def end(self) -> None:
+        """End all actors of the run."""
+        launcher, collecting = self.state.launcher, self.collecting
+        self.serving.end()
+        for actor in [self.learning.learner, *self.replay.handles, *(c.handle for c in collecting.collectors)]:
+            if actor is not None:
+                launcher.end(actor)
+        if collecting.own is not None:
+            collecting.own.close()

@@ -1,0 +1,83 @@
+"""Everything private of Ray that a run touches. Where Ray changes, a run goes on with less, and says so once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+CHANGED = (ImportError, AttributeError, TypeError)  # what a private part raises once it is another
+
+
+class StoreStats(Protocol):
+    """Counts of the object stores of all nodes together."""
+
+    object_store_bytes_used: int
+    object_store_bytes_avail: int
+    cumulative_created_bytes: int
+    spilled_bytes_total: int
+
+
+@functools.cache
+def _say_once(what: str, instead: str) -> None:
+    logger.warning("Ray %s does not tell %s as Ray 2.60 does: %s.", ray.__version__, what, instead)
+
+
+def free_cpus_by_node() -> list[float]:
+    """Free logical CPUs of each node; public functions tell their sum alone."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    free = float(ray.available_resources().get("CPU", 0.0))
+    if len(nodes) == 1:
+        return [free]
+    try:
+        from ray._private.state import available_resources_per_node
+
+        return [float(node.get("CPU", 0.0)) for node in available_resources_per_node().values()]
+    except CHANGED:
+        _say_once("free CPUs by node", "they are taken to be spread in proportion to all CPUs")
+        total = [float(node["Resources"].get("CPU", 0.0)) for node in nodes]
+        return [free * cpus / max(sum(total), 1.0) for cpus in total]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that will go, by `ray drain-node` or a preemption notice; no public function tells them."""
+    try:
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    except CHANGED:
+        _say_once("which nodes are about to go", "env actors there are replaced when they die")
+        return set()
+
+
+class ObjectStoreStats:
+    """Reads counts of the cluster's object stores; publicly they are on the dashboard alone."""
+
+    def __init__(self) -> None:
+        try:
+            from ray._private import internal_api
+
+            self._state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+            self._read: Callable[[Any], Any] | None = internal_api.get_memory_info_reply
+        except CHANGED:
+            self._read = None
+
+    def read(self) -> StoreStats | None:
+        """The counts, None where no node answers."""
+        import grpc  # type: ignore[import-untyped]
+
+        try:
+            if self._read is not None:
+                stats: StoreStats = self._read(self._state).store_stats
+                return stats
+        except grpc.RpcError:  # of a node that is going
+            return None
+        except CHANGED:
+            self._read = None
+        _say_once("the use of its object store", "the metrics plasma/* are missing")
+        return None

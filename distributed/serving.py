@@ -1,0 +1,64 @@
+"""The acting server as the coordinator sees it: where it runs, when it is started, what it tells."""
+
+from __future__ import annotations
+
+from distributed.acting import batching
+from distributed.actors.inference import InferenceActor
+from distributed.launcher import ActorLost, alive, result_of
+from distributed.learning import Learning
+from distributed.state import State
+from worldloom.runs.build import AgentSpec
+from worldloom.runs.config import RunConfig
+
+
+def acts_on_server(config: RunConfig, spec: AgentSpec) -> bool:
+    """Resolve runtime.acting: whether a server acts for the env actors."""
+    if config.runtime.acting != "auto":
+        return config.runtime.acting == "server"
+    return spec.plans and spec.device.startswith("cuda") and not config.runtime.sync
+
+
+class Serving:
+    """Starts the acting server, in the learner or in an actor of its own, where env actors do not act themselves."""
+
+    def __init__(self, state: State, learning: Learning) -> None:
+        self._state, self._learning = state, learning
+
+    def start(self) -> None:
+        """Start the server; it acts once `Learning.publish` has given it weights."""
+        state = self._state
+        if not acts_on_server(state.config, state.spec):
+            return
+        how = batching(state.config)
+        if state.config.runtime.acting_server == "learner":
+            state.server = self._learning.learner
+            state.launcher.wait(state.server.serve.remote(how, state.incarnation), "the learner")
+            return
+        shares, threads = state.shares, {"acting": how.clients}
+        state.server = state.launcher.start(
+            InferenceActor, "inference", cpus=shares.cpus, gpus=shares.server_gpus, threads=threads
+        )
+        opened = state.server.open.remote(state.config, state.spec, how, state.incarnation)
+        state.launcher.wait(opened, "the acting server")
+
+    def restart(self) -> None:
+        self._state.launcher.end(self._state.server)
+        self.start()
+        self._learning.publish()
+
+    def gauges(self) -> dict[str, float]:
+        server = self._state.server
+        found: dict[str, float] = result_of(server.serving_gauges.remote(), "the acting server") if server else {}
+        return found
+
+    def end(self) -> None:
+        if self._state.own_server:
+            self._state.launcher.end(self._state.server)
+
+
+def blame_server(state: State, why: str) -> None:
+    """End a server that is silent. Raises ActorLost, unless the server of now has not been asked yet."""
+    if alive(state.server) and "died" in why:
+        return
+    state.launcher.end(state.server)
+    raise ActorLost(why)

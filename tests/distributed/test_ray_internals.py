@@ -1,0 +1,51 @@
+"""The private parts of Ray that a run uses are there; where one is missing, a run goes on with less."""
+
+import pytest
+import ray
+
+from distributed import ray_internals
+from distributed.ray_internals import ObjectStoreStats, draining_nodes, free_cpus_by_node
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("small_cluster")]
+
+
+@pytest.fixture
+def complaints(monkeypatch):
+    """What was missing of Ray."""
+    found = []
+    monkeypatch.setattr(ray_internals, "_say_once", lambda what, instead: found.append(what))
+    return found
+
+
+def two_nodes(monkeypatch):
+    (node,) = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [node, {**node, "Resources": {"CPU": 6.0}}])
+
+
+def test_ray_has_every_private_part_that_we_use(complaints, monkeypatch):
+    from ray._private.state import available_resources_per_node
+
+    assert [node["CPU"] for node in available_resources_per_node().values()] == free_cpus_by_node() == [2.0]
+    assert draining_nodes() == set()
+    stats = ObjectStoreStats().read()
+    assert stats.object_store_bytes_avail > 100 * 2**20
+    assert 0 <= stats.object_store_bytes_used <= stats.object_store_bytes_avail
+    before = stats.cumulative_created_bytes
+    kept = ray.put(bytes(2**20))
+    assert ObjectStoreStats().read().cumulative_created_bytes >= before + 2**20
+    del kept
+    assert stats.spilled_bytes_total == 0
+    two_nodes(monkeypatch)
+    assert free_cpus_by_node() == [2.0]  # the private way, which knows better than two_nodes
+    assert complaints == []
+
+
+def test_without_the_private_parts_a_run_goes_on_with_less(complaints, monkeypatch):
+    monkeypatch.delattr("ray._private.state.available_resources_per_node")
+    monkeypatch.delattr("ray._private.state.state")
+    monkeypatch.delattr("ray._private.internal_api.get_memory_info_reply")
+    two_nodes(monkeypatch)
+    assert free_cpus_by_node() == [0.5, 1.5]
+    assert draining_nodes() == set()
+    assert ObjectStoreStats().read() is None
+    assert len(complaints) == 3
