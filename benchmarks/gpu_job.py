@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.learner import make_agent, random_batch
 from benchmarks.turns import turn
+from worldloom.tdmpc2.losses import draw_loss_noise, joint_loss
 
 Figures = dict[str, Any]
 
@@ -93,7 +94,7 @@ def update(options: Figures) -> None:
         begun = time.perf_counter()
         agent = compiled_agent if compiled and compiled_agent else build(options)
         if compiled and compiled_agent:
-            agent._learn.enabled = captured and device.startswith("cuda")
+            agent._learner.captured.enabled = captured and device.startswith("cuda")
         else:
             agent.configure_learning(options["precision"], compiled, captured)
         compiled_agent = agent if compiled else None
@@ -165,9 +166,9 @@ def portable(state: Figures, agent: Any) -> Figures:
 def losses_and_gradients(agent: Any, batch: Any) -> dict[str, Tensor]:
     """Noise is drawn on the CPU, so that it is the same everywhere."""
     generator, device = torch.Generator().manual_seed(7), agent.device
-    given = {name: value.to(device) for name, value in agent.stage(batch).items()}
+    given = {name: value.to(device) for name, value in agent.learning.stage(batch).items()}
     model = agent.world_model
-    if hasattr(agent, "_loss"):
+    if hasattr(agent.learning, "loss"):
         starts = given["rewards"].numel()
         length, c = given["rewards"].shape[1], agent.config
 
@@ -177,14 +178,14 @@ def losses_and_gradients(agent: Any, batch: Any) -> dict[str, Tensor]:
         posterior = exponential(length, len(given["rewards"]), c.stoch, c.classes)
         prior = exponential(c.imagination_length, starts, c.stoch, c.classes)
         policy = torch.randn(c.imagination_length + 1, starts, model.action_dim, generator=generator)
-        noise = type(agent._draw_noise(1, 2))(posterior.to(device), prior.to(device), policy.to(device))
-        loss = agent._loss(agent._rows(given), agent._context(given), noise)[0]
-        parameters = agent._trained
+        noise = type(agent.learning.draw_noise(1, 2))(posterior.to(device), prior.to(device), policy.to(device))
+        loss = agent.learning.loss(agent.learning.rows(given), agent.learning.context(given), noise)[0]
+        parameters = agent.learning.optimizer.params
     else:
-        drawn = model.draw_noise(*given["actions"].shape[:2])
+        drawn = draw_loss_noise(model, *given["actions"].shape[:2])
         made = {n: draw(v, generator).to(device) for n, v in vars(drawn).items() if v is not None}
-        loss = model.losses(given, type(drawn)(**made)).loss
-        parameters = agent._model_parameters
+        loss = joint_loss(model, given, type(drawn)(**made)).loss
+        parameters = agent.learning.model_optimizer.params
     gradients = torch.autograd.grad(loss, parameters)
     return {"loss": loss.detach().cpu(), **{str(i): g.cpu() for i, g in enumerate(gradients)}}
 

@@ -45,10 +45,10 @@ class Counted(TorchDispatchMode):
 def count(model: str, obs: str, batch: int, length: int) -> tuple[Counter[str], Counter[str]]:
     """Of an update and of an act for one environment."""
     agent: Any = make_agent(model, obs, batch, length, "cpu")
-    given = agent.stage(random_batch(agent, "cpu"))
-    agent.core(given)  # the first makes the optimiser's state
+    given = agent.learning.stage(random_batch(agent, "cpu"))
+    agent.learning.core(given)  # the first makes the optimiser's state
     with Counted() as update:
-        agent.core(given)
+        agent.learning.core(given)
     shape = agent.world_model.obs_shape
     shapes = shape if isinstance(shape, dict) else {"obs": shape}
     seen = {name: np.zeros((1, *size), np.uint8 if len(size) == 3 else np.float32) for name, size in shapes.items()}

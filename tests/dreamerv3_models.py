@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
-from worldloom.dreamerv3.agent import compact
+from worldloom.dreamerv3.latents import compact
 from worldloom.dreamerv3.layers import BlockLinear, Conv, RMSNorm
 from worldloom.dreamerv3.rssm import RSSMState
 
@@ -113,6 +113,6 @@ def loss_parts(agent, batch):
     """(trained rows, world model losses, imagination) of one update, with gradients and without a step."""
     context = agent.windows.context
     rows = {name: value[:, context:] for name, value in batch.items()}
-    noise = agent._draw_noise(*rows["rewards"].shape)
-    world = agent.world_model.losses(rows, agent._context(agent.stage(batch)), noise.posterior)
-    return rows, world, agent.imagine(world.posterior.states.flatten().detach(), noise)
+    noise = agent.learning.draw_noise(*rows["rewards"].shape)
+    world = agent.world_model.losses(rows, agent.learning.context(agent.learning.stage(batch)), noise.posterior)
+    return rows, world, agent.learning.imagine(world.posterior.states.flatten().detach(), noise)

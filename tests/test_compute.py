@@ -14,13 +14,13 @@ def context_and_rows(agent, batch):
     rows = {name: value[:, 1:] for name, value in batch.items() if name != "obs"}
     obs = batch["obs"]
     rows["obs"] = {k: v[:, 1:] for k, v in obs.items()} if isinstance(obs, dict) else {"obs": obs[:, 1:]}
-    return rows, agent._context(agent.stage(batch))
+    return rows, agent.learning.context(agent.learning.stage(batch))
 
 
 def loss_and_gradients(agent, batch):
     torch.manual_seed(3)
-    noise = agent._draw_noise(4, 8)
-    total, scalars, *_ = agent._loss(*context_and_rows(agent, batch), noise)
+    noise = agent.learning.draw_noise(4, 8)
+    total, scalars, *_ = agent.learning.loss(*context_and_rows(agent, batch), noise)
     modules = [agent.world_model, agent.behaviour]
     parameters = {n: p for module in modules for n, p in module.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(total, list(parameters.values()))

@@ -90,12 +90,12 @@ every_kind = pytest.mark.parametrize(("make", "kind"), KINDS)
 @every_kind
 def test_two_updates_are_the_same_operations_and_read_nothing_on_the_host(make, kind):
     agent = make(kind)
-    given = agent.stage(batch_of(agent))
-    agent.core(given)  # the first makes the optimisers' states
+    given = agent.learning.stage(batch_of(agent))
+    agent.learning.core(given)  # the first makes the optimisers' states
     seen = []
     for _ in range(2):
         with Recorded() as recorded:
-            agent.core(given)
+            agent.learning.core(given)
         seen.append(recorded.operations)
     assert len(seen[0]) > 100
     assert seen[0] == seen[1]
@@ -139,8 +139,8 @@ def test_the_whole_update_runs_where_nothing_can_be_read(make, kind, monkeypatch
     with torch.device("meta"):
         agent = rebuilt(template)
         assert agent.device.type == "meta"
-        given = {name: value.to("meta") for name, value in template.stage(batch_of(template)).items()}
-        found = agent.core(given)
+        given = {name: value.to("meta") for name, value in template.learning.stage(batch_of(template)).items()}
+        found = agent.learning.core(given)
         assert all(value.device.type == "meta" for value in found.values())
 
 

@@ -1,4 +1,4 @@
-"""LaProp with adaptive gradient clipping, DreamerV3's optimiser; and the flat gradient that both agents step with."""
+"""Optimisers that never wait for the host: LaProp with adaptive clipping (DreamerV3), Adam behind a guard (TD-MPC2)."""
 
 from __future__ import annotations
 
@@ -37,6 +37,34 @@ def move_towards(slow: Iterable[Tensor], online: Iterable[Tensor], rate: Tensor)
     distance = torch._foreach_sub(list(online), targets)
     torch._foreach_mul_(distance, rate)
     torch._foreach_add_(targets, distance)
+
+
+class GuardedAdam:
+    """Adam behind a limit on the gradient's norm; a step from a gradient that is not finite changes nothing.
+
+    groups: of `torch.optim.Adam`. Nothing is read back to the host, so a step can be part of a CUDA graph.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, eps: float, max_norm: float) -> None:
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._max_norm, cuda = max_norm, self.params[0].is_cuda
+        self.adam = torch.optim.Adam(groups, lr=lr, eps=eps, fused=True, capturable=cuda)
+
+    def step(self, loss: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Step against the gradient of `loss`; `allowed` False, a bool scalar, changes nothing.
+
+        Returns whether the step was made, and the norm before clipping, scalars on the device.
+        """
+        flat, grads = flat_gradient(loss, self.params)
+        norm = torch.linalg.vector_norm(flat)
+        made = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        made = made if allowed is None else made & allowed
+        flat.mul_((self._max_norm / (norm + 1e-6)).clamp(max=1.0))
+        for parameter, grad in zip(self.params, grads, strict=True):
+            parameter.grad = grad
+        self.adam.found_inf = (~made).float()  # type: ignore[attr-defined]  # torch's fused Adam skips where it is 1
+        self.adam.step()
+        return made, norm
 
 
 class LaProp(torch.optim.Optimizer):

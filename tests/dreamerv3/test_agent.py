@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from tests.dreamerv3_models import MIXED, batch_of, close, shake, tiny_agent
 from worldloom import create_agent, create_world_model
-from worldloom.dreamerv3.agent import compact, expand
 from worldloom.dreamerv3.encoder import Decoder, flat_vectors
+from worldloom.dreamerv3.latents import compact, expand
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.families import resolve
 
@@ -48,9 +48,9 @@ def test_stored_latents_are_the_context_of_the_next_window():
     agent = shake(tiny_agent(lr=1e-30))  # the parameters stay
     model, batch = agent.world_model, batch_of(agent)
     batch["is_first"][1, 6] = True
-    generator = agent._generator.get_state()
-    noise = agent._draw_noise(4, 8).posterior
-    agent._generator.set_state(generator)
+    generator = agent.learning.generator.get_state()
+    noise = agent.learning.draw_noise(4, 8).posterior
+    agent.learning.generator.set_state(generator)
     _, columns = agent.update(batch)
     written = expand(torch.from_numpy(columns["deter"]), torch.from_numpy(columns["stoch"]), 4)  # of rows 1..8
     for row, context in (

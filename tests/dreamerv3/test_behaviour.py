@@ -104,9 +104,9 @@ def test_policy_loss_is_reinforce_without_gradient_through_the_advantage():
 def test_imagination_follows_the_given_noise_and_reads_every_head_at_its_features(classes):
     agent = shake(tiny_agent(action_dim=3, classes=classes))
     model, behaviour, steps = agent.world_model, agent.behaviour, agent.config.imagination_length
-    noise = agent._draw_noise(4, 8)
+    noise = agent.learning.draw_noise(4, 8)
     start = RSSMState(torch.randn(32, 32), torch.eye(4)[torch.randint(4, (32, 4))])
-    imagined = agent.imagine(start, noise)
+    imagined = agent.learning.imagine(start, noise)
     features = imagined.features
     assert imagined.actions.shape == (steps + 1, 32, 3)
     assert torch.equal(features[0], torch.cat([start.deter, start.stoch.flatten(1)], -1))
@@ -136,7 +136,7 @@ def test_no_gradient_passes_through_imagined_actions(classes):
     assert world.total.requires_grad
     assert not any(value.requires_grad for value in vars(imagined).values())
     if classes:
-        sample = agent.behaviour.policy.sample(imagined.features, agent._draw_noise(4, 8).policy)
+        sample = agent.behaviour.policy.sample(imagined.features, agent.learning.draw_noise(4, 8).policy)
         assert not sample.requires_grad
 
 

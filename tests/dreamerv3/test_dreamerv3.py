@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.dreamerv3_models import PIXELS, TOKEN, H, Z, close, fill
 from worldloom import functional as fn
 from worldloom.dreamerv3 import SIZES, DreamerV3Config, DreamerV3WorldModel
-from worldloom.dreamerv3.agent import Behaviour
+from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.encoder import Decoder, Encoder, ImageDecoder, ImageEncoder
 from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, RMSNorm
 from worldloom.dreamerv3.rssm import RSSM, RSSMState, gru_gate, sample_one_hot

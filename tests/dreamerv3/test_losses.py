@@ -31,7 +31,7 @@ def test_losses_at_initialisation_equal_the_reference(seed):
         setattr(owner, name, lambda *args: seen.setdefault(name, call(*args)))
 
     spy(model, "losses")
-    spy(agent, "imagine")
+    spy(agent.learning, "imagine")
     metrics, columns = agent.update(batch)
     assert columns == {}
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_each_loss_reaches_its_own_parameters_only(classes):
     agent = shake(tiny_agent(action_dim=3, classes=classes))
     rows, world, imagined = loss_parts(agent, batch_of(agent))
     returns = imagined.returns(0.95)
-    behaviour, _ = agent._behaviour_losses(imagined, returns, agent.behaviour.range.scale)
+    behaviour, _ = agent.learning._behaviour_losses(imagined, returns, agent.behaviour.range.scale)
     expected = {
         "reconstruction_loss": {"encoder", "rssm", "decoder"},
         "reward_loss": {"encoder", "rssm", "reward"},
@@ -127,7 +127,7 @@ def test_each_loss_reaches_its_own_parameters_only(classes):
     assert gradients(agent, behaviour["value_loss"]) == {"value"}
     ends = tuple(rows[name].float().T for name in ("rewards", "terminated", "truncated", "is_first"))
     features = world.posterior.states.features
-    replayed = agent._replay_value_loss(ends, features, imagined.slow_values[0], returns[0])
+    replayed = agent.learning._replay_value_loss(ends, features, imagined.slow_values[0], returns[0])
     assert gradients(agent, replayed) == {"encoder", "rssm", "value"}
 
 

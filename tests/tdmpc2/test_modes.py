@@ -14,10 +14,10 @@ from worldloom import create_world_model
 from worldloom import functional as fn
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel, read_official_episodes
-from worldloom.tdmpc2.agent import boltzmann
+from worldloom.tdmpc2.losses import LossNoise, Transitions, cut_windows, draw_loss_noise, td_target
 from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts, shifted
 from worldloom.tdmpc2.planner import Categorical, Planner, PlanNoise
-from worldloom.tdmpc2.world_model import LossNoise, alternatives, categorical_sample, choose, cut_windows
+from worldloom.tdmpc2.policy import alternatives, boltzmann, categorical_sample, choose
 
 # Several tasks
 
@@ -68,16 +68,17 @@ def test_actions_beyond_a_task_are_zero_and_its_own_discount_counts():
     agent = TDMPC2Agent(model)
     obs, first, task = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32), np.ones(3, bool), np.arange(3)
     for mpc in (True, False):
-        agent.config = dataclasses.replace(model.config, mpc=mpc)
+        model.config = dataclasses.replace(model.config, mpc=mpc)
         actions, state = agent.act(obs, None, first, task=task)
         assert [(row != 0).sum() for row in actions] == [4, 2, 3]
     assert not state["mean"][1, :, 2:].any()
-    noise = model.draw_noise(3, 4)
+    noise = draw_loss_noise(model, 3, 4)
     next_z = model.latent(torch.randn(3, 3, 3), torch.arange(3)[:, None].expand(3, 3))
     zeros = torch.zeros(3, 3)
-    target = model.td_target(next_z, zeros, zeros, noise, torch.arange(3))
-    model.discounts = torch.ones(3)
-    assert_close(target / model.td_target(next_z, zeros, zeros, noise, torch.arange(3)), torch.tensor(
+    rows = Transitions(torch.zeros(3, 4, 3), torch.zeros(3, 3, 4), zeros, zeros, torch.arange(3))
+    target = td_target(model, next_z, rows, noise)
+    model.task_embedding.discounts = torch.ones(3)
+    assert_close(target / td_target(model, next_z, rows, noise), torch.tensor(
         [[0.99], [0.99], [0.95]]).expand(3, 3))  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def test_planning_for_several_tasks_equals_planning_one_by_one():
     model = tasks_model()
     planner, task = Planner(model), torch.tensor([2, 0])
     z = model.latent(torch.randn(2, 3), task)
-    noise, previous = planner.draw_noise(2), torch.randn(2, 3, 4) * model.action_masks[task][:, None]
+    noise, previous = planner.draw_noise(2), torch.randn(2, 3, 4) * model.task_embedding.action_masks[task][:, None]
     actions, plans = planner.plan(z, previous, noise, True, task)
     for e in range(2):
         one = PlanNoise(
@@ -113,7 +114,7 @@ def test_multi_task_updates_train_the_embedding_but_not_through_the_policy():
     first = agent.update(batch)[0]["loss"]
     assert model.task_embedding.weight.grad.any()
     before = model.task_embedding.weight.grad.clone()
-    agent._update_policy(
+    agent.learning.update_policy(
         model.latent(batch["obs"], batch["task"][:, None].expand(8, 4)).detach(), None, torch.tensor(True)
     )
     assert torch.equal(model.task_embedding.weight.grad, before)
@@ -131,7 +132,7 @@ def test_a_new_task_starts_as_a_copy_of_a_known_one():
     obs = torch.randn(4, 3)
     new, old = wider.encode(obs, torch.tensor([3, 3, 1, 0])), model.encode(obs, torch.tensor([1, 1, 1, 0]))
     assert torch.equal(new.deterministic, old.deterministic)
-    assert wider.action_masks[3].tolist() == [1, 1, 1, 0]
+    assert wider.task_embedding.action_masks[3].tolist() == [1, 1, 1, 0]
     with pytest.raises(ValueError, match="'x' like 'y', expected a new name like one of"):
         model.with_task(Task("x", 2), like="y")
 
@@ -142,7 +143,7 @@ def test_several_tasks_learn_offline_from_replay():
     replay = ReplayBuffer(1000, (3,), 4, windows=agent.windows, columns=agent.columns)
     rng = np.random.default_rng(0)
     for episode in range(9):
-        actions = rng.uniform(-1, 1, (10, 4)) * model.action_masks[episode % 3].numpy()
+        actions = rng.uniform(-1, 1, (10, 4)) * model.task_embedding.action_masks[episode % 3].numpy()
         replay.add_episode(
             obs=rng.normal(size=(11, 3)), actions=actions, rewards=actions.sum(1), dones=np.zeros(10), truncated=True,
             task=episode % 3,
@@ -273,7 +274,7 @@ def test_categorical_samples_have_exact_entropy():
     sample = categorical_sample(logits, torch.zeros(5), (2, 3))
     assert sample.mean_action.tolist() == [0, 1, 0, 0, 1]
     p, q = logits[:2].softmax(0), logits[2:].softmax(0)
-    assert_close(sample.scaled_entropy, -(p * p.log()).sum() - (q * q.log()).sum())
+    assert_close(sample.entropy, -(p * p.log()).sum() - (q * q.log()).sum())
     assert_close(sample.log_prob, (sample.action * torch.cat([p.log(), q.log()])).sum())
 
 
@@ -307,11 +308,11 @@ def test_a_policy_that_is_sure_of_the_wrong_choice_finds_back():
     with torch.no_grad():
         model.policy[-1].bias.copy_(torch.tensor([40.0, 0, 0]))
         model.q.output.bias[:] = 0
-    agent._frozen_value = lambda z, action, heads, keep: action[..., 2]
+    agent.learning.frozen_value = lambda z, action, heads, keep: action[..., 2]
     z = torch.randn(64, 4, 16)
     before = model.policy(z).softmax(-1)[..., 0].min()
     for _ in range(600):
-        agent._update_policy(z, None, torch.tensor(True))
+        agent.learning.update_policy(z, None, torch.tensor(True))
     assert before > 0.99
     assert model.policy(z).softmax(-1)[..., 2].mean() > 0.9
 
@@ -330,9 +331,9 @@ def test_the_value_of_a_discrete_policy_is_its_expectation(classes):
     joint = torch.stack([torch.cat(choice) for choice in itertools.product(*(torch.eye(n) for n in classes))])
     log_probs = torch.cat([part.log_softmax(-1) for part in model.policy(z)[0].split(classes)])
     expected = ((joint * log_probs).sum(-1).exp() * value(joint)).sum()
-    sample = model.sample_policy(z.expand(draws, -1), torch.randn(draws, size))
+    sample = model.policy.sample(z.expand(draws, -1), torch.randn(draws, size))
     spread = value(joint).std().item()
-    found = model.policy_value(sample, value).mean()
+    found = sample.expected(sample.values(value)).mean()
     assert_close(found, expected, rtol=0, atol=1e-6 if draws == 1 else 0.02 * spread)
 
 
@@ -342,7 +343,8 @@ def test_targets_and_plans_weigh_the_choices_of_a_discrete_policy():
     z, heads = torch.randn(2, 4, 16), torch.tensor([0, 1])
     noise = [LossNoise(torch.randn(2, 4, 3), heads, None) for _ in range(2)]
     zero = torch.zeros(2, 4)
-    found = [model.td_target(z, zero, zero, draw) for draw in noise]
+    rows = Transitions(torch.zeros(2, 5, 3), torch.zeros(2, 4, 3), zero, zero, None)
+    found = [td_target(model, z, rows, draw) for draw in noise]
     assert_close(found[0], found[1])  # whatever was drawn
     chances = model.policy(z).softmax(-1)
     logits = [model.target_q(torch.cat([z, choice.expand(2, 4, 3)], -1), heads) for choice in torch.eye(3)]

@@ -69,7 +69,7 @@ def outputs(model, task=None):
     torch.manual_seed(1)
     z = model.latent(torch.randn(7, *model.obs_shape) * 3, task)
     action, noise = torch.rand(7, model.action_dim) * 2 - 1, torch.randn(7, model.action_dim)
-    sample = model.sample_policy(z, noise, model.action_mask(task))
+    sample = model.policy.sample(z, noise, model.action_mask(task))
     return [
         z, model.next_latent(z, action), model.predict_reward(z, action), model.values(z, action), sample.action,
         sample.mean_action, sample.log_std, sample.scaled_entropy, model.terminates(z),
@@ -128,7 +128,7 @@ def test_multi_task_files_keep_tasks_and_masks(tmp_path):
     assert len(current) == 80
     assert_same(model, load_official(tmp_path / "c.pt", tasks=THREE), task)
     assert_same(model, load_official(save(layout_b(current), tmp_path / "b.pt"), tasks=THREE), task)
-    assert [model.discounts[i].item() for i in (0, 2)] == pytest.approx([0.99, 0.95])
+    assert [model.task_embedding.discounts[i].item() for i in (0, 2)] == pytest.approx([0.99, 0.95])
     assert load_agent(tmp_path / "c.pt", tasks=THREE).world_model.tasks == THREE
     with pytest.raises(ValueError, match="tasks is 'mt31', expected mt30 or mt80"):
         create_world_model(tmp_path / "c.pt", tasks="mt31")

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tests.tdmpc2_models import shake, tiny_model
 from worldloom.tdmpc2 import TDMPC2Agent
 from worldloom.tdmpc2.planner import Planner, PlanNoise, elite_weights
-from worldloom.tdmpc2.world_model import squashed_sample
+from worldloom.tdmpc2.policy import squashed_sample
 
 
 def test_mppi_iteration_equals_golden_values():
@@ -38,7 +38,7 @@ def test_sequence_value_equals_golden_values(end, expected):
     model.predict_reward = lambda z, action: z[..., 0] + 1
     model.values = lambda z, action, heads: torch.full((2, *z.shape[:-1]), 10.0)
     model.terminates = lambda z: (z[..., 0] == end).float() if end else torch.zeros(z.shape[:-1])
-    model.sample_policy = lambda z, noise, mask: squashed_sample(noise, noise, noise)
+    model.policy.sample = lambda z, noise, mask: squashed_sample(noise, noise, noise)
     zeros = torch.zeros(3, 1, 1, 1)
     value = Planner(model).sequence_value(
         torch.zeros(1, 1), zeros, torch.zeros(1, 1, 1), torch.arange(2), torch.tensor([0.99])

@@ -12,8 +12,8 @@ from tests.tdmpc2_models import batch_of, shake, tiny_model
 from worldloom import create_world_model
 from worldloom.families import build_config
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
-from worldloom.tdmpc2.agent import RunningScale, policy_loss
-from worldloom.tdmpc2.world_model import squashed_sample
+from worldloom.tdmpc2.losses import RunningScale, discounted_mean, draw_loss_noise, joint_loss, td_target, transitions
+from worldloom.tdmpc2.policy import GaussianSample, bounded, squashed_sample
 
 COUNTS = [  # size, obs, A, episodic, total, encoder, dynamics, reward, policy, q
     ("1m", 39, 4, False, 1_213_879, 43_904, 249_984, 239_333, 201_992, 478_666),
@@ -69,12 +69,12 @@ def test_running_scale_equals_golden_values(x, scales):
 
 
 def test_policy_log_std_equals_golden_values():
-    model = tiny_model(action=5)
     raw = torch.tensor([-10.0, -1, 0, 1, 10])
-    model.policy = torch.nn.Identity()
-    sample = model.sample_policy(torch.cat([torch.zeros(5), raw]), torch.zeros(5))
     expected = torch.tensor([-9.99999998, -8.56956494, -4, 0.56956494, 1.99999998])
-    assert_close(sample.log_std, expected, rtol=1e-6, atol=1e-6)
+    assert_close(bounded(raw, -10.0, 2.0), expected, rtol=1e-6, atol=1e-6)
+    policy = tiny_model(action=5).policy
+    policy.forward = lambda z: torch.cat([torch.zeros(5), raw])
+    assert_close(policy.sample(torch.zeros(16), torch.zeros(5)).log_std, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_squashed_sample_equals_golden_values():
@@ -87,15 +87,18 @@ def test_squashed_sample_equals_golden_values():
 
 
 def test_policy_loss_equals_golden_value():
-    value = torch.tensor([1.0, 2, 3, 4]).expand(6, 4)
-    assert policy_loss(value, torch.zeros(6, 4), 0.5, 1e-4).item() == pytest.approx(-0.8125)
+    value, action, nothing = torch.tensor([1.0, 2, 3, 4]).expand(6, 4), torch.zeros(6, 4, 1), torch.zeros(6, 4)
+    sample = GaussianSample(action, action, action, nothing, nothing)
+    loss = discounted_mean(sample.loss(value, torch.tensor(1.0), 1e-4), 0.5)
+    assert loss.item() == pytest.approx(-0.8125)
 
 
-def test_losses_weigh_time_and_heads_as_the_reference():
+def test_losses_weigh_time_and_heads_as_the_reference(monkeypatch):
     model = tiny_model()
     scripted = torch.tensor([1.0, 2.0, 3.0]).expand(8, 3)
-    model._cross_entropy = lambda logits, x: scripted if logits.ndim == 3 else scripted.expand(3, 8, 3)
-    losses = model.losses(batch_of(model), model.draw_noise(8, 4))
+    given = lambda logits, x, bins: scripted if logits.ndim == 3 else scripted.expand(3, 8, 3)  # noqa: E731
+    monkeypatch.setattr("worldloom.tdmpc2.losses.cross_entropy", given)
+    losses = joint_loss(model, batch_of(model), draw_loss_noise(model, 8, 4))
     assert losses.reward_loss.item() == pytest.approx(0.9166667, rel=1e-6)
     assert losses.value_loss.item() == pytest.approx(0.9166667, rel=1e-6)
     total = 20 * losses.consistency_loss + 0.1 * losses.reward_loss + 0.1 * losses.value_loss
@@ -110,17 +113,17 @@ def test_consistency_loss_compares_the_rollout_with_encoded_observations():
     for t in range(3):  # row t + 1 holds the action that led to obs t + 1
         z = model.next_latent(z, batch["actions"][:, t + 1])
         expected += 0.5**t * (z - model.encoder(batch["obs"][:, t + 1])).square().mean() / 3
-    assert_close(model.losses(batch, model.draw_noise(8, 4)).consistency_loss, expected)
+    assert_close(joint_loss(model, batch, draw_loss_noise(model, 8, 4)).consistency_loss, expected)
 
 
 def test_td_target_takes_the_smaller_of_two_target_heads_and_stops_at_true_ends():
     model = shake(tiny_model())
     batch = batch_of(model, terminated=True)
-    noise = model.draw_noise(8, 4)
+    noise = draw_loss_noise(model, 8, 4)
     next_z = model.encoder(batch["obs"][:, 1:])
-    target = model.td_target(next_z, batch["rewards"][:, 1:], batch["terminated"][:, 1:].float(), noise)
+    target = td_target(model, next_z, transitions(model, batch), noise)
     assert_close(target[:, -1], batch["rewards"][:, -1])
-    action = model.sample_policy(next_z, noise.target_action).action
+    action = model.policy.sample(next_z, noise.target_action).action
     logits = model.target_q(torch.cat([next_z, action], -1))[noise.target_heads]
     decoded = torch.sign(u := logits.softmax(-1) @ model.bins) * (u.abs().exp() - 1)
     expected = batch["rewards"][:, 1:3] + 0.975 * decoded.min(0).values[:, :2]
@@ -166,7 +169,7 @@ def test_update_moves_each_part_with_its_own_loss_only():
 
 def test_world_model_losses_leave_the_policy_and_targets_alone():
     model = shake(tiny_model())
-    model.losses(batch_of(model), model.draw_noise(8, 4)).loss.backward()
+    joint_loss(model, batch_of(model), draw_loss_noise(model, 8, 4)).loss.backward()
     for name, parameter in model.named_parameters():
         untouched = parameter.grad is None or not parameter.grad.any()
         assert untouched == name.startswith(("policy", "target_q")), name
@@ -242,13 +245,13 @@ def test_the_policy_learns_on_every_rolled_out_state_with_values_after_their_ste
         latents = [model.encoder(batch["obs"][:, 0])]
         for t in range(3):
             latents.append(model.next_latent(latents[-1], batch["actions"][:, t + 1]))
-    before, update, seen = model.q.first.weight.clone(), agent._update_policy, []
+    before, update, seen = model.q.first.weight.clone(), agent.learning.update_policy, []
 
     def spy(z, mask, allowed):
         seen.append((z, model.q.first.weight.clone()))
         return update(z, mask, allowed)
 
-    agent._update_policy = spy
+    agent.learning.update_policy = spy
     agent.update(batch)
     ((z, weight),) = seen
     assert_close(z, torch.stack(latents, 1))  # H + 1 states
@@ -261,12 +264,12 @@ def test_the_value_scale_follows_the_first_state_and_divides_values_but_not_entr
     agent = TDMPC2Agent(tiny_model(entropy_coef=1.0))
     first, later = torch.linspace(0, 70, 8), torch.linspace(0, 1000, 24).view(8, 3)
     value = torch.cat([first[:, None], later], 1)
-    agent._frozen_value = lambda *_: value
+    agent.learning.frozen_value = lambda *_: value
     z, noise = torch.rand(8, 4, 16), torch.randn(8, 4, 2)
-    loss, _, _, moved = agent._policy_loss(z, noise, torch.arange(2), None, None)
+    loss, _, _, moved = agent.learning.policy_loss(z, noise, torch.arange(2), None, None)
     scale = 1.62  # 1 + 0.01 (66.5 - 3.5 - 1), the percentiles of `first`
     assert moved.item() == pytest.approx(scale, rel=1e-6)
-    entropy = agent.world_model.sample_policy(z, noise).scaled_entropy
+    entropy = agent.world_model.policy.sample(z, noise).scaled_entropy
     expected = -((value / scale + entropy).mean(0) * torch.tensor([1, 0.5, 0.25, 0.125])).mean()
     assert_close(loss, expected)
 
@@ -292,11 +295,11 @@ def test_an_update_with_nan_changes_nothing_and_several_in_a_row_name_the_loss(w
     agent = TDMPC2Agent(shake(tiny_model()))
     good, bad = batch_of(agent.world_model), batch_of(agent.world_model)
     agent.update(good)
-    before, whole = everything(agent), agent._policy_loss
+    before, whole = everything(agent), agent.learning.policy_loss
     if where == "model":
         bad["rewards"][0, 1] = float("nan")
     else:
-        agent._policy_loss = lambda *given: (whole(*given)[0] * float("nan"), *whole(*given)[1:])
+        agent.learning.policy_loss = lambda *given: (whole(*given)[0] * float("nan"), *whole(*given)[1:])
     metrics, _ = agent.update(bad)
     assert metrics["skipped_updates"] == 1
     changed = [a for a, b in zip(everything(agent), before, strict=True) if not torch.equal(a, b)]

@@ -80,40 +80,18 @@ class LoopWeights(NamedTuple):
     obs_logits: Tensor
 
 
-class RSSM(nn.Module):
-    """action_dim: A. tokens: E, width of the embedded observation."""
+class RecurrentCore(nn.Module):
+    """The recurrent part: deter under an action (DreamerV3, eq. 3, "sequence model"). D: width of deter."""
 
-    def __init__(
-        self,
-        action_dim: int,
-        tokens: int,
-        deter: int,
-        hidden: int,
-        stoch: int,
-        classes: int,
-        blocks: int,
-        unimix: float,
-    ) -> None:
+    def __init__(self, action_dim: int, deter: int, hidden: int, flat: int, blocks: int) -> None:
         super().__init__()
-        self.deter, self.stoch, self.classes, self.unimix = deter, stoch, classes, unimix
-        flat = stoch * classes
+        self.deter = deter
         self.deter_in = NormedLinear(deter, hidden)
         self.stoch_in = NormedLinear(flat, hidden)
         self.action_in = NormedLinear(action_dim, hidden)
         self.hidden = BlockLinear(deter, deter, blocks, shared=3 * hidden)
         self.hidden_norm = RMSNorm(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
-        self.obs_in = NormedLinear(deter + tokens, hidden)
-        self.obs_logits = Linear(hidden, flat)
-        self.prior_in = nn.Sequential(NormedLinear(deter, hidden), NormedLinear(hidden, hidden))
-        self.prior_logits = Linear(hidden, flat)
-        self.learning_steps = self.observe_steps  # what `observe` repeats; an agent that learns compiles it
-        self.steps_at_once = 1 << 30  # of `observe`, in one call of learning_steps
-
-    def initial(self, batch_size: int) -> RSSMState:
-        like = self.gru.bias
-        deter = torch.zeros(batch_size, self.deter, device=like.device)
-        return RSSMState(deter, torch.zeros(batch_size, self.stoch, self.classes, device=like.device))
 
     def embed_action(self, action: Tensor) -> Tensor:
         """[..., A] to [..., hidden]; entries beyond [-1, 1] are scaled back."""
@@ -132,6 +110,39 @@ class RSSM(nn.Module):
         grouped = gates.view(len(h), self.hidden.weight.shape[1], 3, -1)
         reset, candidate, update = (gate.reshape(h.shape) for gate in grouped.unbind(2))
         return gru_gate(reset, candidate, update, h)
+
+
+class RSSM(RecurrentCore):
+    """The recurrent core, and what is expected and seen beside it: prior and posterior over S variables of K classes.
+
+    action_dim: A. tokens: E, width of the embedded observation. unimix: share of a uniform distribution.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        tokens: int,
+        deter: int,
+        hidden: int,
+        stoch: int,
+        classes: int,
+        blocks: int,
+        unimix: float,
+    ) -> None:
+        flat = stoch * classes
+        super().__init__(action_dim, deter, hidden, flat, blocks)
+        self.stoch, self.classes, self.unimix = stoch, classes, unimix
+        self.obs_in = NormedLinear(deter + tokens, hidden)
+        self.obs_logits = Linear(hidden, flat)
+        self.prior_in = nn.Sequential(NormedLinear(deter, hidden), NormedLinear(hidden, hidden))
+        self.prior_logits = Linear(hidden, flat)
+        self.learning_steps = self.observe_steps  # what `observe` repeats; an agent that learns compiles it
+        self.steps_at_once = 1 << 30  # of `observe`, in one call of learning_steps
+
+    def initial(self, batch_size: int) -> RSSMState:
+        like = self.gru.bias
+        deter = torch.zeros(batch_size, self.deter, device=like.device)
+        return RSSMState(deter, torch.zeros(batch_size, self.stoch, self.classes, device=like.device))
 
     def prior(self, deter: Tensor) -> Tensor:
         """Log probabilities [..., S, K] of what the model expects to see."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from worldloom import functional as fn
-from worldloom.tdmpc2.world_model import TDMPC2WorldModel, choose
+from worldloom.nets import compile_part
+from worldloom.tdmpc2.networks import TDMPC2Networks
+from worldloom.tdmpc2.policy import choose, likeliest_choice
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class PlanNoise:
 class Planner:
     """Plans with a world model; holds no state of its own."""
 
-    def __init__(self, model: TDMPC2WorldModel) -> None:
+    def __init__(self, model: TDMPC2Networks) -> None:
         self.model = model
         c = model.config
         self.iterations = c.iterations + 2 * int(model.action_dim >= 20)
+
+    def compile(self) -> None:
+        compile_part(self, "iterate")
+        compile_part(self, "policy_sequences")
 
     def draw_noise(self, envs: int, generator: Generator | None = None) -> PlanNoise:
         c, model = self.model.config, self.model
@@ -46,7 +51,7 @@ class Planner:
             policy=normal(c.horizon, envs, c.num_pi_trajs, size),
             samples=normal(self.iterations, c.horizon, envs, sampled, size),
             terminal=normal(self.iterations, envs, c.num_samples, size),
-            heads=model.draw_heads_for(self.iterations, generator),
+            heads=model.draw_heads(self.iterations, generator),
             choice=-torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7))),
             explore=normal(envs, size),
         )
@@ -102,9 +107,8 @@ class Planner:
 
     def _discount(self, task: Tensor | None, envs: int) -> Tensor:
         """[E]"""
-        if task is not None:
-            return self.model.discounts[task]
-        return torch.full((envs,), self.model.discount, device=self.model.bins.device)
+        found = self.model.discounts(task)
+        return found if isinstance(found, Tensor) else torch.full((envs,), found, device=self.model.bins.device)
 
     def sequence_value(
         self,
@@ -129,12 +133,12 @@ class Planner:
             latent = model.next_latent(latent, action)
             if model.termination is not None:
                 alive = alive * (model.terminates(latent) <= 0.5)
-        policy = model.sample_policy(latent, terminal, None if mask is None else mask.unsqueeze(1))
+        policy = model.policy.sample(latent, terminal, None if mask is None else mask.unsqueeze(1))
 
         def average(action: Tensor) -> Tensor:
             return model.values(latent.expand(*action.shape[:-1], -1), action, heads).mean(0)
 
-        value = model.policy_value(policy, average)
+        value = policy.expected(policy.values(average))
         return total + rate ** len(actions) * alive * value
 
     def policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,7 +147,7 @@ class Planner:
         actions = []
         for step_noise in noise:
             wide = None if mask is None else mask.unsqueeze(1)
-            actions.append(self.model.sample_policy(latent, step_noise, wide).action)
+            actions.append(self.model.policy.sample(latent, step_noise, wide).action)
             latent = self.model.next_latent(latent, actions[-1])
         return torch.stack(actions)
 
@@ -229,8 +233,7 @@ class Categorical:
 
     def settle(self, action: Tensor) -> Tensor:  # noqa: ARG002 - a drawn elite may differ where values are close
         """[E, A], the likeliest choice of each part in the first step."""
-        parts = [fn.one_hot(part.argmax(-1), part.shape[-1]) for part in self.probs[0].split(self.classes, -1)]
-        return torch.cat(parts, -1).to(self.probs.dtype)
+        return likeliest_choice(self.probs[0], self.classes).to(self.probs.dtype)
 
     @property
     def plan(self) -> Tensor:

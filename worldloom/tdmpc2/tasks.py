@@ -6,6 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.tdmpc2.config import TDMPC2Config
+
 DM_CONTROL_STEPS, META_WORLD_STEPS = 500, 100  # agent steps of an episode
 
 _DM_CONTROL = """
@@ -41,6 +48,30 @@ class Task:
     name: str
     action_dim: int
     episode_length: int = DM_CONTROL_STEPS
+
+
+class TaskEmbedding(nn.Embedding):
+    """What tells the networks which task they work on: T learned numbers each, of length at most 1 (section 3.1)."""
+
+    action_masks: Tensor  # [tasks, A], 1 for the action dimensions that a task uses
+    discounts: Tensor  # [tasks]
+
+    def __init__(self, tasks: Sequence[Task], action_dim: int, config: TDMPC2Config) -> None:
+        super().__init__(len(tasks), config.task_dim)
+        self.tasks = tuple(tasks)
+        masks = torch.tensor([[float(i < task.action_dim) for i in range(action_dim)] for task in tasks])
+        discounts = torch.tensor([config.discount_for(task.episode_length) for task in tasks])
+        self.register_buffer("action_masks", masks, persistent=False)
+        self.register_buffer("discounts", discounts, persistent=False)
+
+    def forward(self, task: Tensor) -> Tensor:
+        """[..., T], of task numbers [...]. Embeddings that are looked up and longer than 1 are first cut to that
+        length, in place, as `nn.Embedding(max_norm=1)` does, which on a GPU waits for the host."""
+        with torch.no_grad():
+            asked = fn.one_hot(task.flatten(), len(self.weight)).any(0)
+            norm = torch.linalg.vector_norm(self.weight, dim=1)
+            self.weight.mul_(torch.where(asked & (norm > 1), 1 / (norm + 1e-7), 1.0).unsqueeze(1))
+        return F.embedding(task, self.weight)
 
 
 def _dm_control(name: str) -> Task:

@@ -93,7 +93,8 @@ def load_official(
             raise ValueError(f"{path} holds a model with {name}={found}, but {name}={wanted} was asked for.")
     config = TDMPC2Config(**{**fields, "symlog_obs": symlog_obs, **(overrides or {})})
     model = TDMPC2WorldModel(shape, size, config, episode_length or DM_CONTROL_STEPS, known)
-    if masks is not None and not torch.equal(masks.float(), model.action_masks):
+    embedding = model.task_embedding
+    if masks is not None and embedding is not None and not torch.equal(masks.float(), embedding.action_masks):
         raise ValueError(f"{path} masks actions differently than these {len(known)} tasks do. Give its own tasks.")
     _fill(model, ours, path)
     return model.to(device)
@@ -123,8 +124,8 @@ def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None
         theirs["_detach_Qs_params." + name.removeprefix("_Qs.params.")] = theirs[name].clone()
     for group in ("_Qs.params", "_detach_Qs_params", "_target_Qs_params"):
         theirs |= {f"{group}.__batch_size": torch.Size([c.num_q]), f"{group}.__device": None}
-    if model.tasks:
-        theirs["_action_masks"] = model.action_masks.cpu().clone()
+    if model.task_embedding is not None:
+        theirs["_action_masks"] = model.task_embedding.action_masks.cpu().clone()
     torch.save({"model": theirs}, path)
 
 

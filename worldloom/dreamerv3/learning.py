@@ -1,0 +1,254 @@
+"""One update of DreamerV3: world model, imagination, behaviour, replay values, in one backward (Hafner et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from worldloom import functional as fn
+from worldloom.capture import Tensors
+from worldloom.dreamerv3.actor_critic import Imagined, ReturnRange, policy_loss, replay_returns
+from worldloom.dreamerv3.behaviour import Behaviour
+from worldloom.dreamerv3.latents import compact, expand, latent_columns
+from worldloom.dreamerv3.rssm import RSSMState
+from worldloom.dreamerv3.world_model import DreamerV3WorldModel
+from worldloom.nets import compile_part
+from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
+from worldloom.tally import Tally
+from worldloom.types import Batch, Precision, split_obs
+
+ROWS = ("actions", "rewards", "is_first", "terminated", "truncated")  # what an update reads of a batch beside obs
+STEPS_AT_ONCE = {True: (8, 5), False: (1, 1)}  # of filter and imagination in one compiled graph, on CUDA and elsewhere
+
+
+@dataclass(frozen=True)
+class UpdateNoise:
+    """Everything random in one update."""
+
+    posterior: Tensor  # [T, B, S, K] standard exponential
+    prior: Tensor  # [H, T B, S, K] standard exponential
+    policy: Tensor  # [H + 1, T B, A], as the policy draws it
+
+
+class DreamerV3Learning:
+    """The optimiser, and the generator of everything random in an update."""
+
+    def __init__(self, model: DreamerV3WorldModel, behaviour: Behaviour, seed: int) -> None:
+        c, device = model.config, model.bins.device
+        self.model, self.behaviour, self.tally = model, behaviour, Tally()
+        self.generator = torch.Generator(device).manual_seed(seed)
+        trained = [p for p in [*model.parameters(), *behaviour.parameters()] if p.requires_grad]
+        self.optimizer = LaProp(trained, c.lr, (c.beta1, c.beta2), c.eps, c.clip, c.warmup)
+        self._dtype, self._imagined_at_once = torch.float32, c.imagination_length  # steps in one _imagine_steps
+
+    @property
+    def stored(self) -> bool:
+        """Whether updates start from stored latents, and write fresh ones back."""
+        return self.model.config.replay_context == "stored"
+
+    def configure(self, precision: Precision, compiled: bool) -> None:
+        """Compiled, an update is a few graphs, each compiled once: some steps of the filter and of the imagination,
+        which Python repeats, and the batched parts around them. One graph of it all runs little faster and takes
+        451 s to compile on two CPU cores.
+        """
+        self._dtype = getattr(torch, precision)
+        if not compiled:
+            return
+        model, cuda = self.model, self.model.bins.is_cuda
+        model.rssm.steps_at_once, self._imagined_at_once = STEPS_AT_ONCE[cuda]
+        for owner, name in [
+            (model, "embed"),
+            (model.rssm, "prepare"),
+            (model.rssm, "learning_steps"),
+            (model, "posterior_losses"),
+            (self, "_imagine_steps"),
+            (self, "_evaluate_imagined"),
+            (self, "_behaviour_losses"),
+        ]:
+            compile_part(owner, name)
+        if cuda:
+            compile_part(self.optimizer, "change")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the chosen precision. One context for each phase: weights that were cast without
+        gradient must not serve where a gradient is needed."""
+        return (
+            nullcontext() if self._dtype == torch.float32 else torch.autocast(self.model.bins.device.type, self._dtype)
+        )
+
+    def stage(self, batch: Batch) -> Tensors:
+        """What the update reads of a batch, by name: the trained rows, and of the row before them the latents alone."""
+        columns = latent_columns(self.model.config)
+        given = {name: torch.as_tensor(value) for name, value in batch.items() if name != "obs"}
+        missing = [name for name in columns if name not in given]
+        if missing:
+            raise ValueError(
+                f"batch lacks {', '.join(missing)}, the stored latents. Sample it from a ReplayBuffer made with this "
+                "agent's columns, or set agent.replay_context to zeros."
+            )
+        given |= split_obs({name: torch.as_tensor(value) for name, value in as_mapping(batch["obs"]).items()})
+        used = {name: value for name, value in given.items() if name in ROWS or name.startswith("obs/")}
+        rows = {name: value[:, 1:] if columns else value for name, value in used.items()}
+        return rows | {name: given[name][:, 0] for name in columns}
+
+    def core(self, given: Tensors) -> Tensors:
+        """The update on the device alone; see `worldloom.learner.Update`. Returns fresh latents for replay."""
+        rows = self.rows(given)
+        noise = self.draw_noise(*rows["rewards"].shape)
+        loss, scalars, states, (low, high) = self.loss(rows, self.context(given), noise)
+        flat, _ = flat_gradient(loss, self.optimizer.params)
+        made, norm = self.optimizer.apply(flat, torch.isfinite(loss.detach()))
+        with torch.no_grad():
+            self.behaviour.range.move(low, high, made)
+            slow, online = self.behaviour.slow_value.parameters(), self.behaviour.value.parameters()
+            move_towards(slow, online, made * self.model.config.slow_critic_rate)
+            self.tally.add({"loss": loss, **scalars, "grad_norm": norm}, made)
+            return compact(states.transposed()) if self.stored else {}
+
+    def context(self, given: Tensors) -> RSSMState:
+        """The state before the first trained row: as replay stored it, or zeros."""
+        if not self.stored:
+            return self.model.rssm.initial(len(given["rewards"]))
+        return expand(given["deter"], given["stoch"], self.model.config.classes)
+
+    def rows(self, given: Tensors) -> Batch:
+        rows = {name: value for name, value in given.items() if name in ROWS}
+        never = torch.zeros_like(rows["rewards"], dtype=torch.bool)
+        rows = {"is_first": never, "terminated": never, "truncated": never, **rows}
+        if not self.stored:  # a window starts from nothing, the action before it included
+            rows["is_first"] = torch.cat([torch.ones_like(rows["is_first"][:, :1]), rows["is_first"][:, 1:]], 1)
+        return cast(Batch, {**rows, "obs": {name: given[column] for name, column in obs_columns(self.model).items()}})
+
+    def draw_noise(self, batch: int, steps: int) -> UpdateNoise:
+        model, generator = self.model, self.generator
+        c = model.config
+        starts = batch * steps
+        policy = self.behaviour.policy.draw_noise((c.imagination_length + 1, starts), generator, model.bins.device)
+        return UpdateNoise(
+            model.draw_noise(steps, batch, generator),
+            model.draw_noise(c.imagination_length, starts, generator),
+            policy,
+        )
+
+    def loss(
+        self, rows: Batch, context: RSSMState, noise: UpdateNoise
+    ) -> tuple[Tensor, dict[str, Tensor], RSSMState, tuple[Tensor, Tensor]]:
+        """The sum to minimise, scalars to log, the filtered states [T, B, ...], and where the return range moves to."""
+        c = self.model.config
+        with self._autocast():
+            world = self.model.losses(rows, context, noise.posterior)
+        states = world.posterior.states
+        with self._autocast():
+            imagined = self.imagine(states.flatten().detach(), noise)
+        returns = imagined.returns(c.lam)
+        low, high = self.behaviour.range.after(returns)
+        ends = tuple(rows[name].float().transpose(0, 1) for name in ("rewards", "terminated", "truncated", "is_first"))
+        with self._autocast():
+            behaviour, logged = self._behaviour_losses(imagined, returns, ReturnRange.scale_of(low, high))
+            replayed = self._replay_value_loss(ends, states.features, imagined.slow_values[0], returns[0])
+        loss = world.total + behaviour["policy_loss"] + behaviour["value_loss"] + c.replay_value_scale * replayed
+        scalars = {**world.parts, **behaviour, "replay_value_loss": replayed, **logged}
+        return loss, scalars, states.detach(), (low, high)
+
+    @torch.no_grad()
+    def imagine(self, start: RSSMState, noise: UpdateNoise) -> Imagined:
+        """H steps with the current policy from every start [N, ...]; nothing here is differentiated."""
+        state, features, actions = start, [start.features.unsqueeze(0)], []
+        for draws in zip(
+            noise.policy[:-1].split(self._imagined_at_once), noise.prior.split(self._imagined_at_once), strict=True
+        ):
+            state, seen, chosen = self._imagine_steps(state, *draws)
+            features.append(seen.to(features[0].dtype))
+            actions.append(chosen)
+        actions.append(self.behaviour.policy.sample(features[-1][-1], noise.policy[-1]).unsqueeze(0))
+        return self._evaluate_imagined(torch.cat(features), torch.cat(actions))
+
+    def _imagine_steps(
+        self, state: RSSMState, policy_noise: Tensor, prior_noise: Tensor
+    ) -> tuple[RSSMState, Tensor, Tensor]:
+        """n steps of the policy in the model: the last state, features after each [n, N, F] and actions [n, N, A]."""
+        features, actions = [], []
+        for draw, prior in zip(policy_noise.unbind(), prior_noise.unbind(), strict=True):
+            action = self.behaviour.policy.sample(state.features, draw)
+            state = self.model.rssm.imagine_step(state, action, prior)
+            actions.append(action)
+            features.append(state.features)
+        rows = (len(features), -1)  # torch.stack copies on one thread
+        return state, torch.cat(features).unflatten(0, rows), torch.cat(actions).unflatten(0, rows)
+
+    def _evaluate_imagined(self, features: Tensor, actions: Tensor) -> Imagined:
+        model, behaviour = self.model, self.behaviour
+        return Imagined(
+            features,
+            actions,
+            model.predict_reward(features),
+            model.predict_continue(features),
+            self._decode(behaviour.value(features)),
+            self._decode(behaviour.slow_value(features)),
+        )
+
+    def _behaviour_losses(
+        self, imagined: Imagined, returns: Tensor, scale: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        behaviour, features, weight = self.behaviour, imagined.features[:-1], imagined.weights()
+        log_prob, entropy = behaviour.policy.log_prob_and_entropy(features, imagined.actions[:-1])
+        advantage = (returns - imagined.values[:-1]) / scale
+        losses = {
+            "policy_loss": policy_loss(log_prob, entropy, advantage, weight, self.model.config.entropy_scale),
+            "value_loss": (weight * self._value_error(features, returns, imagined.slow_values[:-1])).mean(),
+        }
+        logged = {
+            "policy_entropy": entropy.mean(),
+            "advantage_magnitude": advantage.abs().mean(),
+            "return": returns.mean(),
+            "return_range": scale,
+            "imagined_reward": imagined.rewards.mean(),
+            "imagined_continue": imagined.continues.mean(),
+            "value": imagined.values.mean(),
+        }
+        return losses, logged
+
+    def _replay_value_loss(
+        self, rows: tuple[Tensor, ...], features: Tensor, slow_values: Tensor, boot: Tensor
+    ) -> Tensor:
+        """The critic on real rows, with gradient into the world model through features [T, B, F].
+
+        rows: rewards, terminated, truncated and is_first, [T, B] each; slow_values, boot: [T B], the slow critic and
+        the imagined returns of the starts.
+        """
+        c, (rewards, terminated, truncated, is_first) = self.model.config, rows
+        last = torch.maximum(terminated, truncated)
+        last = torch.cat([torch.maximum(last[:-1], is_first[1:]), last[-1:]])  # an abandoned episode ends too
+        target = replay_returns(rewards, terminated, last, boot.view(rewards.shape), c.discount, c.lam)
+        error = self._value_error(features[:-1], target, slow_values.view(rewards.shape)[:-1])
+        return ((1 - last[:-1]) * error).mean()
+
+    def _value_error(self, features: Tensor, target: Tensor, slow_value: Tensor) -> Tensor:
+        """Cross-entropy of the critic with the return, plus that with the slow critic's value: [...]."""
+        logits, bins = self.behaviour.value(features).float(), self.model.bins
+        both = fn.two_hot(target.detach(), bins) + fn.two_hot(slow_value.detach(), bins)
+        return fn.soft_cross_entropy(logits, both)
+
+    def _decode(self, logits: Tensor) -> Tensor:
+        return fn.antisymmetric_mean(logits.float(), self.model.bins)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.generator.set_state(state["generator"])
+
+
+def obs_columns(model: DreamerV3WorldModel) -> dict[str, str]:
+    """The replay column of each observation that the model reads, by key."""
+    return {name: f"obs/{name}" for name in model.encoder.vectors | model.encoder.images}
+
+
+def as_mapping(obs: Any) -> dict[str, Any]:
+    return dict(obs) if isinstance(obs, Mapping) else {"obs": obs}

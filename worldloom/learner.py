@@ -1,0 +1,57 @@
+"""Runs an agent's updates one after the other, without the host waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from worldloom.capture import Captured, Tensors
+from worldloom.staging import Columns, Staging
+from worldloom.tally import Tally
+from worldloom.types import Batch, Metrics
+
+
+class Update(Protocol):
+    """One update of a family, in the two parts that a learner runs."""
+
+    generator: Generator  # of everything random in `core`
+    tally: Tally  # of its metrics
+
+    def stage(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what `core` reads of a batch, by name, wherever it lies. Raises ValueError for another batch."""
+
+    def core(self, given: Tensors) -> Tensors:
+        """Make the update on the device alone; return columns for replay [B, T, ...].
+
+        Nothing is read back to the host, and no number in Python changes from one update to the next, so that the whole
+        of it can be one CUDA graph.
+        """
+
+
+class Learner:
+    """Stages batches, runs `update.core` on them as one CUDA graph where there is CUDA, and counts."""
+
+    def __init__(self, update: Update, device: torch.device) -> None:
+        self._update, self._staging = update, Staging(device)
+        self.captured = Captured(update.core, device, update.generator)
+        self.updates = 0
+
+    def learn(self, batch: Batch) -> Columns:
+        """Make one update without waiting for the device; the columns can be read once they have arrived."""
+        columns = self.captured(self._staging.send(self._update.stage(batch)))
+        self.updates += 1
+        return Columns(columns)
+
+    def collect(self) -> Metrics:
+        """Return means of the metrics since the last call. Waits for the device.
+
+        Raises FloatingPointError after several updates in a row with a loss or gradient that is not finite.
+        """
+        return self._update.tally.read()
+
+    def resume(self, updates: int) -> None:
+        """Go on counting from `updates`, after parameters or optimiser states were replaced."""
+        self.updates = updates
+        self.captured.forget()

@@ -1,0 +1,126 @@
+"""One update of TD-MPC2: world model, then policy, then target values (Hansen et al. 2024, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from worldloom import functional as fn
+from worldloom.capture import Tensors
+from worldloom.nets import compile_part
+from worldloom.optim import GuardedAdam, load_optimizer
+from worldloom.tally import Tally
+from worldloom.tdmpc2.losses import RunningScale, batch_task, discounted_mean, draw_loss_noise, joint_loss
+from worldloom.tdmpc2.world_model import TDMPC2WorldModel
+from worldloom.types import Batch
+
+ROWS = ("obs", "actions", "rewards", "terminated", "continues", "task")  # what an update reads of a batch
+
+
+class TDMPC2Learning:
+    """The two optimisers, the scale of values and the generator of everything random in an update."""
+
+    def __init__(self, model: TDMPC2WorldModel, seed: int) -> None:
+        c, device = model.config, model.bins.device
+        self.model, self.scale, self.tally = model, RunningScale(c.tau, device), Tally()
+        self.generator = torch.Generator(device).manual_seed(seed)
+        policy, encoder = list(model.policy.parameters()), list(model.encoder.parameters())
+        apart = {id(p) for p in [*policy, *encoder]}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+        groups: list[dict[str, Any]] = [{"params": encoder, "lr": c.lr * c.encoder_lr_scale}, {"params": rest}]
+        self.model_optimizer = GuardedAdam(groups, c.lr, 1e-8, c.grad_clip)
+        self.policy_optimizer = GuardedAdam([{"params": policy}], c.lr, 1e-5, c.grad_clip)
+        self.joint_loss = joint_loss  # compiled where an agent is told to
+
+    def compile(self) -> None:
+        compile_part(self, "joint_loss")
+        compile_part(self, "policy_loss")
+
+    def stage(self, batch: Batch) -> Tensors:
+        """What the update reads of a batch, by name. Raises ValueError for a batch of other keys or shapes."""
+        given: Tensors = {name: torch.as_tensor(batch[name]) for name in ROWS if name in batch}  # type: ignore[literal-required]
+        length = self.model.config.horizon + 1
+        if given["actions"].shape[1] != length:
+            raise ValueError(
+                f"update: the batch has {given['actions'].shape[1]} rows, expected {length}: the steps of "
+                "agent.horizon and the row that they start from. Make the replay with windows=agent.windows."
+            )
+        task = batch_task(self.model, cast(Batch, given))
+        rest = {name: value for name, value in given.items() if name != "task"}
+        return rest if task is None else {**rest, "task": task}
+
+    def core(self, given: Tensors) -> Tensors:
+        """The update on the device alone; see `worldloom.learner.Update`. TD-MPC2 has no columns for replay."""
+        model, batch = self.model, cast(Batch, given)
+        noise = draw_loss_noise(model, batch["actions"].shape[0], batch["actions"].shape[1], self.generator)
+        found = self.joint_loss(model, batch, noise)
+        made, grad_norm = self.model_optimizer.step(found.loss)
+        task = given.get("task")
+        latents = model.with_task_embedding(found.latents.detach(), task)
+        policy, made = self.update_policy(latents, model.action_mask(task), made)
+        model.update_targets(made)
+        scalars = {
+            "loss": found.loss,
+            "consistency_loss": found.consistency_loss,
+            "reward_loss": found.reward_loss,
+            "value_loss": found.value_loss,
+            "termination_loss": found.termination_loss,
+            "grad_norm": grad_norm,
+            "value_scale": self.scale.value,
+            **policy,
+        }
+        self.tally.add(scalars, made)
+        return {}
+
+    def update_policy(self, z: Tensor, mask: Tensor | None, allowed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Maximise scaled values plus entropy on z [B, H+1, D + T]; value heads and task embeddings are frozen.
+
+        mask: [B, A], for a multi-task model. allowed: bool scalar. Returns scalars, and whether the step was made.
+        """
+        model = self.model
+        noise = torch.randn(*z.shape[:-1], model.action_dim, device=z.device, generator=self.generator)
+        heads = model.draw_heads(1, self.generator)[0]
+        dropped = model.draw_dropped((*z.shape[:-1], len(heads)), self.generator)
+        wide = None if mask is None else mask[:, None]
+        loss, value, entropy, scale = self.policy_loss(z, noise, heads, dropped, wide)
+        made, norm = self.policy_optimizer.step(loss, allowed)
+        self.scale.value.copy_(torch.where(made, scale, self.scale.value))
+        return {"policy_loss": loss, "policy_grad_norm": norm, "policy_entropy": entropy, "value": value}, made
+
+    def policy_loss(
+        self, z: Tensor, noise: Tensor, heads: Tensor, dropped: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss (eq. 4), means of value and entropy, and the scale of values that it is computed with."""
+        c = self.model.config
+        sample = self.model.policy.sample(z, noise, mask)
+
+        values = sample.values(lambda action: self.frozen_value(z, action, heads, dropped))
+        expected = sample.expected(values)  # [B, H+1]
+        scale = self.scale.after(expected[:, 0])
+        loss = discounted_mean(sample.loss(values, scale, c.entropy_coef), c.rho)
+        return loss, expected.mean(), -sample.log_prob.mean(), scale
+
+    def frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, dropped: Tensor | None) -> Tensor:
+        """The mean of two value heads, [...], whose parameters get no gradient; action: [..., A]."""
+        model, lead = self.model, action.shape[:-1]
+        joint = torch.cat([z.expand(*lead, -1), action], -1)
+        wide = None if dropped is None else dropped.expand(*lead, *dropped.shape[-2:])
+        logits = model.q(joint, heads, dropped=wide, rate=model.config.dropout, frozen=True)
+        return fn.symlog_mean(logits, model.bins).mean(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model_optimizer": self.model_optimizer.adam.state_dict(),
+            "policy_optimizer": self.policy_optimizer.adam.state_dict(),
+            "scale": self.scale.value.clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_optimizer(self.model_optimizer.adam, state["model_optimizer"])
+        load_optimizer(self.policy_optimizer.adam, state["policy_optimizer"])
+        self.scale.value.copy_(state["scale"])
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,232 @@
+"""TD-MPC2's networks (Hansen, Su & Wang 2024, https://arxiv.org/abs/2310.16828, section 3 and table 7).
+
+They work on latents z [..., D + T] and actions [..., A]; one latent [E, 1, D + T] may serve [E, S, A]. In a multi-task
+model a latent carries the embedding of its task in its last T entries, as every network reads it; else T is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.nets import Ensemble, SimNorm, mlp, mlp_of_pair
+from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.tdmpc2.pixels import PixelEncoder, draw_shifts
+from worldloom.tdmpc2.policy import CategoricalPolicy, GaussianPolicy
+from worldloom.tdmpc2.tasks import Task, TaskEmbedding
+from worldloom.types import Obs, ObsShape
+
+BRIGHT = 16.0  # no float image in [0, 1] reaches this, noisy ones included
+
+
+class TDMPC2Networks(nn.Module):
+    """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
+
+    See `TDMPC2WorldModel` for the arguments. Raises ValueError where they do not fit.
+    """
+
+    bins: Tensor
+
+    def __init__(
+        self,
+        obs_shape: ObsShape,
+        action_dim: int,
+        config: TDMPC2Config,
+        episode_length: int | None,
+        tasks: Sequence[Task],
+        action_classes: Sequence[int],
+    ) -> None:
+        super().__init__()
+        _check(obs_shape, action_dim, config, tasks, action_classes)
+        c, shape = config, tuple(cast(Sequence[int], obs_shape))
+        self.config, self.obs_shape, self.action_dim, self.episode_length = c, shape, action_dim, episode_length
+        wide = c.latent_dim + c.task_dim  # a latent and the embedding of its task
+        joint, hidden = wide + action_dim, [c.mlp_dim] * 2
+        self.encoder: nn.Module
+        if self.pixels:
+            self.encoder = PixelEncoder(shape, c.latent_dim, c.simnorm_dim)
+        else:
+            encoder_sizes = [shape[0] + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1)
+            self.encoder = mlp(encoder_sizes, c.latent_dim, SimNorm(c.simnorm_dim))
+        self.dynamics = mlp([joint, *hidden], c.latent_dim, SimNorm(c.simnorm_dim))
+        self.reward = mlp([joint, *hidden], c.num_bins)
+        self.policy: GaussianPolicy | CategoricalPolicy
+        if action_classes:
+            self.policy = CategoricalPolicy([wide, *hidden], action_classes)
+        else:
+            self.policy = GaussianPolicy([wide, *hidden], action_dim, (c.log_std_min, c.log_std_max))
+        self.q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins)
+        self.termination = mlp([wide, *hidden], 1) if c.episodic else None
+        self.task_embedding = TaskEmbedding(tasks, action_dim, c) if tasks else None
+        self._initialise()
+        self.target_q = Ensemble(c.num_q, joint, c.mlp_dim, c.num_bins).requires_grad_(False)
+        self.target_q.load_state_dict(self.q.state_dict())
+        self.register_buffer("bins", torch.linspace(-c.bin_limit, c.bin_limit, c.num_bins), persistent=False)
+
+    def _initialise(self) -> None:
+        """N(0, 0.02) weights, zero biases; the last layers of reward and values start at exactly zero."""
+        for name, parameter in self.named_parameters():
+            if ".ln." in name or ".convs." in name:  # convolutions keep torch's own initialisation
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)  # the bounds -2 and 2 are absolute: 100 sigma
+        last_reward: Any = self.reward[-1]
+        nn.init.zeros_(last_reward.weight)
+        nn.init.zeros_(self.q.output.weight)
+        if self.task_embedding is not None:
+            nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
+
+    @property
+    def pixels(self) -> bool:
+        return len(self.obs_shape) == 3
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return () if self.task_embedding is None else self.task_embedding.tasks
+
+    @property
+    def action_classes(self) -> tuple[int, ...]:
+        """The number of choices of each part of a one-hot action; () for continuous actions."""
+        return self.policy.classes
+
+    @property
+    def discount(self) -> float:
+        """gamma of a single task (section 3.2: from the length of its episodes)."""
+        return self.config.discount_for(self.episode_length)
+
+    def discounts(self, task: Tensor | None) -> Tensor | float:
+        """gamma of each task [...]."""
+        if self.task_embedding is None or task is None:
+            return self.discount
+        return self.task_embedding.discounts[task]
+
+    def action_mask(self, task: Tensor | None) -> Tensor | None:
+        """[..., A], 1 for the action dimensions that each task [...] uses; None for a single task."""
+        if self.task_embedding is None or task is None:
+            return None
+        return self.task_embedding.action_masks[task]
+
+    def latent(self, obs: Tensor, task: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """z = h(s, e), [..., D + T], of observations [..., *obs_shape] and task numbers [...].
+
+        shift: [..., 2] moves images.
+        """
+        if self.pixels:
+            return cast(Tensor, self.encoder(obs, shift))
+        x = fn.symlog(obs.float()) if self.config.symlog_obs else obs.float()
+        if self.task_embedding is None:
+            return cast(Tensor, self.encoder(x))
+        assert task is not None
+        embedded = self.task_embedding(task)
+        return torch.cat([self.encoder(torch.cat([x, embedded], -1)), embedded], -1)
+
+    def with_task_embedding(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """Latents [B, T, D + T] with their tasks' embeddings looked up again, as the policy's update sees them."""
+        if task is None or self.task_embedding is None:
+            return z
+        embedded = self.task_embedding(task).detach()[:, None].expand(-1, z.shape[1], -1)
+        return torch.cat([z[..., : self.config.latent_dim], embedded], -1)
+
+    def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
+        """z' = d(z, a, e), [..., D + T]."""
+        new = mlp_of_pair(self.dynamics, z, action)
+        if self.task_embedding is None:
+            return new
+        return torch.cat([new, z[..., self.config.latent_dim :].expand(*new.shape[:-1], -1)], -1)
+
+    def predict_reward(self, z: Tensor, action: Tensor) -> Tensor:
+        """r = R(z, a, e), [...], of the move out of z."""
+        return fn.symlog_mean(mlp_of_pair(self.reward, z, action), self.bins)
+
+    def values(self, z: Tensor, action: Tensor, heads: Tensor | None = None) -> Tensor:
+        """q = Q(z, a, e), [N, ...], of the online heads without dropout; only `heads` [N'] where given."""
+        return fn.symlog_mean(self.q(torch.cat([z, action], -1), heads), self.bins)
+
+    def terminates(self, z: Tensor) -> Tensor:
+        """[...], chance that the episode truly ends on arriving at z; zeros without a termination head."""
+        if self.termination is None:
+            return torch.zeros(z.shape[:-1], device=z.device)
+        return torch.sigmoid(self.termination(z)).squeeze(-1)
+
+    # Drawing what is random in losses and plans
+
+    def draw_dropped(self, lead: tuple[int, ...], generator: Generator | None = None) -> Tensor | None:
+        """[*lead, M], of the value heads' first layer; None without dropout."""
+        c = self.config
+        return fn.random_mask((*lead, c.mlp_dim), c.dropout, generator, self.bins.device) if c.dropout > 0 else None
+
+    def draw_heads(self, count: int, generator: Generator | None = None) -> Tensor:
+        """[count, 2]: two distinct value heads for each of `count` uses."""
+        return torch.rand(count, self.config.num_q, device=self.bins.device, generator=generator).argsort(1)[:, :2]
+
+    def draw_eval_shifts(self, count: int, generator: Generator | None = None) -> Tensor | None:
+        """[B, 2] of images that are acted on; None where they stay as they are."""
+        if not (self.pixels and self.config.augment_eval):
+            return None
+        return draw_shifts((count,), self.bins.device, generator)
+
+    # Checking what comes from outside
+
+    def check_observation(self, where: str, obs: Obs, task: Tensor | None) -> Tensor:
+        """obs [B, *obs_shape], padded with zeros where a model of several tasks is given fewer numbers.
+
+        Raises ValueError for another shape, and where task [B] does not fit.
+        """
+        if self.tasks and isinstance(obs, Tensor) and obs.ndim == 2 and obs.shape[1] < self.obs_shape[0]:
+            obs = F.pad(obs, (0, self.obs_shape[0] - obs.shape[1]))
+        if not isinstance(obs, Tensor) or tuple(obs.shape[1:]) != self.obs_shape:
+            found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
+            raise ValueError(f"{where}: obs is {found}, expected [B, {', '.join(map(str, self.obs_shape))}].")
+        if self.pixels and obs.is_floating_point() and obs.numel() and obs.max() > BRIGHT:
+            raise ValueError(f"{where}: images are floats up to {obs.max():.0f}, expected uint8, or floats in [0, 1].")
+        self.check_task(where, task, len(obs))
+        return obs
+
+    def check_task(self, where: str, task: Tensor | None, count: int) -> None:
+        """Raises ValueError unless task is [count] for a multi-task model, None for others."""
+        if self.tasks and task is None:
+            raise ValueError(f"{where}: this model knows {len(self.tasks)} tasks, expected their numbers, task [B].")
+        if task is not None and not self.tasks:
+            raise ValueError(f"{where}: task was given, but this model knows a single task.")
+        if task is not None and tuple(task.shape) != (count,):
+            raise ValueError(f"{where}: task is {tuple(task.shape)}, expected ({count},).")
+
+    def check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
+        """Raises ValueError unless action is [*lead, A]."""
+        expected = (*lead, self.action_dim)
+        if tuple(action.shape) != expected:
+            raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+
+
+def _check(
+    obs_shape: ObsShape, action_dim: int, config: TDMPC2Config, tasks: Sequence[Task], action_classes: Sequence[int]
+) -> None:
+    if isinstance(obs_shape, Mapping) or len(obs_shape) not in (1, 3) or min(obs_shape) < 1:
+        raise ValueError(
+            f"TD-MPC2 reads vectors or images: obs_shape is {obs_shape}, expected (V,) or (C, H, W). Flatten the "
+            "observation."
+        )
+    if len(obs_shape) == 3 and tasks:
+        raise ValueError(f"obs_shape is {obs_shape} with {len(tasks)} tasks, expected vectors (V,) for several tasks.")
+    if action_dim < 1:
+        raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
+    if action_classes and (sum(action_classes) != action_dim or tasks):
+        raise ValueError(
+            f"action_classes {tuple(action_classes)} with action_dim {action_dim} and {len(tasks)} tasks, expected "
+            "classes that sum to action_dim, and a single task."
+        )
+    if bool(tasks) != (config.task_dim > 0):
+        raise ValueError(
+            f"agent.task_dim is {config.task_dim} with {len(tasks)} tasks, expected above 0 with several tasks and 0 "
+            "with one."
+        )
+    if tasks and max(task.action_dim for task in tasks) > action_dim:
+        largest = max(tasks, key=lambda task: task.action_dim)
+        raise ValueError(f"action_dim is {action_dim}, but task {largest.name!r} has {largest.action_dim}.")

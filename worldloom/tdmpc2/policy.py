@@ -1,0 +1,161 @@
+"""TD-MPC2's policy prior: a squashed normal for continuous actions, independent choices for one-hot ones.
+
+Both have one interface: `policy.sample(z, noise, mask)` draws, and the sample knows its value and its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldloom import functional as fn
+from worldloom.nets import mlp
+
+HALF_LOG_TAU = 0.9189385175704956  # log(2 pi) / 2, as the reference writes it
+
+ValueOf = Callable[[Tensor], Tensor]  # of actions [..., A]: [...]
+
+
+@dataclass(frozen=True)
+class GaussianSample:
+    """Actions drawn from a squashed normal: [..., A] each, but `log_prob` and `scaled_entropy` [...]."""
+
+    action: Tensor
+    mean_action: Tensor  # tanh of the mean
+    log_std: Tensor
+    log_prob: Tensor  # after squashing
+    scaled_entropy: Tensor  # the bonus in the policy loss
+
+    def values(self, value: ValueOf) -> Tensor:
+        """The values that `expected` and `loss` take: of the drawn actions, [...]."""
+        return value(self.action)
+
+    def expected(self, values: Tensor) -> Tensor:
+        """What the policy is worth, [...]: the value of the drawn action."""
+        return values
+
+    def loss(self, values: Tensor, scale: Tensor, entropy_coef: float) -> Tensor:
+        """-(Q / S + entropy bonus), [...] (Hansen et al. 2024, eq. 4)."""
+        return -(values / scale + entropy_coef * self.scaled_entropy)
+
+
+@dataclass(frozen=True)
+class CategoricalSample:
+    """One-hot actions drawn part by part: [..., A] each, but `log_prob` and `entropy` [...]."""
+
+    action: Tensor
+    mean_action: Tensor  # the likeliest choice of each part
+    log_probs: Tensor
+    log_prob: Tensor
+    entropy: Tensor  # exact, not that of the draw
+    classes: tuple[int, ...]
+
+    @torch.no_grad()
+    def values(self, value: ValueOf) -> Tensor:
+        """The values that `expected` and `loss` take: of every choice of every part, the other parts as drawn,
+        [..., A]. They carry no gradient."""
+        return value(alternatives(self.action, self.classes)).movedim(0, -1)
+
+    def expected(self, values: Tensor) -> Tensor:
+        """What the policy is worth, [...]: the expected value over the choices of each part, averaged over parts."""
+        return (self.log_probs.exp() * values).sum(-1).detach() / len(self.classes)
+
+    def loss(self, values: Tensor, scale: Tensor, entropy_coef: float) -> Tensor:
+        """Cross-entropy with the best policy under these values, [...]; see `boltzmann`."""
+        target = boltzmann(values, scale * entropy_coef, self.classes)
+        return -(target * self.log_probs).sum(-1)
+
+
+class GaussianPolicy(nn.Sequential):
+    """a = tanh(mean + noise exp(log_std)), with log_std between two bounds (Hansen et al. 2024, section 3.1)."""
+
+    classes: tuple[int, ...] = ()
+
+    def __init__(self, sizes: Sequence[int], action_dim: int, log_std_bounds: tuple[float, float]) -> None:
+        super().__init__(*mlp(sizes, 2 * action_dim))
+        self.log_std_bounds = log_std_bounds
+
+    def sample(self, z: Tensor, noise: Tensor, mask: Tensor | None = None) -> GaussianSample:
+        """z: [..., D + T], noise: [..., A] standard normal, mask: [..., A], 1 for dimensions that the tasks use."""
+        mean, raw = self(z).chunk(2, -1)
+        log_std = bounded(raw, *self.log_std_bounds)
+        if mask is not None:
+            mean, log_std, noise = mean * mask, log_std * mask, noise * mask
+        return squashed_sample(mean, log_std, noise, mask)
+
+
+class CategoricalPolicy(nn.Sequential):
+    """Independent choices, one for each part of a one-hot action (an extension of ours)."""
+
+    def __init__(self, sizes: Sequence[int], classes: Sequence[int]) -> None:
+        super().__init__(*mlp(sizes, sum(classes)))
+        self.classes = tuple(classes)
+
+    def sample(self, z: Tensor, noise: Tensor, mask: Tensor | None = None) -> CategoricalSample:  # noqa: ARG002
+        """z: [..., D], noise: [..., A] standard normal; there is no mask, since there are no tasks."""
+        return categorical_sample(self(z), noise, self.classes)
+
+
+def bounded(raw: Tensor, low: float, high: float) -> Tensor:
+    """low + (high - low) (tanh(raw) + 1) / 2."""
+    return low + 0.5 * (high - low) * (torch.tanh(raw) + 1)
+
+
+def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor, mask: Tensor | None = None) -> GaussianSample:
+    """a = tanh(mean + noise exp(log_std)), with its log-probability; all [..., A].
+
+    The scaled entropy is the reference's: -log_prob * A g / log_prob, that is -A g with g the log-density before
+    squashing (its issue #76). mask: [..., A]; A then counts the dimensions that a task uses.
+    """
+    action = torch.tanh(mean + noise * log_std.exp())
+    gaussian = (-0.5 * noise.square() - log_std - HALF_LOG_TAU).sum(-1)
+    log_prob = gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1)
+    size = mean.shape[-1] if mask is None else mask.sum(-1)
+    scale = size * gaussian / (log_prob + 1e-8)
+    return GaussianSample(action, torch.tanh(mean), log_std, log_prob, -log_prob * scale)
+
+
+def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) -> CategoricalSample:
+    """Draw one choice for each part of `classes`; logits and noise (standard normal): [..., A]."""
+    log_probs = torch.cat([F.log_softmax(part, -1) for part in logits.split(tuple(classes), -1)], -1)
+    probs, drawn = log_probs.exp(), choose(log_probs, noise, classes)
+    entropy = -(probs * log_probs).sum(-1)
+    likeliest = likeliest_choice(log_probs, classes).to(logits.dtype)
+    return CategoricalSample(drawn, likeliest, log_probs, (drawn * log_probs).sum(-1), entropy, tuple(classes))
+
+
+def choose(log_probs: Tensor, noise: Tensor, classes: Sequence[int]) -> Tensor:
+    """One-hot draws [..., A], part by part; noise: [..., A] standard normal, made Gumbel by its quantiles."""
+    uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
+    return likeliest_choice(log_probs - torch.log(-torch.log(uniform)), classes).to(noise.dtype)
+
+
+def likeliest_choice(scores: Tensor, classes: Sequence[int]) -> Tensor:
+    """One-hot [..., A]: the largest of the scores [..., A] in each part."""
+    parts = [fn.one_hot(part.argmax(-1), part.shape[-1]) for part in scores.split(tuple(classes), -1)]
+    return torch.cat(parts, -1)
+
+
+def alternatives(action: Tensor, classes: Sequence[int]) -> Tensor:
+    """[A, ..., A]: for every choice of every part of one-hot actions [..., A], the action with that choice instead."""
+    made, begin = [], 0
+    for count in classes:
+        for choice in torch.eye(count, device=action.device, dtype=action.dtype):
+            before, part, after = action.split([begin, count, action.shape[-1] - begin - count], -1)
+            made.append(torch.cat([before, choice.expand_as(part), after], -1))
+        begin += count
+    return torch.stack(made)
+
+
+def boltzmann(values: Tensor, temperature: Tensor, classes: Sequence[int]) -> Tensor:
+    """[..., A]: probabilities of the choices of each part, softmax(values / temperature), of values [..., A].
+
+    Of all categorical policies these maximise expected value plus temperature times entropy; a policy that follows
+    them by cross-entropy finds back from a wrong certainty, where the gradient of its own expected value is zero.
+    """
+    parts = (values / temperature).split(tuple(classes), -1)
+    return torch.cat([part.softmax(-1) for part in parts], -1)
