@@ -1,5 +1,7 @@
 """The private parts of Ray that a run uses are there; where one is missing, a run goes on with less."""
 
+import time
+
 import pytest
 import ray
 
@@ -25,6 +27,9 @@ def two_nodes(monkeypatch):
 def test_ray_has_every_private_part_that_we_use(complaints, monkeypatch):
     from ray._private.state import available_resources_per_node
 
+    deadline = time.monotonic() + 60
+    while free_cpus_by_node() != [2.0] and time.monotonic() < deadline:  # actors that ended give theirs back late
+        time.sleep(0.1)
     assert [node["CPU"] for node in available_resources_per_node().values()] == free_cpus_by_node() == [2.0]
     assert draining_nodes() == set()
     stats = ObjectStoreStats().read()
@@ -41,11 +46,12 @@ def test_ray_has_every_private_part_that_we_use(complaints, monkeypatch):
 
 
 def test_without_the_private_parts_a_run_goes_on_with_less(complaints, monkeypatch):
-    monkeypatch.delattr("ray._private.state.available_resources_per_node")
-    monkeypatch.delattr("ray._private.state.state")
-    monkeypatch.delattr("ray._private.internal_api.get_memory_info_reply")
     two_nodes(monkeypatch)
-    assert free_cpus_by_node() == [0.5, 1.5]
+    free = ray.available_resources()["CPU"]
+    monkeypatch.delattr("ray._private.state.available_resources_per_node")
+    monkeypatch.delattr("ray._private.state.GlobalState.get_draining_nodes")
+    monkeypatch.delattr("ray._private.internal_api.get_memory_info_reply")
+    assert free_cpus_by_node() == pytest.approx([free / 4, 3 * free / 4])
     assert draining_nodes() == set()
     assert ObjectStoreStats().read() is None
     assert len(complaints) == 3
