@@ -18,7 +18,7 @@ from worldloom.types import ActState, Agent, Array, ObsArray, Weights, join_obs
 
 
 class Client(NamedTuple):
-    """Whom a server acts for: one vector of environments of one actor. A later (incarnation, session) starts anew."""
+    """Identifies one vector of environments to the server. A later (incarnation, session) begins with a new state."""
 
     actor: int
     lane: int
@@ -36,113 +36,161 @@ class Request:
     answer: Future[Acted] = field(default_factory=Future)
 
 
+class Waiting:
+    """Requests and weights that wait for the acting thread.
+
+    A batch closes once `rows` environments wait, or `deadline` seconds after the first of them came: a client that died
+    or is slow holds nobody up.
+    """
+
+    def __init__(self, rows: int, deadline: float) -> None:
+        self.rows, self._deadline = rows, deadline
+        self._changed = threading.Condition()
+        self._requests: list[Request] = []
+        self._newest: Weights | None = None  # not taken yet
+        self._version = 0  # of the weights that came last
+        self._closed = False
+
+    def put(self, request: Request) -> None:
+        """Raises RuntimeError once closed."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the acting server is closed.")
+            self._requests.append(request)
+            self._changed.notify_all()
+
+    def put_weights(self, weights: Weights) -> None:
+        """Raises ValueError if the version goes back."""
+        with self._changed:
+            check_version(weights, self._version)
+            self._newest, self._version = weights, weights.version
+
+    def take_batch(self) -> list[Request]:
+        """Wait for a batch and return it; empty once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._requests or self._closed)
+            closes = time.monotonic() + self._deadline
+            while sum(len(r.is_first) for r in self._requests) < self.rows and not self._closed:
+                left = closes - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            batch, self._requests = self._requests, []
+            return batch
+
+    def take_weights(self) -> Weights | None:
+        """Return the newest weights if they were not taken yet."""
+        with self._changed:
+            newest, self._newest = self._newest, None
+            return newest
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class EvaluationActing:
+    """Acts in one evaluation at a time, with an agent of its own and the weights that the evaluation began with."""
+
+    def __init__(self, make_agent: Callable[[], Agent]) -> None:
+        self._make_agent, self._lock = make_agent, threading.Lock()
+        self._agent: Agent | None = None
+        self._state: ActState | None = None
+
+    def begin(self, weights: Weights, seed: int) -> int:
+        """Use these weights until another evaluation begins; the same weights and seed play the same episodes.
+        Returns the version."""
+        with self._lock:
+            self._agent = self._agent or self._make_agent()
+            self._agent.load_acting_weights(weights.flat)
+            self._agent.acting_generator.manual_seed(seed)
+            self._state = None
+        return weights.version
+
+    def act(self, obs: ObsArray, is_first: Array) -> Array:
+        """Actions [E, A] without exploration. Raises RuntimeError if no evaluation began."""
+        with self._lock:
+            if self._agent is None:
+                raise RuntimeError("act_in_evaluation: begin_evaluation comes first.")
+            actions, self._state = self._agent.act(obs, self._state, is_first, explore=False)
+            return actions
+
+
+@dataclass
+class Served:
+    """What a server has done since its start."""
+
+    batches: int = 0
+    environments: int = 0  # over all batches
+    seconds: float = 0.0  # of acting
+
+
 class ActingServer:
     """Acts for many clients with one agent, in batches, in a thread of its own; evaluations have another agent.
 
-    make_agent: gives agents that this server alone uses, so that learning never changes weights that act.
-    A batch closes once `rows` environments wait, or `deadline` seconds after the first of them came: a client that died
-    or is slow holds nobody up. Acting states stay here, a row for each environment, and go with their incarnation.
+    make_agent: gives agents that this server alone uses, so that learning never changes weights that act. rows and
+    deadline: see `Waiting`. Acting states stay here, a row for each environment, and go with their incarnation.
     """
 
     def __init__(self, make_agent: Callable[[], Agent], rows: int, deadline: float, threads: int = 1) -> None:
-        self._make_agent, self._agent = make_agent, make_agent()
-        self._rows, self._deadline, self._threads = rows, deadline, threads
-        self._judging = threading.Lock()
-        self._judge: Agent | None = None
-        self._judge_state: ActState | None = None
+        self._agent, self._version, self._threads = make_agent(), 0, threads
+        self._evaluation = EvaluationActing(make_agent)
         self._states: dict[tuple[int, int], tuple[Client, ActState]] = {}  # by actor and lane
-        self._changed = threading.Condition()
-        self._waiting: list[Request] = []
-        self._newest: Weights | None = None  # not taken up yet
-        self._version = 0
-        self._closed = False
-        self._batches = self._acted = 0  # batches, and environments in them
-        self._seconds = 0.0  # of acting
+        self._waiting, self._served = Waiting(rows, deadline), Served()
         self._thread = threading.Thread(target=self._serve, name="acting", daemon=True)
         self._thread.start()
 
     def load(self, weights: Weights) -> None:
         """Act with these from the next batch on. Raises ValueError if the version goes back."""
-        with self._changed:
-            check_version(weights, self._newest.version if self._newest else self._version)
-            self._newest = weights
+        self._waiting.put_weights(weights)
 
     def act(self, client: Client, obs: Mapping[str, Array], is_first: Array) -> Acted:
         """Actions for one client, as part of a batch; blocks. obs by replay column, [E, ...] each.
 
-        A client that this server does not know starts afresh, whatever is_first says. Raises what the agent raises,
-        RuntimeError once the server is closed.
+        A client that this server does not know starts from an empty state, whatever is_first says. Raises what the
+        agent raises, RuntimeError once the server is closed.
         """
         request = Request(client, obs, np.asarray(is_first))
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the acting server is closed.")
-            self._waiting.append(request)
-            self._changed.notify_all()
+        self._waiting.put(request)
         return request.answer.result()
 
     def begin_evaluation(self, weights: Weights, seed: int) -> int:
-        """Act with these weights in `act_in_evaluation` until another evaluation begins, while others go on with newer
-        ones: the same weights and seed play the same episodes. Returns the version."""
-        with self._judging:
-            self._judge = self._judge or self._make_agent()
-            self._judge.load_acting_weights(weights.flat)
-            self._judge.acting_generator.manual_seed(seed)
-            self._judge_state = None
-        return weights.version
+        """See `EvaluationActing.begin`; other clients go on with newer weights."""
+        return self._evaluation.begin(weights, seed)
 
     def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
-        """Actions [E, A] without exploration, for the one vector of environments that the evaluation plays on."""
-        with self._judging:
-            if self._judge is None:
-                raise RuntimeError("act_in_evaluation: begin_evaluation comes first.")
-            actions, self._judge_state = self._judge.act(obs, self._judge_state, is_first, explore=False)
-            return actions
+        """See `EvaluationActing.act`."""
+        return self._evaluation.act(obs, is_first)
 
     def close(self) -> None:
         """Answer what waits, then end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._waiting.close()
         self._thread.join()
 
     def gauges(self) -> dict[str, float]:
         """By name: the share of `rows` that a batch held and the seconds that acting took, means since the start."""
-        batches = max(self._batches, 1)
-        return {"acting/batch_fill": self._acted / (batches * self._rows), "acting/seconds": self._seconds / batches}
+        served, batches = self._served, max(self._served.batches, 1)
+        fill = served.environments / (batches * self._waiting.rows)
+        return {"acting/batch_fill": fill, "acting/seconds": served.seconds / batches}
 
     def _serve(self) -> None:
         torch.set_num_threads(self._threads)  # holds for the calling thread
-        while batch := self._next_batch():
+        while batch := self._waiting.take_batch():
             begun = time.monotonic()
             try:
-                self._take_up_weights()
+                self._load_newest()
                 self._act(batch)
             except Exception as error:
                 for request in batch:
                     if not request.answer.done():
                         request.answer.set_exception(error)
-            self._batches += 1
-            self._acted += sum(len(request.is_first) for request in batch)
-            self._seconds += time.monotonic() - begun
+            self._served.batches += 1
+            self._served.environments += sum(len(request.is_first) for request in batch)
+            self._served.seconds += time.monotonic() - begun
 
-    def _next_batch(self) -> list[Request]:
-        """Empty once the server is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            closes = time.monotonic() + self._deadline
-            while sum(len(r.is_first) for r in self._waiting) < self._rows and not self._closed:
-                left = closes - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            batch, self._waiting = self._waiting, []
-            return batch
-
-    def _take_up_weights(self) -> None:
-        with self._changed:
-            newest, self._newest = self._newest, None
-        if newest is not None:
+    def _load_newest(self) -> None:
+        if (newest := self._waiting.take_weights()) is not None:
             self._agent.load_acting_weights(newest.flat)
             self._version = newest.version
 

@@ -6,8 +6,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import gymnasium
 import numpy as np
 
 from worldloom.envs.environment import Environment
@@ -56,14 +57,32 @@ class VectorEnv:
         self._steps = 0
         self._failures: list[deque[int]] = [deque(maxlen=FAILURES_ALLOWED) for _ in self._envs]
         self.num_envs, self.failures, self.last_failure = num_envs, 0, ""
-        one = self._envs[0]
-        self.observation_space, self.action_space = one.observation_space, one.action_space
-        self.action_classes, self.action_dim, self.episode_length = (
-            one.action_classes,
-            one.action_dim,
-            one.episode_length,
-        )
-        self.name = one.name
+
+    @property
+    def name(self) -> str:
+        return self._envs[0].name
+
+    @property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        return self._envs[0].observation_space
+
+    @property
+    def action_space(self) -> gymnasium.Space[Any]:
+        return self._envs[0].action_space
+
+    @property
+    def action_classes(self) -> tuple[int, ...]:
+        """The number of choices of each part of a one-hot action; () for continuous actions."""
+        return self._envs[0].action_classes
+
+    @property
+    def action_dim(self) -> int:
+        return self._envs[0].action_dim
+
+    @property
+    def episode_length(self) -> int | None:
+        """Agent steps after which every episode is cut; None where there is no limit."""
+        return self._envs[0].episode_length
 
     def reset(self) -> ObsArray:
         """Start every environment: obs [E, *obs_shape], or a mapping of such."""

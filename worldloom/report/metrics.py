@@ -1,10 +1,9 @@
-"""The run's bookkeeping: what happened, how fast, what held it up; as metrics, a display and summary.json."""
+"""The run's bookkeeping: what happened, how fast, what limited it; as metrics, a display and summary.json."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +16,10 @@ from worldloom.report.display import Display, Standing
 from worldloom.report.page import PICTURE, write_report
 from worldloom.report.sinks import MetricsLogger, Sink
 from worldloom.report.subject import Subject
+from worldloom.report.timing import Staleness, Timing
 from worldloom.types import Array, Metrics
 
 RECENT_EPISODES = 20
-RECENT_CHUNKS = 200
-PUBLISHES_KNOWN = 1000
 LOSSES = (
     "env_failures",
     "actor_restarts",
@@ -49,8 +47,51 @@ class Limiter(Protocol):
         """The train ratio so far."""
 
 
+class LearnerMeans:
+    """Means of the learner's metrics over the updates since the last log line."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._updates = 0
+
+    def add(self, metrics: Metrics, updates: int) -> None:
+        """metrics: means over these updates."""
+        for name, value in metrics.items():
+            self._sums[name] += value * updates
+        self._updates += updates
+
+    def take(self) -> dict[str, float]:
+        """Return the means by name, and begin again."""
+        means = {f"learner/{name}": total / self._updates for name, total in self._sums.items()}
+        self._sums.clear()
+        self._updates = 0
+        return means
+
+
+class Episodes:
+    """The last returns, and a hint to give once when an episode truly ends."""
+
+    def __init__(self, true_ends_hint: str | None) -> None:
+        self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self._hint = true_ends_hint
+
+    def add(self, info: ChunkInfo) -> str | None:
+        """Return the hint if it is due."""
+        self._returns.extend(info.returns)
+        if not info.true_ends:
+            return None
+        hint, self._hint = self._hint, None
+        return hint
+
+    def mean_return(self) -> float | None:
+        return float(np.mean(self._returns)) if self._returns else None
+
+
 class Recorder:
-    """Told of every chunk, update, evaluation and loss; `limiter` holds the totals of steps and updates."""
+    """Records chunks, updates, evaluations and losses; `limiter` holds the totals of steps and updates.
+
+    before: counters of earlier sessions of the run, as `saved_counters` gave them.
+    """
 
     def __init__(
         self,
@@ -65,81 +106,62 @@ class Recorder:
         self._logger = MetricsLogger(run_dir, sinks)
         self._display = Display(subject.total_steps, limiter.env_steps)
         self.counters = {name: int(before.get(name, 0)) for name in COUNTERS}
-        self._wall_before = float(before.get("wall_seconds", 0.0))
-        self._begun = time.monotonic()
-        self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self._staleness: Counter[int] = Counter()  # chunks by how many publishes behind they were
-        self._learner_metrics: dict[str, float] = defaultdict(float)
-        self._learner_updates = 0
-        self.last_evaluation: Evaluation | None = None
-        self._learning_since: float | None = None
-        self.busy_seconds = 0.0  # seconds of learning, since the start
-        self._held = 0.0  # seconds in which collecting had to wait for the learner
-        self._mark = (self._begun, limiter.env_steps, limiter.updates, 0.0, 0.0)  # at the last log line
+        self.timing, self._staleness = Timing(float(before.get("wall_seconds", 0.0)), self._counts), Staleness()
+        self._learner, self._episodes = LearnerMeans(), Episodes(true_ends_hint)
         self._gauges: dict[str, float] = {}
-        self._published: dict[int, float] = {}  # when, by version
-        self._outdated: deque[float] = deque(maxlen=RECENT_CHUNKS)  # seconds for which newer weights were there
-        self._acting_waited = 0.0  # seconds, of env actors for actions
-        self._publish_seconds = 0.0  # of the learner
-        self._limits: dict[str, float] = defaultdict(float)  # seconds by what held the run up
-        self._true_ends_hint = true_ends_hint
-
-    @property
-    def wall_seconds(self) -> float:
-        """Of the whole run, earlier sessions included."""
-        return self._wall_before + time.monotonic() - self._begun
+        self.last_evaluation: Evaluation | None = None
 
     def say(self, text: str) -> None:
         self._display.say(text)
 
+    @property
+    def _counts(self) -> tuple[int, int]:
+        return self._limiter.env_steps, self._limiter.updates
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds of learning since the start."""
+        return self.timing.total("learning")
+
     def chunk(self, info: ChunkInfo, newest_version: int) -> None:
-        """An accepted chunk."""
+        """Record an accepted chunk."""
         self.counters["episodes"] += len(info.returns)
         self.counters["true_ends"] += info.true_ends
-        self._returns.extend(info.returns)
-        self._acting_waited += info.waited
+        self.timing.spend("acting", info.waited)
         if info.version is not None:
-            self._staleness[newest_version - info.version] += 1
-            superseded = self._published.get(info.version + 1)
-            self._outdated.append(0.0 if superseded is None else time.monotonic() - superseded)
+            self._staleness.acted(info.version, newest_version)
         if info.failures:
             self.counters["env_failures"] += info.failures
             raised = f"{info.failures} environment(s) raised and were rebuilt in place"
             self.say(f"actor {info.key.actor}: {raised}; the last: {info.last_failure}")
-        if info.true_ends and self._true_ends_hint:
-            self.say(self._true_ends_hint)
-            self._true_ends_hint = None
+        if hint := self._episodes.add(info):
+            self.say(hint)
         self._display.show(self._standing())
 
     def updated(self, metrics: Metrics, updates: int, seconds: float, publish_seconds: float = 0.0) -> None:
-        """`updates` updates took `seconds`, and publishing weights publish_seconds more; metrics are their means."""
-        self._publish_seconds += publish_seconds
-        if self._learning_since is None:
-            self._learning_since = time.monotonic() - seconds
-        for name, value in metrics.items():
-            self._learner_metrics[name] += value * updates
-        self._learner_updates += updates
-        self.busy_seconds += seconds
+        """Record updates that took `seconds`, and publishing weights publish_seconds more; metrics are their means."""
+        self.timing.spend("publishing", publish_seconds)
+        self.timing.spend("learning", seconds)
+        self._learner.add(metrics, updates)
         self._display.show(self._standing())
 
     def gauges(self, values: Mapping[str, float]) -> None:
-        """Figures of now by name, for every line of metrics until they are told again."""
+        """Keep figures by name for every line of metrics until they are given again."""
         self._gauges.update(values)
 
     def published(self, version: int) -> None:
-        """Newer weights than those of lower versions are there from now on."""
-        self._published[version] = time.monotonic()
-        while len(self._published) > PUBLISHES_KNOWN:
-            del self._published[min(self._published)]
+        """Record that newer weights than those of lower versions are there from now on."""
+        self._staleness.published(version)
 
     def rows_lost(self, count: int) -> None:
-        """With files of a checkpoint that are missing or damaged."""
+        """Record rows that went with missing or damaged files of a checkpoint."""
         self.counters["rows_lost"] += count
         if count:
             self.say(f"warning: {count:,} rows of replay are lost with damaged files; the run goes on without them")
 
     def held(self, seconds: float) -> None:
-        self._held += seconds
+        """Record that collecting had to wait for the learner."""
+        self.timing.spend("held", seconds)
 
     def evaluated(self, env_steps: int, evaluation: Evaluation) -> None:
         self.last_evaluation = evaluation
@@ -168,86 +190,59 @@ class Recorder:
 
     def log(self) -> None:
         """Write a line of metrics over the time since the last."""
-        now, limiter = time.monotonic(), self._limiter
-        then, steps, updates, busy, held = self._mark
-        span = max(now - then, 1e-9)
-        metrics: dict[str, float] = {
-            "rate/env_steps_per_second": (limiter.env_steps - steps) / span,
-            "rate/updates_per_second": (limiter.updates - updates) / span,
-            "rate/learner_busy_fraction": self._busy_fraction(),
+        limiter, limited_by = self._limiter, self.limited_by()
+        metrics = {**self._rates(), **self._staleness.metrics(), **self._gauges, **self._learner.take()}
+        if (mean := self._episodes.mean_return()) is not None:
+            metrics["episode/return"] = mean
+        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, limited_by=limited_by)
+        self._display.line(self._standing())
+        self.timing.mark(limited_by, self._counts)
+
+    def _rates(self) -> dict[str, float]:
+        limiter, timing = self._limiter, self.timing
+        steps_per_second, updates_per_second = timing.rates(self._counts)
+        waiting = max(timing.span - timing.lately("learning"), 0.0) if limiter.learning else 0.0
+        return {
+            "rate/env_steps_per_second": steps_per_second,
+            "rate/updates_per_second": updates_per_second,
+            "rate/learner_busy_fraction": timing.busy_fraction(),
             "rate/train_ratio": limiter.actual,
             "rate/train_ratio_error": abs(limiter.actual / limiter.train_ratio - 1) if limiter.updates else 0.0,
-            "wait/collecting_seconds": self._held - held,
-            "wait/learning_seconds": max(span - (self.busy_seconds - busy), 0.0) if limiter.learning else 0.0,
-            "wait/acting_seconds": self._acting_waited,
-            "weights/publish_fraction": self._publish_seconds / span,
+            "wait/collecting_seconds": timing.lately("held"),
+            "wait/learning_seconds": waiting,
+            "wait/acting_seconds": timing.lately("acting"),
+            "weights/publish_fraction": timing.lately("publishing") / timing.span,
             **{f"count/{name}": float(value) for name, value in self.counters.items() if name in LOSSES},
             "frames": float(limiter.env_steps * self._subject.action_repeat),
             "episodes": float(self.counters["episodes"]),
         }
-        if self._returns:
-            metrics["episode/return"] = float(np.mean(self._returns))
-        metrics["weights/staleness_p95"] = self._staleness_p95()
-        if self._outdated:
-            metrics["weights/staleness_seconds_p95"] = float(np.percentile(self._outdated, 95))
-        metrics |= self._gauges
-        for name, total in self._learner_metrics.items():
-            metrics[f"learner/{name}"] = total / self._learner_updates
-        words = {"limited_by": self.limited_by()}
-        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, **words)
-        self._display.line(self._standing())
-        self._limits[words["limited_by"]] += span
-        self._acting_waited = self._publish_seconds = 0.0
-        self._learner_metrics.clear()
-        self._learner_updates = 0
-        self._mark = (now, limiter.env_steps, limiter.updates, self.busy_seconds, self._held)
 
     def _standing(self) -> Standing:
-        then, steps, _, _, _ = self._mark
-        span = time.monotonic() - then
         return Standing(
             self._limiter.env_steps,
             self._limiter.updates,
-            (self._limiter.env_steps - steps) / span if span > 0 else 0.0,
-            float(np.mean(self._returns)) if self._returns else None,
+            self.timing.rates(self._counts)[0],
+            self._episodes.mean_return(),
             self.last_evaluation.mean if self.last_evaluation else None,
             self.limited_by(),
         )
 
+    @property
+    def wall_seconds(self) -> float:
+        """Of the whole run, earlier sessions included."""
+        return self.timing.wall_seconds
+
     def limited_by(self) -> str:
-        """What the run waited for since the last log line: the learner where it was busy, or the train ratio where env
-        actors could have gone on besides; replay where they had to wait although the learner was idle; the environments
-        otherwise."""
-        if not self._limiter.learning:
-            return "environments (warm-up)"
-        then, _, _, busy, held = self._mark
-        span = max(time.monotonic() - then, 1e-9)
-        learning, waiting = (self.busy_seconds - busy) / span >= 0.8, (self._held - held) / span >= 0.5
-        if learning:
-            return "ratio" if waiting else "learner"
-        return "replay" if waiting else "environments"
-
-    def _busy_fraction(self) -> float:
-        if self._learning_since is None:
-            return 0.0
-        return min(self.busy_seconds / max(time.monotonic() - self._learning_since, 1e-9), 1.0)
-
-    def _staleness_p95(self) -> float:
-        """Publishes between the newest weights and those that acted, at most, for 95 % of the chunks."""
-        seen, enough = 0, 0.95 * self._staleness.total()
-        for versions, chunks in sorted(self._staleness.items()):
-            seen += chunks
-            if seen >= enough:
-                return float(versions)
-        return 0.0
+        """What the run waited for since the last log line; see `Timing.limited_by`."""
+        return self.timing.limited_by(self._limiter.learning)
 
     def saved_counters(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """Return what a resumed run goes on counting from."""
         return {**self.counters, "wall_seconds": self.wall_seconds}
 
     def summarise(self, status: str, device: str, evaluation: Evaluation | None) -> dict[str, Any]:
         """Write summary.json and report.html; returns what the former holds."""
-        if self._limiter.env_steps > self._mark[1]:
+        if self.timing.steps_since_mark(self._limiter.env_steps):
             self.log()  # what came since the last line
         limiter, wall = self._limiter, self.wall_seconds
         summary = {
@@ -263,11 +258,11 @@ class Recorder:
             "wall_seconds": round(wall, 2),
             "env_steps_per_second": round(limiter.env_steps / wall, 2),
             "updates_per_second": round(limiter.updates / wall, 2),
-            "learner_busy_fraction": round(self._busy_fraction(), 4),
+            "learner_busy_fraction": round(self.timing.busy_fraction(), 4),
             "train_ratio_target": limiter.train_ratio,
             "train_ratio_actual": round(limiter.actual, 4),
-            "weight_staleness_p95": self._staleness_p95(),
-            "limited_by": {n: round(s / sum(self._limits.values()), 3) for n, s in self._limits.items()},
+            "weight_staleness_p95": self._staleness.p95(),
+            "limited_by": self.timing.limits(),
             **self.counters,
             "seed": self._subject.seed,
             "device": device,
