@@ -16,6 +16,7 @@ from tests.runs.test_inline import tiny_config
 from worldloom import create_agent, create_world_model, get_config, get_model_info, list_models, load_agent
 from worldloom import family as families
 from worldloom.envs import make_env
+from worldloom.runs.build import make_run_agent, probe_env
 from worldloom.runs.config import TrainConfig
 from worldloom.runs.inline import InlineTrainer
 
@@ -135,3 +136,33 @@ def test_an_installed_family_has_a_short_name(package, monkeypatch):
     assert agent.describe()["family"] == NAME
     with pytest.raises(ValueError, match="unknown model 'gru:tinny'. Did you mean gru:tiny"):
         get_config("gru:tinny")
+
+
+LACKING = [
+    ('"config": dataclasses.asdict(self.config),', "", "describe() lacks config"),
+    ('"updates": self.updates,', "", 'state_dict() has no "updates"'),
+    ('"updates": self.updates,', '"updates": self.updates, "planner": self.act,', "['planner'] is a method"),
+    ("action.cpu().numpy(),", "10 * action.cpu().numpy(),", "expected entries in [-1, 1]"),
+    ("def collect(self)", "def gather(self)", "the agent has no collect; see worldloom.types.Agent"),
+    ("def update_targets(self)", "def update_copies(self)", "the model has no update_targets"),
+]
+
+
+@pytest.mark.parametrize(("found", "instead", "sentence"), LACKING)
+def test_what_a_family_lacks_is_said_when_a_run_starts(package, tmp_path, found, instead, sentence):
+    text = EXAMPLE.read_text()
+    assert found in text
+    (package / "my_package" / "my_family.py").write_text(text.replace(found, instead))
+    with pytest.raises(TypeError) as failure:
+        InlineTrainer(own_config(), tmp_path / "run")
+    assert sentence in str(failure.value)
+    assert str(failure.value).startswith(f"{MODEL} on tests.environments:Counting-v0: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_starting_a_run_draws_nothing_from_its_agent(package):
+    config = own_config()
+    env = probe_env(config)
+    agent = make_run_agent(config, env, "cpu", 0)
+    fresh = create_agent(MODEL, env.observation_space, env.action_space, seed=0)
+    assert torch.equal(agent.acting_generator.get_state(), fresh.acting_generator.get_state())

@@ -6,6 +6,7 @@ from gymnasium import spaces
 from tests.dreamerv3_models import TINY as TINY_DREAMER
 from tests.runs.test_inline import TINY_AGENT
 from tests.test_own_family import EXAMPLE, MODEL, package  # noqa: F401 - a fixture
+from worldloom.contract import ContractBroken
 from worldloom.testing import check_family, checks
 from worldloom.testing.subject import Subject
 
@@ -53,7 +54,7 @@ def test_what_is_missing_is_said_in_a_sentence(package, check, found, instead, s
     text = EXAMPLE.read_text()
     assert found in text
     (package / "my_package" / "my_family.py").write_text(text.replace(found, instead))
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises(ContractBroken) as failure:
         check(Subject(MODEL, checks.VECTOR, checks.CONTINUOUS, {}))
     assert sentence in str(failure.value)
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args, get_origin, get_type_hints, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 import torch
 
 from worldloom import dreamerv3, tdmpc2
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
-from worldloom.family import Family, import_family, installed
+from worldloom.family import Family, check_overrides, import_family, installed
 from worldloom.pretrained import load_parameters, newest_checkpoint, read_description
-from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
-from worldloom.tdmpc2.tasks import read_options, read_tasks
+from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
+from worldloom.tdmpc2.tasks import read_options
 from worldloom.types import Agent, WorldModel
 
 if TYPE_CHECKING:
     import gymnasium
 
+
+OBS_CLASSES, ACTION_CLASSES = "obs_classes", "action_classes"  # options that the spaces of an environment decide
 
 FAMILIES: dict[str, Family] = {
     "dreamerv3": Family(
@@ -30,7 +33,7 @@ FAMILIES: dict[str, Family] = {
         "size12m",
         DreamerV3WorldModel,
         DreamerV3Agent,
-        ("obs_classes",),
+        {OBS_CLASSES: "by key, how many classes there are where observations are class indices; they are read one-hot"},
         "DreamerV3 (Hafner et al. 2025): a recurrent state-space model with a decoder; it learns to act in imagination",
         "image",
     ),
@@ -40,9 +43,13 @@ FAMILIES: dict[str, Family] = {
         "5m",
         TDMPC2WorldModel,
         TDMPC2Agent,
-        ("tasks", "action_classes"),
+        {
+            ACTION_CLASSES: "the number of choices of each one-hot part of an action",
+            "tasks": "mt30, mt80, or a list of Task(name, action_dim) that one model is to know",
+        },
         "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
         read_options=read_options,
+        load_file=load_official,
     ),
 }
 ALIASES: dict[str, str] = {
@@ -54,13 +61,6 @@ ALIASES: dict[str, str] = {
     "tdmpc-small": "tdmpc2:5m",
     "tdmpc-medium": "tdmpc2:48m",
     "tdmpc-large": "tdmpc2:317m",
-}
-
-
-EXPLANATIONS = {
-    "obs_classes": "It reads numbers: make class indices one-hot.",
-    "tasks": "Only tdmpc2 knows several tasks.",
-    "action_classes": "It takes one-hot actions as they are.",
 }
 
 
@@ -87,7 +87,7 @@ class ModelInfo(TypedDict):
 
     description: str
     family: str
-    parameters: str  # the published count, such as "12M"; yours depends on observations and actions
+    parameters: str | None  # the published count, such as "12M", if any; yours depends on observations and actions
     default_obs: str  # vector or image
 
 
@@ -109,7 +109,7 @@ def get_model_info(model: str) -> ModelInfo:
     return {
         "description": family.description,
         "family": name,
-        "parameters": size.removeprefix("size").upper(),
+        "parameters": count[1].upper() if (count := re.fullmatch(r"(?:size)?(\d+m)", size)) else None,
         "default_obs": family.default_obs,
     }
 
@@ -149,74 +149,77 @@ def build_config(model: str, overrides: Mapping[str, Any]) -> Any:
     return family.config(**fields)
 
 
-def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Names must be fields of `config` and values of their types (whole numbers pass for floats)."""
-    hints = get_type_hints(config)
-    checked = {}
-    for name, value in overrides.items():
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(hints)}."
-            raise ValueError(f"agent.{name} is not a field of {config.__name__}. {hint}")
-        if get_origin(hints[name]) is Literal:
-            if value not in get_args(hints[name]):
-                expected = " or ".join(map(repr, get_args(hints[name])))
-                raise ValueError(f"agent.{name} is {value!r}, expected {expected}.")
-            checked[name] = value
-            continue
-        allowed = get_args(hints[name]) or (hints[name],)
-        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) not in allowed:
-            expected = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
-            raise TypeError(f"agent.{name} is {value!r} ({type(value).__name__}), expected {expected}.")
-        checked[name] = value
-    return checked
-
-
 def create_world_model(
     model: str | os.PathLike[str],
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None,
     action_dim: int | None = None,
     device: torch.device | str = "cpu",
     episode_length: int | None = None,
-    obs_classes: Mapping[str, int] | None = None,
-    tasks: str | Sequence[Task] = (),
-    action_classes: Sequence[int] = (),
-    **overrides: Any,
+    **settings: Any,
 ) -> WorldModel:
     """A world model from a preset ("tdmpc2:5m"; "my_package.my_family:size" of your own), an alias ("tdmpc"), a
-    directory (`save_pretrained`) or a file: one of the TD-MPC2 checkpoints that its authors published.
+    directory (`save_pretrained`) or a file that a family's authors published.
 
-    obs_shape: of one observation, channel-first for images; DreamerV3 takes a mapping of them too. action_dim: A,
-    the number of action dimensions or of one-hot entries. episode_length: agent steps, where known (TD-MPC2 derives
-    its discount from it). obs_classes: by key of the mapping ("obs" for a single shape), how many classes there are
-    where observations are class indices; DreamerV3 reads them one-hot. tasks: "mt30", "mt80" or what else a
-    multi-task TD-MPC2 is to know. action_classes: the choices of each one-hot part of an action, which TD-MPC2 must
-    know where actions are discrete. overrides: fields of the model's config. Raises ValueError or TypeError that names
-    what was wrong, FileNotFoundError for a directory that holds no model.
+    obs_shape: of one observation, channel-first for images; some families take a mapping of them too. action_dim: A,
+    the number of action dimensions or of one-hot entries. episode_length: agent steps, where known. settings: fields of
+    the model's config, and the options of its family (`Family.options`): obs_classes of DreamerV3, tasks and
+    action_classes of TD-MPC2. Raises ValueError or TypeError that names what was wrong, FileNotFoundError for a
+    directory that holds no model.
     """
-    given = {"obs_classes": obs_classes, "tasks": tasks, "action_classes": action_classes}
-    foreign = {key for key, value in given.items() if value} - ({"tasks"} if Path(model).is_file() else set())
-    if foreign and Path(model).exists():
-        raise ValueError(f"{model} knows its own {', '.join(sorted(foreign))}. Leave them out.")
     if Path(model).is_dir():
-        return _load_world_model(model, obs_shape, action_dim, device, overrides)
+        return _load_world_model(model, obs_shape, action_dim, device, settings)
     if Path(model).is_file():
-        fields = check_overrides(TDMPC2Config, overrides)
-        return load_official(model, obs_shape, action_dim, device, episode_length, read_tasks(tasks), fields)
+        return _load_file(model, obs_shape, action_dim, device, episode_length, settings)[1]
     family, _, size = _preset(str(model))
     if obs_shape is None or action_dim is None:
         raise ValueError(
             f"create_world_model({model!r}) needs obs_shape and action_dim, as in obs_shape=(39,), action_dim=4."
         )
-    options = {key: value for key, value in given.items() if value}
-    if foreign := options.keys() - set(family.options):
-        raise ValueError(f"{model} takes no {', '.join(foreign)}. {EXPLANATIONS[next(iter(foreign))]}")
+    options, overrides = _split(str(model), family, settings)
     fields, options = family.read_options(size, options)
     config = build_config(str(model), {**fields, **overrides})
     shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
     return cast(WorldModel, family.model(shape, action_dim, config, episode_length, **options).to(device))
+
+
+def _split(model: str, family: Family, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the family that are given, and the rest, which must be fields of its config.
+
+    Raises ValueError for an option of another family.
+    """
+    options = {name: value for name, value in settings.items() if name in family.options and value}
+    rest = {name: value for name, value in settings.items() if name not in family.options}
+    fields = {field.name for field in dataclasses.fields(family.config)}
+    for name in rest.keys() - fields:
+        if others := [other for other, known in FAMILIES.items() if name in known.options]:
+            takes = f"It takes {', '.join(family.options)}." if family.options else "It takes no options."
+            raise ValueError(f"{model} takes no {name}, which is an option of {', '.join(others)}. {takes}")
+    return options, rest
+
+
+def _load_file(
+    path: str | os.PathLike[str],
+    obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
+    action_dim: int | None,
+    device: torch.device | str,
+    episode_length: int | None,
+    settings: Mapping[str, Any],
+) -> tuple[Family, WorldModel]:
+    """The family that can read a file of its authors, and the model. Raises ValueError where none can."""
+    refused: list[ValueError] = []
+    for name, family in FAMILIES.items():
+        if family.load_file is None:
+            continue
+        options, overrides = _split(name, family, settings)
+        _, options = family.read_options("", options)  # the file holds what they set
+        fields = check_overrides(family.config, overrides)
+        try:
+            return family, family.load_file(
+                path, obs_shape, action_dim, device, episode_length, overrides=fields, **options
+            )
+        except ValueError as error:
+            refused.append(error)
+    raise ValueError(" ".join(map(str, refused)) or f"{path}: no family reads files.")
 
 
 def _load_world_model(
@@ -226,7 +229,10 @@ def _load_world_model(
     device: torch.device | str,
     overrides: Mapping[str, Any],
 ) -> WorldModel:
-    model = _from_description(directory, read_description(directory), overrides)
+    description = read_description(directory)
+    if (family := find_family(str(description.get("family")))) and (foreign := overrides.keys() & family.options):
+        raise ValueError(f"{directory} knows its own {', '.join(sorted(foreign))}. Leave them out.")
+    model = _from_description(directory, description, overrides)
     for name, wanted, found in [
         ("obs_shape", tuple(obs_shape) if isinstance(obs_shape, list) else obs_shape, model.obs_shape),
         ("action_dim", action_dim, model.action_dim),
@@ -241,9 +247,7 @@ def _from_description(source: object, description: Mapping[str, Any], overrides:
     family = find_family(name := str(description.get("family")))
     if family is None:
         known = ", ".join(FAMILIES)
-        raise ValueError(
-            f"{source} holds a model of family {name!r}, expected one of {known}, or a module on sys.path."
-        )
+        raise ValueError(f"{source} is of family {name!r}, expected one of {known}, or a module on sys.path.")
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
@@ -272,16 +276,17 @@ def create_agent(
     actions, observations = ActionCodec(model, action_space), ObservationCodec(model, observation_space).space
     with torch.random.fork_rng(devices=[]):  # one seed gives one agent, and leaves torch's own generator alone
         torch.manual_seed(seed)
-        world_model = create_world_model(
-            model,
-            observation_shape(observations),
-            actions.size,
-            device,
-            episode_length,
-            observation_classes(observations),
-            action_classes=actions.classes if "action_classes" in family.options else (),
-            **overrides,
-        )
+        options: dict[str, Any] = {}
+        if classes := observation_classes(observations):
+            if OBS_CLASSES not in family.options:
+                raise ValueError(
+                    f"{model} reads numbers, but {', '.join(classes)} are class indices. Make them one-hot."
+                )
+            options[OBS_CLASSES] = classes
+        if ACTION_CLASSES in family.options:
+            options[ACTION_CLASSES] = actions.classes
+        shape = observation_shape(observations)
+        world_model = create_world_model(model, shape, actions.size, device, episode_length, **options, **overrides)
         agent = cast(Agent, family.agent(world_model, seed, actions.classes))
     found = find_family(named := str(agent.describe().get("family")))
     if found is None or (found.model, found.agent) != (family.model, family.agent):
@@ -307,12 +312,11 @@ def load_agent(
     device: torch.device | str = "cpu",
     seed: int = 0,
     episode_length: int | None = None,
-    tasks: str | Sequence[Task] = (),
-    **overrides: Any,
+    **settings: Any,
 ) -> Agent:
-    """A trained agent from a run directory (its newest checkpoint), from a model directory, or from a file that
-    TD-MPC2's authors published; episode_length and tasks are of such a file (see `create_world_model`).
-    overrides: configuration fields that shape no parameter, such as num_samples=256 for half of TD-MPC2's planning.
+    """A trained agent from a run directory (its newest checkpoint), from a model directory, or from a file that a
+    family's authors published, of which episode_length and options tell more (see `create_world_model`).
+    settings: configuration fields that shape no parameter, such as num_samples=256 for half of TD-MPC2's planning.
 
         agent = load_agent("runs/pendulum")
         obs, act_state, is_first = env.reset(), None, np.ones(env.num_envs, bool)
@@ -325,15 +329,15 @@ def load_agent(
     """
     folder = Path(directory)
     if folder.is_file():
-        model = create_world_model(folder, device=device, episode_length=episode_length, tasks=tasks, **overrides)
-        return cast(Agent, FAMILIES["tdmpc2"].agent(model, seed, ()))
+        family, model = _load_file(folder, None, None, device, episode_length, settings)
+        return cast(Agent, family.agent(model, seed, ()))
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
     elif not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} holds neither checkpoints nor a config.json, expected the directory of a run or of a model."
         )
-    agent = agent_from_description(read_description(folder), device, seed, overrides)
+    agent = agent_from_description(read_description(folder), device, seed, settings)
     load_parameters(folder / "model.safetensors", agent.world_model)
     if agent.behaviour is not None:
         load_parameters(folder / "behaviour.safetensors", agent.behaviour)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 GROUP = "worldloom.families"  # entry points: short name = "my_package.my_family", or "my_package.my_family:FAMILY"
 
@@ -25,11 +26,14 @@ class Family:
     default_size: str
     model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
     agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
-    options: tuple[str, ...] = ()  # of `model`: obs_classes, tasks, action_classes
+    options: Mapping[str, str] = field(default_factory=dict)  # what `model` takes besides: name -> what it is
     description: str = ""  # one sentence
     default_obs: str = "vector"  # what its published settings observe: vector or image
     # (size, options as create_world_model or a description has them) -> (config fields that follow, options of `model`)
     read_options: Callable[[str, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] = as_given
+    # (path, obs_shape, action_dim, device, episode_length, overrides=, **options) -> WorldModel: a file of its
+    # authors. Raises ValueError for a file of another kind
+    load_file: Callable[..., Any] | None = None
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -65,3 +69,28 @@ def import_family(name: str) -> Family | None:
             "worldloom.Family."
         )
     return family
+
+
+def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Names must be fields of `config` and values of their types (whole numbers pass for floats)."""
+    hints = get_type_hints(config)
+    checked = {}
+    for name, value in overrides.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(hints)}."
+            raise ValueError(f"agent.{name} is not a field of {config.__name__}. {hint}")
+        if get_origin(hints[name]) is Literal:
+            if value not in get_args(hints[name]):
+                expected = " or ".join(map(repr, get_args(hints[name])))
+                raise ValueError(f"agent.{name} is {value!r}, expected {expected}.")
+            checked[name] = value
+            continue
+        allowed = get_args(hints[name]) or (hints[name],)
+        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) not in allowed:
+            expected = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
+            raise TypeError(f"agent.{name} is {value!r} ({type(value).__name__}), expected {expected}.")
+        checked[name] = value
+    return checked

@@ -60,7 +60,7 @@ class LatentState:
     def categorical(self) -> Tensor:
         """[B, S, K]: the stochastic part as a grid. Raises ValueError for a model that has none."""
         if self.stochastic is None or not self.classes:
-            raise ValueError("this state has no categorical part, expected that of a model that has one (DreamerV3).")
+            raise ValueError("this state has no categorical part, expected that of a model that has one.")
         grid: Tensor = self.stochastic.unflatten(-1, (-1, self.classes))
         return grid
 
@@ -124,12 +124,28 @@ Metrics = dict[str, float]
 Precision = Literal["float32", "bfloat16"]
 
 
+class ModelDescription(TypedDict):
+    """What a model is rebuilt from, in JSON's types; a family adds its options as keys of their own."""
+
+    family: str  # the name by which `worldloom.families` finds it, in every process
+    obs_shape: list[int] | dict[str, list[int]]
+    action_dim: int
+    episode_length: int | None  # agent steps
+    config: dict[str, Any]  # every field of the family's config
+
+
+class Description(ModelDescription, total=False):
+    """What an agent is rebuilt from."""
+
+    action_classes: list[int]  # the choices of each one-hot part of an action, where there are any
+
+
 @runtime_checkable
 class WorldModel(Protocol):
-    """What every model does; each is an nn.Module, and has `obs_shape` and `action_dim` as it was given them.
+    """What every model does; each is an nn.Module. Actions are float32 [.., A] in [-1, 1] or one-hot."""
 
-    Actions are float32 [.., A] in [-1, 1] or one-hot.
-    """
+    obs_shape: Any  # as it was given it: (V,), (C, H, W), or a mapping of shapes
+    action_dim: int  # as it was given it
 
     def encode(self, obs: Obs) -> LatentState:
         """The state after seeing only obs [B, *obs_shape]."""
@@ -151,6 +167,10 @@ class WorldModel(Protocol):
 
     def initial_state(self, batch_size: int) -> LatentState:
         """The state before anything was seen."""
+
+    def update_targets(self) -> None:
+        """Move slow copies of parameters, after each step of an optimiser on `compute_loss`; does nothing where the
+        model has none."""
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors; `create_world_model(directory)` reads them."""
@@ -216,12 +236,11 @@ class Agent(Protocol):
         """Take what `acting_weights` gave. Raises ValueError for another model's."""
 
     def describe(self) -> dict[str, Any]:
-        """What `load_agent` and other processes rebuild the agent from, in JSON's types: `family`, by which it is found
-        there, `obs_shape`, `action_dim`, `episode_length`, `config`, and the family's options and
-        `action_classes`, where there are any."""
+        """What `load_agent` and other processes rebuild the agent from: a `Description`, and the family's options."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything: parameters, optimisers, scales, counters, generators."""
+        """Everything: parameters, optimisers, scales, generators, and the number of updates as "updates". Tensors,
+        arrays, numbers, strings, and lists and dicts of them, which a checkpoint can hold."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""

@@ -121,6 +121,9 @@ class GRUWorldModel(nn.Module):
             "config": dataclasses.asdict(self.config),
         }
 
+    def update_targets(self):
+        """Do nothing: this model learns from no slow copies."""
+
     def save_pretrained(self, directory):
         save_model(directory, self.describe(), self)
 

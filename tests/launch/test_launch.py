@@ -138,7 +138,7 @@ def test_bad_yaml_keys_are_refused_with_the_nearest_name(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--env.id", "Pendulun-v1"], ["Pendulun-v1", "Pendulum-v1"]),
-        (["--env.id", "FrozenLake-v1"], ["FrozenLake-v1", "obs_classes", "one-hot"]),
+        (["--env.id", "FrozenLake-v1"], ["FrozenLake-v1", "class indices", "one-hot"]),
         (["--env.id", "tests.environments:Broken-v0"], ["NaN or infinity at entries [1]"]),
         (["--replay.capacity", "1000000000000"], ["replay.capacity", "GiB", "Lower replay.capacity"]),
         (["--replay.capacity", "3"], ["replay.capacity is 3", "window of 4"]),

@@ -168,6 +168,9 @@ class DreamerV3WorldModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         save_model(directory, self.describe(), self)
 
+    def update_targets(self) -> None:
+        """Do nothing: the slow critic belongs to the behaviour."""
+
     def describe(self) -> dict[str, Any]:
         shape = self.obs_shape
         return {

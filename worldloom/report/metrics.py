@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from worldloom.acting.evaluation import Evaluation
+from worldloom.contract import as_floats
 from worldloom.replay.chunk import ChunkInfo
 from worldloom.report.display import Display, Standing
 from worldloom.report.page import PICTURE, write_report
@@ -55,8 +56,8 @@ class LearnerMeans:
         self._updates = 0
 
     def add(self, metrics: Metrics, updates: int) -> None:
-        """metrics: means over these updates."""
-        for name, value in metrics.items():
+        """metrics: means over these updates. Raises ContractBroken for one that is no number."""
+        for name, value in as_floats(metrics).items():
             self._sums[name] += value * updates
         self._updates += updates
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from worldloom.acting.evaluation import Evaluator, Player, start_evaluation
+from worldloom.contract import check_acting, check_agent
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, make_environment
 from worldloom.families import build_config, create_agent
 from worldloom.replay.buffer import ReplayBuffer
@@ -21,7 +22,7 @@ from worldloom.report.subject import Subject
 from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
 from worldloom.runs.config import EnvConfig, RunConfig, TrainConfig
 from worldloom.runs.limiter import RateLimiter
-from worldloom.spaces import observation_columns
+from worldloom.spaces import action_classes, observation_columns, observation_shape
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
 
 logger = logging.getLogger(__name__)
@@ -90,10 +91,19 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
             seed=seed,
             **config.agent,
         )
+        _check_contract(agent, env)
         configure_agent(agent, config.train, device)
         return agent
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config.algorithm} on {config.env.id}: {error}") from error
+
+
+def _check_contract(agent: Agent, env: EnvSpec) -> None:
+    """What a family lacks shows here, and not after hours of training."""
+    check_agent(agent, observation_shape(env.observation_space), env.action_dim)
+    columns = observation_columns(env.observation_space)
+    nothing = join_obs({name: np.zeros((1, *column.shape), column.dtype) for name, column in columns.items()})
+    check_acting(agent, nothing, env.action_dim, action_classes(env.action_space))
 
 
 def configure_agent(agent: Agent, train: TrainConfig, device: str) -> None:
@@ -170,7 +180,8 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
     if not windows.crosses_episodes and longest is not None and longest + 1 < windows.length:
         raise ValueError(
             f"{config.env.id} ends its episodes after {longest} steps, but {config.algorithm} learns from windows of "
-            f"{windows.length} rows, {windows.length - 1} steps. Lower agent.horizon or env.action_repeat."
+            f"{windows.length} rows, {windows.length - 1} steps. Lower env.action_repeat, or the field of agent that "
+            "sets the length of its windows."
         )
     observations = observation_columns(env.observation_space)
     return ReplayBuffer(

@@ -15,16 +15,23 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from worldloom.contract import (
+    ContractBroken,
+    as_floats,
+    check_actions,
+    check_agent,
+    check_description,
+    check_model,
+    require,
+)
 from worldloom.encoding import pack, unpack
 from worldloom.families import agent_from_description, create_world_model
-from worldloom.spaces import observation_columns
+from worldloom.spaces import observation_shape
 from worldloom.testing.subject import ENVS, Subject
 from worldloom.types import Agent, Array, LatentState, WorldModel, join_obs, split_obs
 
 VECTOR, CONTINUOUS = spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32)
 TOLERANCE = 1e-4
-REACH = 6.0  # no normal around a mean in [-1, 1], of a deviation of 1 at most, is seen to go further
-DESCRIBED = ("family", "obs_shape", "action_dim", "episode_length", "config")
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,6 @@ class Check:
 
 def tensors(obs: Any) -> Any:
     return join_obs({name: torch.as_tensor(value) for name, value in split_obs(obs).items()})
-
-
-def require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise AssertionError(sentence)
 
 
 def near(a: Any, b: Any) -> bool:
@@ -61,35 +63,24 @@ def act(agent: Agent, obs: Any, state: Any = None, first: Any = True, explore: b
     return agent.act(obs, state, np.broadcast_to(first, (ENVS,)).copy(), explore=explore)
 
 
-# What is asked. Each returns a note, often empty, or raises AssertionError with a sentence
+# What is asked. Each returns a note, often empty, or raises ContractBroken with a sentence
 
 
 def is_a_world_model(subject: Subject) -> str:
-    model = subject.agent().world_model
-    require(isinstance(model, nn.Module), f"the model is a {type(model).__name__}, expected a torch.nn.Module.")
-    lacking = [name for name in dir(WorldModel) if not name.startswith("_") and not hasattr(model, name)]
-    require(not lacking, f"the model has no {', '.join(lacking)}; see worldloom.types.WorldModel.")
-    env = subject.environments()
-    shape = join_obs({n: c.shape for n, c in observation_columns(env.observation_space).items()})
-    for name, expected in [("obs_shape", shape), ("action_dim", env.action_dim)]:
-        found = getattr(model, name, None)
-        require(found == expected, f"the model's {name} is {found}, expected {expected}.")
+    model, env = subject.agent().world_model, subject.environments()
+    check_model(model, observation_shape(env.observation_space), env.action_dim)
     return f"{sum(p.numel() for p in model.parameters()):,} parameters"
 
 
 def is_an_agent(subject: Subject) -> str:
-    agent = subject.agent()
-    wanted = {*Agent.__annotations__, *(name for name in vars(Agent) if not name.startswith("_"))}
-    lacking = sorted(name for name in wanted if not hasattr(agent, name))
-    require(not lacking, f"the agent has no {', '.join(lacking)}; see worldloom.types.Agent.")
+    agent, env = subject.agent(), subject.environments()
+    check_agent(agent, observation_shape(env.observation_space), env.action_dim)
     return f"windows of {agent.windows.length} rows, {agent.batch_size} in a batch"
 
 
 def describes_itself(subject: Subject) -> str:
     found = subject.agent().describe()
-    lacking = [key for key in DESCRIBED if key not in found]
-    require(not lacking, f"describe() lacks {', '.join(lacking)}.")
-    require(json.loads(json.dumps(found)) == found, "describe() holds more than JSON's types: make tuples lists.")
+    check_description(found)
     again = agent_from_description(json.loads(json.dumps(found))).describe()
     require(again == found, "an agent made from describe() describes itself otherwise.")
     return f"family {found['family']}"
@@ -158,17 +149,11 @@ def acts(subject: Subject) -> str:
     note = ""
     for explore in (False, True):
         actions, state = act(agent, subject.obs(), explore=explore)
-        good = isinstance(actions, np.ndarray) and actions.dtype == np.float32
-        require(good and actions.shape == (ENVS, env.action_dim), f"act gives {getattr(actions, 'shape', actions)}.")
+        most = check_actions(actions, ENVS, env.action_dim, env.action_classes)
+        if most > 1:
+            note = f"up to {most:.1f} of an unbounded distribution: environments cut it to [-1, 1]"
         lengths = {name: len(value) for name, value in state.items()}
         require(set(lengths.values()) <= {ENVS}, f"act_state has rows {lengths}, expected {ENVS} of each.")
-        if env.action_classes:
-            parts = np.split(actions, np.cumsum(env.action_classes)[:-1], 1)
-            one_hot = all(np.array_equal(np.sort(p, 1)[:, ::-1], np.eye(1, p.shape[1]).repeat(ENVS, 0)) for p in parts)
-            require(one_hot, f"act gives {actions[0]}, expected a one-hot for each of {env.action_classes}.")
-        elif (most := float(np.abs(actions).max())) > 1:  # DreamerV3's normal has no bounds
-            require(most < REACH, f"act gives {actions[0]}, expected entries in [-1, 1], or a normal around them.")
-            note = f"up to {most:.1f} of an unbounded distribution: environments cut it to [-1, 1]"
         wrong = agent.replay_columns(state).keys() ^ agent.columns.keys()
         require(not wrong, f"replay_columns and columns differ in {sorted(wrong)}.")
     return note
@@ -212,8 +197,8 @@ def learns_in_updates(subject: Subject) -> str:
     metrics, columns = agent.update(batch)
     require(agent.updates == updates + 1, f"updates went from {updates} to {agent.updates}, expected one more.")
     require(not torch.equal(before, parameters(agent)), "an update changes no parameter.")
-    wrong = [name for name, value in metrics.items() if type(value) is not float or not math.isfinite(value)]
-    require(not wrong, f"metrics {', '.join(wrong)} are no finite floats.")
+    wrong = [name for name, value in as_floats(metrics).items() if not math.isfinite(value)]
+    require(not wrong, f"metrics {', '.join(wrong)} are not finite.")
     require(columns.keys() <= agent.columns.keys(), f"update gives columns {sorted(columns)} that it did not declare.")
     require(hasattr(agent.learn(batch), "arrays"), "learn gives no columns: return worldloom.staging.Columns({}).")
     require(bool(agent.collect()), "collect after learn gives no metrics.")
@@ -271,7 +256,7 @@ def _refuses(call: Callable[[], Any], sentence: str) -> None:
         call()
     except ValueError:
         return
-    raise AssertionError(f"{sentence}, expected a ValueError.")
+    raise ContractBroken(f"{sentence}, expected a ValueError.")
 
 
 def beats_chance(subject: Subject, updates: int) -> str:
@@ -334,7 +319,7 @@ def check_family(
     for name, check in asked.items():
         try:
             found.append(Check(name, note=check(subject)))
-        except AssertionError as error:
+        except ContractBroken as error:
             found.append(Check(name, str(error)))
         except Exception as error:  # of the family's code: the other checks have their say all the same
             found.append(Check(name, f"{type(error).__name__}: {error}"))

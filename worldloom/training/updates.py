@@ -84,9 +84,7 @@ class ModelLearner:
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rise
         self._optimizer.step()
-        update_targets = getattr(self.model, "update_targets", None)  # of models that learn from slow copies
-        if update_targets is not None:
-            update_targets()
+        self.model.update_targets()
         return metrics
 
     def losses(self, buffer: ReplayBuffer, draws: np.random.Generator) -> dict[str, float]:
