@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from worldloom.families import config_fields
+from worldloom.families import FAMILIES, config_fields
 from worldloom.runs.config import RunConfig
 
 
@@ -69,7 +69,7 @@ def _agent_help() -> str:
         listed = ", ".join(f"{field.name}={field.default}" for field in config_fields(model))
         return f"Fields of --agent.NAME for {model.partition(':')[0]} (defaults of {model}): {listed}."
 
-    return " ".join(map(fields, ("tdmpc2:5m", "dreamerv3:size12m")))
+    return " ".join(fields(f"{name}:{family.default_size}") for name, family in FAMILIES.items())
 
 
 def run_config(parser: Parser, parsed: Any) -> RunConfig:
