@@ -24,7 +24,7 @@ LANES = 2  # parts of an actor's environments: one steps while the other waits f
 
 @dataclass(frozen=True)
 class Batching:
-    """How an acting server batches."""
+    """Limits at which an acting server closes a batch."""
 
     rows: int  # waiting environments that close a batch
     deadline: float  # seconds after which a batch closes anyway

@@ -36,7 +36,7 @@ class Shares:
     processes: int  # that ask for `cpus` each
 
     def describe(self) -> str:
-        """What is asked for beside what the cluster has."""
+        """Return a sentence that compares what is asked for with what the cluster has."""
         total, gpus = ray.cluster_resources(), self.gpus + self.server_gpus
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
         return (
@@ -46,7 +46,7 @@ class Shares:
 
 
 def connect(config: RunConfig, namespace: str) -> bool:
-    """Join this process's Ray or the cluster of RAY_ADDRESS, or start one. Returns whether to end it afterwards.
+    """Join this process's Ray or the cluster of RAY_ADDRESS, or start one. Return whether to end it afterwards.
 
     Raises RuntimeError if the cluster does not answer or refuses the token.
     """
@@ -79,7 +79,7 @@ def _connect(config: RunConfig, namespace: str) -> bool:
 
 
 def _set_private_token() -> None:
-    """A token for this run's own cluster alone.
+    """Set a token that only this run's own cluster uses.
 
     Left to itself, ray.init writes one into the home directory, and that file turns authentication on for every cluster
     that this user starts later, whose `ray job submit` is then refused without RAY_AUTH_MODE=token.
@@ -138,5 +138,5 @@ def check_object_store(node: str, batch_bytes: int, batches: int) -> None:
 
 
 def learner_threads(config: RunConfig) -> int:
-    """What env actors leave of this machine's cores, at least one."""
+    """Return the number of this machine's cores that env actors leave, at least one."""
     return max((os.cpu_count() or 1) - max(config.runtime.env_actors, 1), 1)

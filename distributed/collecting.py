@@ -66,7 +66,7 @@ class Collecting:
     # Asking
 
     def dispatch(self) -> None:
-        """Give idle env actors something to do, unless collecting is too far ahead of learning."""
+        """Give work to idle env actors, unless collecting is too far ahead of learning."""
         self.begin_evaluation()
         self.expect_somebody()
         held = False
@@ -103,7 +103,7 @@ class Collecting:
         return sum(c.requested for c in self.collectors)
 
     def _too_far_ahead(self) -> bool:
-        """Whether collecting leads by more than one round of chunks and what the next update takes."""
+        """Return whether collecting leads by more than one round of chunks and what the next update takes."""
         actors, envs = max(len(self.collectors), 1), self._state.config.env.num_envs
         limiter = self._state.run.limiter
         round_of_chunks = self._state.limits.chunk_steps * envs * actors
@@ -223,7 +223,7 @@ class Collecting:
                 self._restart_episodes_of(collector)
 
     def _restart_episodes_of(self, collector: Collector) -> None:
-        """What it is doing ends before the restart, and is not taken in."""
+        """Restart one actor; its current task ends before that, and is not taken in."""
         if collector.evaluating:
             self._evaluating.again()
         self._discard(collector.drop_task())

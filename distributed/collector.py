@@ -34,7 +34,7 @@ class Collector:
 
     @property
     def idle(self) -> bool:
-        """Whether it is up, has nothing to do, and is to stay."""
+        """True if it is up, has no task, and is to stay."""
         return self.task is None and self.node is not None and not self.leaving
 
     @property

@@ -128,7 +128,7 @@ class Coordinator:
 
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         parts, recorder = self.parts, self.run.recorder
-        if stop.requested:  # whoever is at work ends after the current step
+        if stop.requested:  # every actor ends after its current step
             for actor in [parts.learning.learner, *(c.handle for c in parts.collecting.collectors)]:
                 actor.interrupt.remote()
         parts.settle(collects=True)

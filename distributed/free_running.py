@@ -1,4 +1,4 @@
-"""How a run goes on normally: everybody is kept busy, nobody waits for another's turn."""
+"""The normal way to run: learner and env actors are kept busy, and none waits for another's turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FreeRunning:
         return Limits(UPDATES_IN_FLIGHT, UPDATES_PER_TASK, config.runtime.chunk_steps)
 
     def advance(self, stop: GracefulStop) -> None:  # noqa: ARG002 - see Lockstep
-        """One look at everybody."""
+        """Give work to everybody, and take in what is ready."""
         parts = self._parts
         parts.learning.dispatch()
         parts.collecting.dispatch()

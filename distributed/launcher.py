@@ -59,11 +59,11 @@ class Launcher:
 
     @staticmethod
     def end(handle: Any) -> None:
-        """Also sets the name of an actor free that has died."""
+        """Kill an actor; this also frees the name of one that has died."""
         ray.kill(handle)
 
     def wait(self, reference: Any, who: str) -> Any:
-        """The result, or a sentence if the actor does not come up. Raises what it raised, or ActorLost."""
+        """Return a result. Raises what the actor raised, ActorLost, or RuntimeError if it does not come up in time."""
         try:
             return ray.get(reference, timeout=START_SECONDS)
         except GetTimeoutError:
@@ -76,7 +76,7 @@ class Launcher:
 
 
 def result_of(reference: Any, who: str) -> Any:
-    """A result of the learner or of replay. Raises what they raised, ActorLost if one of them died."""
+    """Return a result of the learner or of replay. Raises what they raised, or ActorLost if one of them died."""
     try:
         return ray.get(reference)
     except FAILURES as error:
@@ -84,7 +84,7 @@ def result_of(reference: Any, who: str) -> Any:
 
 
 def reason(error: Exception, who: str) -> Exception:
-    """What really happened: an actor's own exception, or ActorLost.
+    """Return what really happened: an actor's own exception, or ActorLost.
 
     A task that could not get something from a dead actor raises what is both a RayTaskError and a death.
     """
@@ -96,7 +96,7 @@ def reason(error: Exception, who: str) -> Exception:
 
 
 def alive(handle: Any) -> bool:
-    """Whether the actor answers; it has a method `pid`."""
+    """Return whether the actor answers; it has a method `pid`."""
     try:
         ray.get(handle.pid.remote(), timeout=START_SECONDS)
         return True

@@ -57,7 +57,7 @@ class Learning:
         return updates
 
     def publish(self) -> None:
-        """Have the learner publish its weights, for whoever acts next."""
+        """Have the learner publish its weights, for the next to act."""
         state = self._state
         state.weights = self.learner.publish.remote()
         state.version = state.launcher.wait(state.weights, "the learner").version
@@ -78,7 +78,7 @@ class Learning:
             self.tasks.append(Task(result, written, weights, updates, shard))
 
     def updates_per_task(self) -> int:
-        """Updates in one task: several where batches are small, so that calls cost little beside learning."""
+        """Updates in one task: several where batches are small, so that calls cost little compared with learning."""
         return max(1, min(self._state.limits.updates_per_task, TASK_BYTES // self.batch_bytes()))
 
     def batch_bytes(self) -> int:

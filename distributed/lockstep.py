@@ -1,4 +1,4 @@
-"""How a run goes on with runtime.sync: the same actors in turn, bit for bit what the in-process trainer does."""
+"""The way to run with runtime.sync: the same actors in turn, bit for bit what the in-process trainer does."""
 
 from __future__ import annotations
 

@@ -28,15 +28,15 @@ class RayGauges:
 
 
 class ObjectStore:
-    """What the cluster's object store holds and moves."""
+    """Measures what the cluster's object store holds and moves."""
 
     def __init__(self) -> None:
         self._stats = ObjectStoreStats()
         self._last: tuple[float, int] | None = None  # when, and bytes created by then
 
     def gauges(self) -> dict[str, float]:
-        """By name: share of the store in use, bytes put into it per second since the last call, and bytes that it had
-        to spill to disk, which a run sized for its cluster never does. Empty where no node answers."""
+        """Return gauges by name: the share of the store in use, bytes put into it per second since the last call, and
+        bytes that it spilled to disk (none in a run that fits its cluster). Empty where no node answers."""
         stats, now = self._stats.read(), time.monotonic()
         if stats is None:
             return {}

@@ -25,11 +25,11 @@ class StoreStats(Protocol):
 
 @functools.cache
 def _say_once(what: str, instead: str) -> None:
-    logger.warning("Ray %s does not tell %s as Ray 2.60 does: %s.", ray.__version__, what, instead)
+    logger.warning("Ray %s does not give %s as Ray 2.60 does: %s.", ray.__version__, what, instead)
 
 
 def free_cpus_by_node() -> list[float]:
-    """Free logical CPUs of each node; public functions tell their sum alone."""
+    """Return the free logical CPUs of each node; public functions give only their sum."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     free = float(ray.available_resources().get("CPU", 0.0))
     if len(nodes) == 1:
@@ -45,13 +45,13 @@ def free_cpus_by_node() -> list[float]:
 
 
 def draining_nodes() -> set[str]:
-    """Ids of nodes that will go, by `ray drain-node` or a preemption notice; no public function tells them."""
+    """Return the ids of nodes that will go, by `ray drain-node` or a preemption notice; nothing public gives them."""
     try:
         from ray._private.state import state
 
         return set(state.get_draining_nodes())
     except CHANGED:
-        _say_once("which nodes are about to go", "env actors there are replaced when they die")
+        _say_once("the nodes that are about to go", "env actors there are replaced when they die")
         return set()
 
 

@@ -19,16 +19,16 @@ from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint, drop_
 class Saving:
     """A checkpoint that is being written. Learner and replay copy what they hold, then go on.
 
-    beside: replay copies its new rows first and writes them while the run goes on; else it waits until they are
-    written, which takes no second copy of them. Raises OSError.
+    copy: replay copies its new rows first and writes them while the run goes on; else it waits until they are written,
+    which takes no second copy of them. Raises OSError.
     """
 
-    def __init__(self, run_dir: Path, manifest: Mapping[str, Any], learner: Any, replay: Shards, beside: bool) -> None:
+    def __init__(self, run_dir: Path, manifest: Mapping[str, Any], learner: Any, replay: Shards, copy: bool) -> None:
         self._run_dir, self._manifest = run_dir, manifest
         self._partial = begin_checkpoint(run_dir, manifest["limiter"]["env_steps"])
         self._begun = time.monotonic()
         self._learner = learner.write.remote(self._partial, learner.snapshot.remote())
-        self._shards = replay.snapshot(self._partial) if beside else replay.save(self._partial)
+        self._shards = replay.snapshot(self._partial) if copy else replay.save(self._partial)
         self._open = [self._learner, *self._shards]
 
     def pending(self) -> list[Any]:
@@ -36,7 +36,7 @@ class Saving:
         return self._open
 
     def done(self, ready: Sequence[Any]) -> bool:
-        """Whether, with these ready, nothing is pending any more."""
+        """Return whether, with these ready, nothing is pending any more."""
         self._open = [reference for reference in self._open if reference not in ready]
         return not self._open
 
@@ -76,19 +76,19 @@ class Checkpoints:
     def begin(self) -> None:
         """Begin a checkpoint that is written while the run goes on; nothing else may be under way."""
         self.finish()
-        self._begin(beside=True)
+        self._begin(copy=True)
 
     def save(self) -> None:
         """Write a checkpoint and wait for it; nothing else may be under way."""
         self.finish()
-        self._begin(beside=False)
+        self._begin(copy=False)
         self.finish()
 
-    def _begin(self, beside: bool) -> None:
+    def _begin(self, copy: bool) -> None:
         run = self._state.run
         manifest = {**run.manifest(self._state.incarnation), "replay": self._replay.state_dict()}
         with run.saving():
-            self.saving = Saving(run.dir.resolve(), manifest, self._learning.learner, self._replay, beside)
+            self.saving = Saving(run.dir.resolve(), manifest, self._learning.learner, self._replay, copy)
 
     def pending(self) -> list[Any]:
         return self.saving.pending() if self.saving else []

@@ -1,4 +1,4 @@
-"""The acting server as the coordinator sees it: where it runs, when it is started, what it tells."""
+"""The acting server as the coordinator sees it: where it runs, its start, its gauges."""
 
 from __future__ import annotations
 

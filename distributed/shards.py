@@ -36,13 +36,13 @@ class Shards:
         self.accepted = [NOTHING for _ in self.handles]
 
     def launch(self) -> None:
-        """Let the processes come up while the learner does, unless it decides where: see `start`."""
+        """Start the processes while the learner starts, unless its node decides where they go: see `start`."""
         if len(self.handles) > 1 or sum(node["Alive"] for node in ray.nodes()) == 1:
             for shard in range(len(self.handles)):
                 self._launch(shard, "SPREAD")
 
     def start(self, spec: AgentSpec, node: str) -> None:
-        """All of them; a single one on the learner's node, where its batches need no copy between machines."""
+        """Start all of them; a single one on the learner's node, where its batches need no copy between machines."""
         self._spec = spec
         for shard, handle in enumerate(self.handles):
             if handle is None:
@@ -54,7 +54,7 @@ class Shards:
         self.handles[shard] = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
 
     def _open(self, shard: int) -> Any:
-        """A reference to the id of its node."""
+        """Open a shard; return a reference to the id of its node."""
         return self.handles[shard].open.remote(self._config, self._env, self._spec, self._run_dir)
 
     @staticmethod
@@ -66,15 +66,15 @@ class Shards:
 
     @property
     def steps(self) -> int:
-        """Environment steps that all shards have accepted."""
+        """Environment steps that all shards have accepted together."""
         return sum(accepted.steps for accepted in self.accepted)
 
     def insert(self, chunk: Any, actor: int) -> Any:
-        """chunk: a Chunk, or a reference to one."""
+        """Hand over a Chunk, or a reference to one; return a reference to what replay then has accepted."""
         return self.handles[self.shard_of(actor)].insert.remote(chunk)
 
     def take_acceptance(self, reference: Any, actor: int) -> None:
-        """What an insert came to. Raises ActorLost, ChunkLost."""
+        """Take in the result of an insert. Raises ActorLost, ChunkLost."""
         shard = self.shard_of(actor)
         try:
             accepted: Acceptance = result_of(reference, self.name(shard))
@@ -86,12 +86,12 @@ class Shards:
             self.accepted[shard] = accepted
 
     def sample(self, batches: int) -> tuple[Any, int]:
-        """A reference to so many batches, and their shard."""
+        """Return a reference to so many batches, and their shard."""
         shard = self.draw()
         return self.handles[shard].sample.remote(batches), shard
 
     def draw(self) -> int:
-        """The shard that the next batches come from."""
+        """Draw the shard that the next batches come from."""
         windows = np.array([accepted.windows for accepted in self.accepted], np.float64)
         if len(windows) == 1 or not windows.any():
             return int(np.argmax([accepted.rows for accepted in self.accepted]))
@@ -101,27 +101,27 @@ class Shards:
         return self.handles[shard].write_back.remote(written)
 
     def draw_sequence(self, rows: int, seed: int) -> Any:
-        """A reference to columns of one episode of the shard that holds most."""
+        """Return a reference to columns of one episode of the shard that holds most."""
         shard = int(np.argmax([accepted.windows for accepted in self.accepted]))
         return self.handles[shard].draw_sequence.remote(rows, seed)
 
     def gauges(self) -> dict[str, float]:
-        """Of the slowest shard."""
-        told = [result_of(handle.gauges.remote(), "replay") for handle in self.handles]
-        return {name: max(each[name] for each in told) for name in told[0]}
+        """Return gauges by name, of the slowest shard."""
+        gauges = [result_of(handle.gauges.remote(), "replay") for handle in self.handles]
+        return {name: max(each[name] for each in gauges) for name in gauges[0]}
 
     # Saving
 
     def snapshot(self, partial: Path) -> list[Any]:
-        """Take a copy of each shard as of now; references to the files' names, written beside everything else."""
+        """Copy each shard, then write it while the run goes on; return references to the files' names."""
         return [handle.write.remote(partial, handle.snapshot.remote()) for handle in self.handles]
 
     def save(self, partial: Path) -> list[Any]:
-        """The same without copies, while nothing else goes on."""
+        """Write each shard without a copy, while nothing else goes on; return references as `snapshot`."""
         return [handle.save.remote(partial) for handle in self.handles]
 
     def load(self, checkpoint: Path) -> int:
-        """All at once; returns how many rows are lost with damaged files. Raises ActorLost, CheckpointError."""
+        """Load all shards; return how many rows are lost with damaged files. Raises ActorLost, CheckpointError."""
         loading = [handle.load.remote(checkpoint) for handle in self.handles]
         return sum(self._loaded(shard, reference) for shard, reference in enumerate(loading))
 
@@ -133,7 +133,7 @@ class Shards:
         return {"rng": self._rng.bit_generator.state}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """None: of a run that had a single shard in one process, where nothing was drawn."""
+        """Restore the draws; state is None for a run of a single shard in one process, where nothing was drawn."""
         if state is not None:
             self._rng.bit_generator.state = state["rng"]
 
@@ -143,7 +143,7 @@ class Shards:
         return [shard for shard, handle in enumerate(self.handles) if not alive(handle)]
 
     def restart(self, shard: int, node: str, checkpoint: Path | None) -> int:
-        """From the checkpoint, or empty without one; returns how many rows are lost with damaged files."""
+        """Start a shard again from the checkpoint, or empty; return how many rows are lost with damaged files."""
         self._launcher.end(self.handles[shard])
         alone = len(self.handles) == 1
         self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD")

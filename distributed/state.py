@@ -1,4 +1,4 @@
-"""What every part of a run shares."""
+"""The facts that all parts of a run share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worldloom.runs.run import Run
 
 @dataclass(frozen=True)
 class Limits:
-    """How far the parts of a run may go on without one another."""
+    """Bounds on how far the parts of a run go on without one another."""
 
     updates_in_flight: int  # tasks at the learner
     updates_per_task: int
@@ -23,7 +23,7 @@ class Limits:
 
 @dataclass
 class State:
-    """The run, its newest weights, and whoever acts for env actors."""
+    """The run, its newest weights, and the server that acts for env actors."""
 
     config: RunConfig
     env: EnvSpec
@@ -39,5 +39,5 @@ class State:
 
     @property
     def own_server(self) -> bool:
-        """Whether the acting server is an actor of its own, and not part of the learner."""
+        """True if the acting server is an actor of its own, and not part of the learner."""
         return self.server is not None and self.config.runtime.acting_server == "actor"

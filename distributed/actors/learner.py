@@ -26,7 +26,7 @@ from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What the coordinator counts after a task of several updates."""
+    """The counts of a task of several updates, for the coordinator."""
 
     metrics: dict[str, float]  # means over the updates
     updates: int
