@@ -1,9 +1,13 @@
+import importlib
 import os
 import secrets
+import shutil
 import sys
 
 import pytest
 import torch
+
+from tests.own_families import EXAMPLE, ROOT
 
 torch.set_num_threads(1)
 
@@ -60,3 +64,18 @@ def no_cluster():
 def end_cluster():
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         sys.modules["ray"].shutdown()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A folder with `my_package`, which holds the example; on sys.path here, and on PYTHONPATH for other processes."""
+    folder = tmp_path / "elsewhere"
+    (folder / "my_package").mkdir(parents=True)
+    (folder / "my_package" / "__init__.py").write_text("")
+    shutil.copy(EXAMPLE, folder / "my_package" / "my_family.py")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
+    importlib.invalidate_caches()
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]

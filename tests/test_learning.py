@@ -7,7 +7,7 @@ import pytest
 
 from distributed.coordinator import train
 from launch.arguments import run_config, run_parser
-from tests.runs.test_inline import tiny_config
+from tests.run_configs import tiny_config
 from worldloom.runs.config import EnvConfig, EvalConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 

@@ -2,43 +2,22 @@
 
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.runs.test_inline import tiny_config
+from tests.own_families import EXAMPLE, MODEL, NAME
+from tests.run_configs import tiny_config
 from worldloom import create_agent, create_world_model, get_config, get_model_info, list_models, load_agent
 from worldloom import family as families
 from worldloom.envs import make_env
 from worldloom.runs.build import make_run_agent, probe_env
 from worldloom.runs.config import TrainConfig
 from worldloom.runs.inline import InlineTrainer
-
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "own_family" / "gru_family.py"
-NAME = "my_package.my_family"
-MODEL = f"{NAME}:tiny"
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A folder with `my_package`, which holds the example; on sys.path here, and on PYTHONPATH for other processes."""
-    folder = tmp_path / "elsewhere"
-    (folder / "my_package").mkdir(parents=True)
-    (folder / "my_package" / "__init__.py").write_text("")
-    shutil.copy(EXAMPLE, folder / "my_package" / "my_family.py")
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
-    importlib.invalidate_caches()
-    yield folder
-    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
-        del sys.modules[name]
 
 
 def own_config(**sections):

@@ -4,8 +4,8 @@ import pytest
 from gymnasium import spaces
 
 from tests.dreamerv3_models import TINY as TINY_DREAMER
-from tests.runs.test_inline import TINY_AGENT
-from tests.test_own_family import EXAMPLE, MODEL, package  # noqa: F401 - a fixture
+from tests.own_families import EXAMPLE, MODEL
+from tests.run_configs import TINY_AGENT
 from worldloom.contract import ContractBroken
 from worldloom.testing import check_family, checks
 from worldloom.testing.subject import Subject
@@ -47,7 +47,7 @@ def test_our_families_hold_what_is_asked_of_one_and_learn(model, fields):
     assert not [line for line in found if line.wrong]
 
 
-def test_the_example_of_an_own_family_holds_it_and_learns(package, capsys):  # noqa: F811
+def test_the_example_of_an_own_family_holds_it_and_learns(package, capsys):
     checks = check_family(MODEL, updates=300)
     assert checks[-1].name == "beats chance"
     assert capsys.readouterr().out.count("ok") >= len(checks)
@@ -76,7 +76,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("check", "found", "instead", "sentence"), BROKEN)
-def test_what_is_missing_is_said_in_a_sentence(package, check, found, instead, sentence):  # noqa: F811
+def test_what_is_missing_is_said_in_a_sentence(package, check, found, instead, sentence):
     text = EXAMPLE.read_text()
     assert found in text
     (package / "my_package" / "my_family.py").write_text(text.replace(found, instead))
@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_in_a_sentence(package, check, found, instead, s
     assert sentence in str(failure.value)
 
 
-def test_a_family_that_fails_is_told_everything_at_once(package, capsys):  # noqa: F811
+def test_a_family_that_fails_is_told_everything_at_once(package, capsys):
     text = EXAMPLE.read_text().replace("def see(", "def saw(", 1)
     (package / "my_package" / "my_family.py").write_text(text)
     with pytest.raises(AssertionError, match="fails 10 of 13 checks"):

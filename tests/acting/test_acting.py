@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs.test_inline import TINY_AGENT, TINY_DREAMER
+from tests.run_configs import TINY_AGENT, TINY_DREAMER
 from worldloom import create_agent
 from worldloom.acting.evaluation import evaluate
 from worldloom.acting.local import LocalActing

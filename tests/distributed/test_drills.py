@@ -9,10 +9,16 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator, train
-from distributed.launcher import alive
-from tests.distributed.test_faults import check, run_and_kill, slow_config
-from tests.distributed.test_matrix import matrix_config
-from tests.distributed.test_ray import accepted, ray_config
+from tests.distributed.ray_runs import (
+    accepted,
+    check,
+    finish,
+    kill,
+    matrix_config,
+    ray_config,
+    run_and_kill,
+    slow_config,
+)
 from worldloom.pretrained import newest_checkpoint
 from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
@@ -35,20 +41,6 @@ def coordinator(tmp_path):
     yield make
     for each in made:
         each.close()
-
-
-def kill(handle):
-    """And wait until it is known to be dead."""
-    os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
-    while alive(handle):
-        pass
-
-
-def finish(made, run_dir):
-    """The run to its end, with all counts checked."""
-    summary = made.train()
-    check(summary, accepted(made), run_dir, made.config)
-    return summary
 
 
 def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):

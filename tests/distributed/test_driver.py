@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.arguments import dump_config
-from tests.distributed.test_faults import slow_config
+from tests.distributed.ray_runs import slow_config
 from worldloom.pretrained import newest_checkpoint
 from worldloom.runs.checkpoint import read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig

@@ -7,74 +7,15 @@ import signal
 import threading
 import time
 
-import numpy as np
 import pytest
 import ray
 
 from distributed.coordinator import Coordinator
-from tests.distributed.test_ray import accepted, ray_config
-from tests.runs.test_inline import dreamer_config
-from worldloom.pretrained import newest_checkpoint
-from worldloom.runs.checkpoint import read_manifest, read_msgpack
+from tests.distributed.ray_runs import check, run_and_kill, slow_config
+from tests.run_configs import dreamer_config
 from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
-from worldloom.runs.inline import InlineTrainer
-from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
-
-
-def handle_of(coordinator, name):
-    parts = coordinator.parts
-    return {"learner": parts.learning.learner, "replay": parts.replay.handles[0], "server": parts.state.server}[name]
-
-
-def run_and_kill(config, run_dir, kills):
-    """A whole run in which, at each number of steps, the process of an actor is killed, every actor once; its summary,
-    and replay's counts at its end. No checkpoint is being written then, so that it is known which one is the newest."""
-    coordinator = Coordinator(config, run_dir)
-    advance, left = coordinator.pace.advance, []
-
-    def advance_and_kill(stop):
-        advance(stop)
-        while left and coordinator.run.limiter.env_steps >= left[0][0] and coordinator.parts.checkpoints.saving is None:
-            os.kill(left.pop(0)[1], signal.SIGKILL)
-
-    coordinator.pace.advance = advance_and_kill
-    try:
-        coordinator.start(resume=False)
-        left += [(steps, ray.get(handle_of(coordinator, name).pid.remote())) for steps, name in kills]
-        summary = coordinator.train()
-        assert not left
-        return summary, accepted(coordinator)
-    finally:
-        coordinator.close()
-
-
-def slow_config(total_steps=700, **sections):
-    steps = TrainConfig(total_steps=total_steps, learning_starts=100, train_ratio=12)
-    return ray_config("SlowCounting", **{"train": steps, "checkpoint": CheckpointConfig(interval=300), **sections})
-
-
-def check(summary, accepted, run_dir, config):
-    """Counts agree, and rows are contiguous with a seam at every start."""
-    assert summary["status"] == "completed"
-    assert config.train.total_steps <= summary["env_steps"] == accepted.steps
-    assert accepted.duplicates == 0
-    folder = newest_checkpoint(run_dir)
-    assert read_msgpack(folder / "learner.msgpack")["updates"] == summary["updates"] - summary["updates_lost"]
-    assert verify(run_dir) == []
-    manifest = read_manifest(folder)
-    assert manifest["limiter"]["env_steps"] == summary["env_steps"]
-    if config.replay.shards > 1:  # which the in-process trainer does not have
-        return
-    replay = InlineTrainer(config, run_dir, resume=True).replay
-    batch = replay.draw(300)
-    count = batch["obs"][..., 0]
-    if not replay.windows.crosses_episodes:
-        np.testing.assert_array_equal(np.diff(count, axis=1), 1)
-    np.testing.assert_array_equal(batch["rewards"], 10 * count)
-    np.testing.assert_array_equal(batch["is_first"], count == 0)
-    np.testing.assert_array_equal(batch["terminated"], count == 7)
 
 
 def test_a_killed_learner_is_started_again_from_the_checkpoint(tmp_path):

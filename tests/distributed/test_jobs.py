@@ -16,12 +16,12 @@ import pytest
 from launch import status
 from launch.runs import run_directory
 from launch.train import main
-from tests.launch.test_launch import TINY
+from tests.run_configs import TINY_YAML
 from worldloom.pretrained import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).parent / "ray"
-SHORT = TINY.replace("total_steps: 300", "total_steps: 120")
+SHORT = TINY_YAML.replace("total_steps: 300", "total_steps: 120")
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_job_that_is_submitted_again_from_a_changed_checkout_goes_on(head, tmp
     checkout, run_dir = tmp_path / "checkout", tmp_path / "runs" / "mine"
     left_out = shutil.ignore_patterns(".*", "runs", "docs", "benchmarks", "site", "__pycache__")
     shutil.copytree(ROOT, checkout, ignore=left_out)
-    (checkout / "tiny.yaml").write_text(TINY.replace("kind: inline", "kind: ray, env_actors: 1"))
+    (checkout / "tiny.yaml").write_text(TINY_YAML.replace("kind: inline", "kind: ray, env_actors: 1"))
     said = submit(head, checkout, "--config", "tiny.yaml", "--run-dir", "runs/mine")
     log = said.split("Running entrypoint for job", 1)[1].splitlines()[1:]
     assert log[0].startswith(f"run directory: {run_dir} (of a Ray job"), said

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distributed.coordinator import train
-from tests.runs.test_inline import dreamer_config, tiny_config
+from tests.run_configs import dreamer_config, tiny_config
 from worldloom.pretrained import newest_checkpoint
 from worldloom.report.page import read_metrics
 from worldloom.runs.checkpoint import read_msgpack

@@ -8,27 +8,17 @@ import pytest
 from distributed.coordinator import Coordinator
 from distributed.launcher import Launcher
 from distributed.shards import Shards
-from tests.distributed.test_ray import accepted as accepted_by
-from tests.distributed.test_ray import ray_config, run
-from tests.runs.test_inline import dreamer_config
+from tests.distributed.ray_runs import accepted as accepted_by
+from tests.distributed.ray_runs import matrix_config, run
 from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import probe_env
 from worldloom.runs.checkpoint import read_manifest, read_msgpack
-from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.config import CheckpointConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
-
-
-def matrix_config(family, actors, shards=1, steps=300, **runtime):
-    chosen = RuntimeConfig(
-        **{"env_actors": actors, "chunk_steps": 8, "publish_interval": 5, "learner_threads": 1, **runtime}
-    )
-    parts = {"runtime": chosen, "replay": ReplayConfig(capacity=3000, shards=shards)}
-    parts["train"] = TrainConfig(total_steps=steps, learning_starts=100, train_ratio=12 if family == "tdmpc2" else 4)
-    return ray_config(**parts) if family == "tdmpc2" else dreamer_config(**parts)
 
 
 def all_rows(run_dir):

@@ -12,8 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from distributed.coordinator import Coordinator
-from tests.distributed.test_faults import check, slow_config
-from tests.distributed.test_ray import accepted
+from tests.distributed.ray_runs import accepted, check, slow_config
 from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

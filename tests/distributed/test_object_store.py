@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import ray
 
-from tests.distributed.test_ray import run
-from tests.runs.test_inline import TINY_DREAMER, dreamer_config
+from tests.distributed.ray_runs import run
+from tests.run_configs import TINY_DREAMER, dreamer_config
 from worldloom.report.page import read_metrics
 from worldloom.runs.config import LogConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.verify import verify

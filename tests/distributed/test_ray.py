@@ -12,40 +12,14 @@ import pytest
 import ray
 
 from distributed.coordinator import Coordinator, train
-from tests.runs.test_inline import diverging, dreamer_config, tiny_config
+from tests.distributed.ray_runs import accepted, ray_config, run
+from tests.run_configs import diverging, dreamer_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.pretrained import CheckpointError, newest_checkpoint
-from worldloom.replay.buffer import Acceptance
-from worldloom.runs.config import CheckpointConfig, EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.config import CheckpointConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
-
-
-def ray_config(env="Counting", actors=1, **sections):
-    parts = {
-        "env": EnvConfig(id=f"tests.environments:{env}-v0", num_envs=2),
-        "train": TrainConfig(total_steps=600, learning_starts=100, train_ratio=12),
-        "runtime": RuntimeConfig(kind="ray", env_actors=actors, chunk_steps=8, publish_interval=5, learner_threads=1),
-    }
-    return tiny_config(**{**parts, **sections})
-
-
-def accepted(coordinator):
-    """What all shards of replay have accepted."""
-    shards = ray.get([handle.accepted.remote() for handle in coordinator.parts.replay.handles])
-    return Acceptance(*(sum(counts) for counts in zip(*map(dataclasses.astuple, shards), strict=True)))
-
-
-def run(config, run_dir, resume=False):
-    """A whole run, and what replay had accepted at its end."""
-    coordinator = Coordinator(config, run_dir)
-    try:
-        coordinator.start(resume)
-        summary = coordinator.train()
-        return summary, accepted(coordinator)
-    finally:
-        coordinator.close()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from distributed.coordinator import Coordinator
 from launch.arguments import dump_config
 from launch.train import main
-from tests.distributed.test_ray import ray_config
+from tests.distributed.ray_runs import ray_config
 from worldloom.pretrained import newest_checkpoint
 from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import RuntimeConfig, TrainConfig

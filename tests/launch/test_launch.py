@@ -17,24 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.arguments import dump_config, run_config, run_parser
 from launch.train import main
+from tests.run_configs import TINY_YAML
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = """
-algorithm: tdmpc2:1m
-agent: {encoder_dim: 16, mlp_dim: 16, latent_dim: 16, batch_size: 8, num_samples: 16, num_elites: 4,
-        num_pi_trajs: 2, iterations: 2, lr: 3e-4}
-env: {id: "tests.environments:Counting-v0", num_envs: 2}
-replay: {capacity: 10_000}
-train: {total_steps: 300, learning_starts: 100, train_ratio: 12}
-runtime: {kind: inline}
-eval: {interval: 0, episodes: 2}
-"""
 
 
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
+    path.write_text(TINY_YAML)
     return str(path)
 
 
@@ -128,7 +119,7 @@ def test_bad_arguments_are_refused_in_a_sentence(config, capsys, arguments, word
 
 def test_bad_yaml_keys_are_refused_with_the_nearest_name(tmp_path, capsys):
     path = tmp_path / "bad.yaml"
-    path.write_text(TINY.replace("total_steps", "totalsteps"))
+    path.write_text(TINY_YAML.replace("total_steps", "totalsteps"))
     said = refusal(capsys, "--config", str(path))
     assert "totalsteps" in said
     assert "train.total_steps" in said

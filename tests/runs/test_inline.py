@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.run_configs import TINY_AGENT, TINY_DREAMER, diverging, dreamer_config, tiny_config
 from worldloom import load_agent
 from worldloom.acting.evaluation import evaluate
 from worldloom.encoding import pack, unpack
@@ -19,55 +20,13 @@ from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.report.sinks import MetricsLogger
 from worldloom.runs.config import (
     CheckpointConfig,
-    EnvConfig,
     EvalConfig,
-    LogConfig,
     ReplayConfig,
-    RunConfig,
-    RuntimeConfig,
     TrainConfig,
 )
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.limiter import Every, RateLimiter
 from worldloom.runs.verify import verify
-
-TINY_AGENT = {
-    "encoder_dim": 16, "mlp_dim": 16, "latent_dim": 16, "batch_size": 8, "num_samples": 16, "num_elites": 4,
-    "num_pi_trajs": 2, "iterations": 2,
-}  # fmt: skip
-
-
-TINY_DREAMER = {
-    "deter": 32, "hidden": 8, "units": 8, "classes": 4, "depth": 2, "stoch": 4, "blocks": 4, "batch_size": 4,
-    "batch_length": 8, "imagination_length": 3,
-}  # fmt: skip
-
-
-def dreamer_config(env="Counting", **sections):
-    """4 windows of 8 trained rows an update, an update every 8 steps."""
-    parts = {
-        "algorithm": "dreamerv3:size1m",
-        "agent": TINY_DREAMER,
-        "env": EnvConfig(id=f"tests.environments:{env}-v0", num_envs=2),
-        "train": TrainConfig(total_steps=1000, learning_starts=100, train_ratio=4),
-    }
-    return tiny_config(**{**parts, **sections})
-
-
-def tiny_config(env_id="tests.environments:Counting-v0", **sections):
-    parts = {
-        "algorithm": "tdmpc2:1m",
-        "agent": TINY_AGENT,
-        "env": EnvConfig(id=env_id, num_envs=2),
-        "replay": ReplayConfig(capacity=2000),
-        "train": TrainConfig(total_steps=300, learning_starts=100, train_ratio=12),
-        "runtime": RuntimeConfig(kind="inline"),
-        "eval": EvalConfig(interval=0, episodes=3),
-        "checkpoint": CheckpointConfig(interval=0),
-        "log": LogConfig(interval=50),
-    }
-    return RunConfig(**{**parts, **sections})
-
 
 # Clocks
 
@@ -220,11 +179,6 @@ def test_dreamerv3_resumes_with_its_latents_in_replay(tmp_path):
     a, b = first.replay.draw(16), second.replay.draw(16)
     assert a["deter"].any()
     assert all((a[name] == b[name]).all() for name in a)
-
-
-def diverging(config):
-    """The same run with a learning rate that makes every parameter infinite."""
-    return dataclasses.replace(config, agent={**config.agent, "lr": 1e30, "warmup": 0})
 
 
 def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from launch import status
-from tests.runs.test_inline import dreamer_config, tiny_config
+from tests.run_configs import dreamer_config, tiny_config
 from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.runs.checkpoint import read_msgpack, write_msgpack
 from worldloom.runs.config import TrainConfig
