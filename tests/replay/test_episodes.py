@@ -121,6 +121,14 @@ def test_a_saved_buffer_draws_as_before(capacity, tmp_path):
     assert again.num_episodes == 5
 
 
+def test_an_empty_buffer_is_saved_and_loaded(tmp_path):
+    ReplayBuffer(100, obs_shape=(4,), action_dim=2).save(tmp_path / "empty.npz")
+    again = ReplayBuffer.load(tmp_path / "empty.npz")
+    assert again.accepted().rows == 0
+    again.add_episode(np.zeros((6, 4)), np.zeros((5, 2)), np.zeros(5), np.zeros(5))
+    assert again.accepted().rows == 6
+
+
 def test_mappings_of_observations_are_saved(tmp_path):
     buffer = ReplayBuffer(50, {"image": (3, 4, 4), "joints": (2,)}, 1)
     assert buffer.specs["obs/image"].dtype == "uint8"

@@ -80,6 +80,8 @@ def _append(ring: Ring, segment: Mapping[str, Array], seamless: set[tuple[int, i
     """Append saved rows, one run of a single stream after the other. After a gap, the first row of each stream
     becomes a start: what led to it is lost."""
     origin = segment["origin"]
+    if not len(origin):
+        return
     cuts = np.flatnonzero((origin[1:] != origin[:-1]).any(1)) + 1
     for begin, end in pairwise([0, *cuts.tolist(), len(origin)]):
         run = {name: segment[name][begin:end] for name in ring.specs}
