@@ -125,7 +125,7 @@ def test_an_empty_buffer_is_saved_and_loaded(tmp_path):
     ReplayBuffer(100, obs_shape=(4,), action_dim=2).save(tmp_path / "empty.npz")
     again = ReplayBuffer.load(tmp_path / "empty.npz")
     assert again.accepted().rows == 0
-    again.add_episode(np.zeros((6, 4)), np.zeros((5, 2)), np.zeros(5), np.zeros(5))
+    again.add_episode(obs=np.zeros((6, 4)), actions=np.zeros((5, 2)), rewards=np.zeros(5), dones=np.zeros(5))
     assert again.accepted().rows == 6
 
 
