@@ -212,7 +212,7 @@ def test_recorded_episodes_line_up_actions_with_their_outcome(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             replay.add_episode(obs=obs[:5], actions=actions, rewards=rewards, dones=[0, 0, 0, 0, 1])
-    assert sum("last action was" in message for message in caplog.messages) == 1
+    assert sum("after the last action" in message for message in caplog.messages) == 1
     assert len(replay) == 6 + 5 + 5
     assert replay.num_episodes == 3
 

@@ -379,7 +379,7 @@ def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(tmp_path, cap
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "metrics.jsonl cannot be written" in caplog.text
-    assert "TensorBoard's events cannot be written" in caplog.text
+    assert "TensorBoard events cannot be written" in caplog.text
 
 
 def test_rows_are_written_once_and_dropped_with_their_checkpoints(tmp_path):
