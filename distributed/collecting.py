@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from distributed.actors.env import EnvActor
-from distributed.collector import EVALUATION, Collector
+from distributed.collector import BUILD, EVALUATION, Collector
 from distributed.evaluating import Evaluating
 from distributed.inserting import Inserting
-from distributed.launcher import DEATHS, START_SECONDS, reason, result_of
+from distributed.launcher import DEATHS, START_SECONDS, reason
 from distributed.state import State
 
 RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
+HANGS_ALLOWED = 10  # of one env actor within HANG_WINDOW times runtime.collect_timeout
+HANG_WINDOW = 30
+SILENT_SECONDS = 10.0  # beyond runtime.chunk_seconds, after which an env actor is named on screen
+LOOK_SECONDS = 1.0  # between two looks at who is silent
 
 
 class Collecting:
@@ -31,6 +36,8 @@ class Collecting:
         self._state, self._inserting, self._evaluating = state, inserting, evaluating
         self.collectors: list[Collector] = []
         self.own: EnvActor | None = None
+        self._hangs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HANGS_ALLOWED))  # when, by actor
+        self._looked = 0.0
         self._held_since: float | None = None
         self._somebody_at = 0.0  # when an env actor was last known to be up
 
@@ -118,7 +125,7 @@ class Collecting:
         if steps == 0 or held:
             return False
         state = self._state
-        weights = result_of(state.weights, "learner") if state.server is None else None
+        weights = state.launcher.result(state.weights, "learner") if state.server is None else None
         chunk, info = self.own.collect(steps, state.run.random_actions, weights, state.server)
         self._inserting.begin(chunk, info)
         return True
@@ -135,18 +142,31 @@ class Collecting:
         tasks = [c.task for c in self.collectors if c.task is not None]
         return [*tasks, *(c.coming for c in self.collectors if c.node is None)]
 
-    def take(self, ready: Sequence[Any]) -> None:
+    def take(self, ready: Collection[Any]) -> None:
         """Take in what env actors are done with, and replace those that hang. Raises ActorLost."""
         for collector in list(self.collectors):
             if collector.node is None and collector.coming in ready:
                 self._take_up(collector)
             elif collector.task in ready:
                 self.take_result(collector)
-            elif collector.task is not None and self._hangs(collector):
-                self.replace_silent(collector)
+        self._look_for_silence()
 
-    def _hangs(self, collector: Collector) -> bool:
-        return time.monotonic() - collector.since > self._state.config.runtime.collect_timeout
+    def _look_for_silence(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked, runtime = now, self._state.config.runtime
+        for collector in [c for c in self.collectors if c.task is not None]:
+            silence, patience = now - collector.since, collector.patience(self._state)
+            if silence > patience:
+                self.replace_silent(collector)
+            elif silence > SILENT_SECONDS + runtime.chunk_seconds and not collector.named:
+                collector.named = True
+                doing = {BUILD: "building an environment", EVALUATION: "evaluating"}.get(collector.chunk, "collecting")
+                self._state.say(
+                    f"{collector.name} has been {doing} for {silence:.0f} s without an answer; it is replaced after "
+                    f"{patience:g} s"
+                )
 
     def _take_up(self, collector: Collector) -> None:
         """Note the place that it found in the cluster; work waits for that, so that no step is promised in vain."""
@@ -154,6 +174,8 @@ class Collecting:
             collector.node = ray.get(collector.coming)
         except DEATHS as error:
             self.replace(collector, f"did not come up ({type(error).__name__})", error)
+        else:
+            collector.build()
 
     def take_result(self, collector: Collector) -> None:
         """Take in what its task returned. Raises ActorLost, or what the environment raised."""
@@ -163,7 +185,7 @@ class Collecting:
         except (RayTaskError, ObjectLostError) as error:  # before deaths: of what it asked another for, it is both
             if chunk is EVALUATION:
                 self._evaluating.again()
-            else:
+            elif not isinstance(chunk, str):
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
             collector.drop_task()
             raise reason(error, collector.name) from error
@@ -172,18 +194,38 @@ class Collecting:
             return
         if chunk is EVALUATION and result is None:  # episodes are left to play
             collector.go_on_evaluating()
-            return
-        collector.drop_task()
-        collector.restarts = 0
-        if chunk is EVALUATION:
-            self._evaluating.finished(result)
+        elif chunk is BUILD and result is None:  # environments are left to build
+            collector.build()
         else:
+            collector.drop_task()
+            self._take_whole(collector, chunk, result)
+
+    def _take_whole(self, collector: Collector, chunk: Any, result: Any) -> None:
+        """Take in a task that is complete."""
+        if chunk is BUILD:
+            collector.built = True
+            if sum(result) > SILENT_SECONDS:
+                each = ", ".join(f"{seconds:.1f}" for seconds in result)
+                self._state.say(f"{collector.name} built {len(result)} environments, which took {each} s")
+        elif chunk is EVALUATION:
+            collector.restarts = 0
+            self._evaluating.finished(result)
+        elif not isinstance(chunk, str):
+            collector.restarts = 0
             self._inserting.begin(chunk, result)
 
     # Losing
 
     def replace_silent(self, collector: Collector) -> None:
-        self.replace(collector, f"gave no answer for {self._state.config.runtime.collect_timeout:g} s")
+        patience, hangs = collector.patience(self._state), self._hangs[collector.index]
+        hangs.append(time.monotonic())
+        window = HANG_WINDOW * self._state.config.runtime.collect_timeout
+        if len(hangs) == HANGS_ALLOWED and hangs[-1] - hangs[0] < window:
+            raise RuntimeError(
+                f"{collector.name} gave no answer {HANGS_ALLOWED} times within {window / 60:.0f} minutes, each time for "
+                f"{patience:g} s. Look for an environment that hangs; what was accepted is kept for --resume."
+            )
+        self.replace(collector, f"gave no answer for {patience:g} s")
 
     def replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
         """Start a lost env actor again; it gets the newest weights before it acts. Raises RuntimeError if it was lost
@@ -219,21 +261,14 @@ class Collecting:
         if self.own is not None:
             self.own.restart(self._state.incarnation)
         for collector in self.collectors.copy():
-            if feeds(collector.index):
-                self._restart_episodes_of(collector)
-
-    def _restart_episodes_of(self, collector: Collector) -> None:
-        """Restart one actor; its current task ends before that, and is not taken in."""
-        if collector.evaluating:
-            self._evaluating.again()
-        self._discard(collector.drop_task())
-        restarted = collector.handle.restart.remote(self._state.incarnation)
-        try:
-            ray.get(restarted, timeout=self._state.config.runtime.collect_timeout)
-        except (GetTimeoutError, *DEATHS) as error:
-            self.replace(collector, f"could not start new episodes ({type(error).__name__})", error)
-        else:
-            collector.incarnation = self._state.incarnation
+            if feeds(collector.index):  # what it is doing ends before the restart, and is not taken in
+                if collector.evaluating:
+                    self._evaluating.again()
+                self._discard(collector.drop_task())
+                if collector.built:
+                    collector.restart(self._state.incarnation)
+                else:  # it knows only the incarnation that it was started with
+                    self._start_again(collector, collector.restarts)
 
     def _discard(self, env_steps: int) -> None:
         self._state.run.recorder.counters["env_steps_discarded"] += env_steps

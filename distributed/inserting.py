@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from distributed.serving import blame_server
@@ -29,7 +29,7 @@ class Inserting:
         if info.acting_lost:
             blame_server(self._state, info.acting_lost)
 
-    def take(self, ready: Sequence[Any]) -> None:
+    def take(self, ready: Collection[Any]) -> None:
         """Count what replay accepted. Raises ActorLost."""
         for reference in [r for r in ready if r in self.under_way]:
             info = self.under_way[reference]
@@ -42,7 +42,7 @@ class Inserting:
             self._state.run.limiter.env_steps = self._replay.steps
             self._state.run.recorder.chunk(info, self._state.version)
 
-    def discard(self, shards: Sequence[int]) -> int:
+    def discard(self, shards: Collection[int]) -> int:
         """Forget chunks on their way to these shards; return their environment steps."""
         lost = [r for r, info in self.under_way.items() if self._replay.shard_of(info.key.actor) in shards]
         steps = sum(self.under_way.pop(reference).steps for reference in lost)

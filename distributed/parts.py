@@ -33,6 +33,7 @@ class Parts:
 
     def take_ready(self, timeout: float) -> None:
         """Take in whatever is ready, waiting at most `timeout` seconds for the first. Raises ActorLost."""
+        self.state.watch.look()
         pending = [
             *self.collecting.pending(),
             *self.inserting.under_way,
@@ -41,9 +42,10 @@ class Parts:
         ]
         if not pending:
             return
-        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
-        if ready:
-            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+        found, _ = ray.wait(pending, num_returns=1, timeout=timeout)
+        if found:
+            found, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+        ready = set(found)
         self.inserting.take(ready)
         self.learning.take(ready)
         self.checkpoints.take(ready)
@@ -60,7 +62,7 @@ class Parts:
                 return
 
     def _to_settle(self) -> bool:
-        return bool(self.learning.tasks or self.inserting.under_way)
+        return bool(self.learning.to_settle or self.inserting.under_way)
 
     def finish_evaluations(self, stop: GracefulStop | None = None) -> bool:
         """Have the evaluation that is due, or under way, played to its end; False if `stop` came first."""
@@ -75,14 +77,26 @@ class Parts:
     def begin_checkpoint(self) -> None:
         """Begin a checkpoint of the run as it is; it is written while the run goes on."""
         self.settle()
+        self.finish_checkpoint()
         self.checkpoints.begin()
+
+    def finish_checkpoint(self) -> None:
+        """Take in whatever is ready until the checkpoint that is being written, if any, is complete."""
+        while self.checkpoints.saving is not None:
+            self.take_ready(timeout=1.0)
+
+    def save(self) -> None:
+        """Write a checkpoint and wait for it; call `settle` before."""
+        self.finish_checkpoint()
+        self.checkpoints.begin(copy=False)
+        self.finish_checkpoint()
 
     def save_what_was_accepted(self) -> None:
         """Write a checkpoint while another error is on its way; current collects may bring the same error again."""
         for collector in self.collecting.collectors:
             collector.drop_task()
         self.settle()
-        self.checkpoints.save()
+        self.save()
 
     def end(self) -> None:
         """End all actors of the run."""
