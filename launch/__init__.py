@@ -1,1 +1,1 @@
-"""Entry points: python -m launch.train, python -m launch.evaluate."""
+"""Commands, run as python -m launch.NAME: train, evaluate, imagine, status."""

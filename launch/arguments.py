@@ -1,4 +1,4 @@
-"""The command line: YAML files, typed overrides and --help out of the config dataclasses (jsonargparse)."""
+"""The command line: YAML files, typed overrides and --help, made from the config dataclasses (jsonargparse)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from worldloom.runs.config import RunConfig
 
 
 class Parser(ArgumentParser):
-    """Ends with one sentence that names the nearest valid key when one is misspelt."""
+    """Parses the command line; a misspelt key ends the program with an error that names the nearest valid key."""
 
     def parse_args(self, args: Any = None, namespace: Any = None, **rest: Any) -> Any:  # type: ignore[override]
-        """As the base class, with what a preset says of the chosen protocol laid between it and the overrides."""
+        """Parse as the base class does; the preset's fields for the chosen protocol apply before the overrides."""
         args = list(sys.argv[1:] if args is None else args)
         parsed = super().parse_args(args, namespace, **rest)
         if parsed.protocol == "paper":
             return parsed
         if parsed.protocol not in parsed.protocols:
-            self.error(f"--protocol is {parsed.protocol!r}, but the preset knows paper only.")
+            self.error(f"--protocol is {parsed.protocol!r}, but this preset offers paper only. Use --protocol paper.")
         at = max((i for i, word in enumerate(args) if word.startswith("--config")), default=-1)
         at += 1 if "=" in args[at] else 2
         preset, overlay = super().parse_args(args[:at], namespace, **rest), parsed.protocols[parsed.protocol]
@@ -40,12 +40,12 @@ class Parser(ArgumentParser):
             name = next(filter(None, wrong))
             if name not in known and (near := _nearest(name, known)):
                 text += f" Did you mean {near}?"
-        self.exit(2, f"{self.prog}: {text}\nTry --help for every field with its default.\n")
+        self.exit(2, f"{self.prog}: {text}\nRun with --help to list every field and its default.\n")
         raise AssertionError("exit returned")
 
 
 def _nearest(name: str, known: list[str]) -> str | None:
-    """The known key most like `name`, also where only the last part was given."""
+    """Return the known key nearest to `name`, which may be only the last part of a key; None if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return near[0]
@@ -55,11 +55,11 @@ def _nearest(name: str, known: list[str]) -> str | None:
 
 
 def run_parser(prog: str, description: str) -> Parser:
-    """A parser for a whole RunConfig, with --config FILE."""
+    """Return a parser for a whole RunConfig, with --config FILE."""
     parser = Parser(prog=prog, description=description, epilog=_agent_help())
-    parser.add_argument("--config", action="config", help="YAML file; what it leaves out keeps its default")
+    parser.add_argument("--config", action="config", help="YAML file; fields that it leaves out keep their defaults")
     parser.add_class_arguments(RunConfig, None, as_group=True)
-    help_text = "in presets: what differs from them, by protocol; a run's own config.yaml holds the outcome alone"
+    help_text = "in presets: the fields that each protocol changes; the config.yaml of a run already has them applied"
     parser.add_argument("--protocols", type=dict[str, dict[str, Any]], default={}, help=help_text)
     return parser
 
@@ -73,7 +73,7 @@ def _agent_help() -> str:
 
 
 def run_config(parser: Parser, parsed: Any) -> RunConfig:
-    """The RunConfig out of parsed arguments; a bad value ends the program with its sentence."""
+    """Build the RunConfig from parsed arguments; a bad value ends the program with its error message."""
     names = {field.name for field in dataclasses.fields(RunConfig)}
     try:
         built = parser.instantiate_classes(parsed)
@@ -83,9 +83,9 @@ def run_config(parser: Parser, parsed: Any) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The complete config as YAML; --config reads it back."""
+    """Return the complete config as YAML; --config reads it back."""
     values = dataclasses.asdict(config)
     if config.protocol != "paper":
-        values["protocols"] = {config.protocol: {}}  # already in the values
+        values["protocols"] = {config.protocol: {}}  # its fields are already in the values
     text: str = yaml.safe_dump(values, sort_keys=False)
     return text

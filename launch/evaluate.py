@@ -1,4 +1,4 @@
-"""Evaluate a trained run: python -m launch.evaluate --run-dir DIR --episodes 10 --video out.mp4"""
+"""The evaluation command: python -m launch.evaluate --run-dir DIR --episodes 10 --video out.mp4"""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="launch.evaluate", description="Play whole episodes without exploration noise.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
     parser.add_argument("--episodes", type=int, default=10)
-    video = f"film the first environment's episodes (one in {ENVS_AT_ONCE} at most): a .mp4 or .gif file"
+    video = f"film the episodes of the first of up to {ENVS_AT_ONCE} environments: a .mp4 or .gif file"
     parser.add_argument("--video", type=str, default=None, help=video)
-    parser.add_argument("--seed", type=int, default=0, help="of the environments and of acting")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the environments and of acting")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
-    overrides = "fields of the agent that shape no parameter, each as --agent.NAME VALUE (--agent.num_samples 256)"
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 uses all")
+    overrides = "agent fields that change no parameter shape, each as --agent.NAME VALUE (--agent.num_samples 256)"
     parser.add_argument("--agent", type=dict[str, Any], default={}, help=overrides)
     options = parser.parse_args(argv)
     if options.threads:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def play(agent: Agent, env: EnvConfig, episodes: int, seed: int, video: str | None) -> Evaluation:
-    """Evaluate, filming the first environment where `video` names a file."""
+    """Evaluate the agent; if `video` names a file, film the first environment."""
     evaluator = start_evaluation(agent, lambda count: run_envs(env, count, seed, bool(video)), episodes, seed)
     with film_to(video, evaluator.frames_per_second) if video else nullcontext() as film:
         return evaluator.finish(on_frame=film.append_data if film else None)
@@ -64,7 +64,7 @@ def play(agent: Agent, env: EnvConfig, episodes: int, seed: int, video: str | No
 
 @contextmanager
 def film_to(path: str, fps: float) -> Iterator[Any]:
-    """A writer of frames [H, W, 3]. Raises ValueError for a file of another kind."""
+    """Open a writer of frames [H, W, 3]. Raises ValueError unless `path` ends in .mp4 or .gif."""
     import imageio.v2 as imageio
 
     kind = Path(path).suffix
@@ -77,7 +77,7 @@ def film_to(path: str, fps: float) -> Iterator[Any]:
 
 
 def save_frames(path: str, frames: Array, fps: float) -> None:
-    """Write frames [T, H, W, 3]."""
+    """Write frames [T, H, W, 3] as a film."""
     with film_to(path, fps) as film:
         for frame in frames:
             film.append_data(frame)

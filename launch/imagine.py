@@ -1,4 +1,4 @@
-"""See what a trained world model imagines: python -m launch.imagine --run-dir DIR --out imagined.gif"""
+"""The command that shows what a trained world model imagines: python -m launch.imagine --run-dir DIR --out FILE"""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from worldloom.report.pictures import film, image_keys, plot
 from worldloom.runs.build import choose_device
 
 FRAMES_PER_SECOND = 10
-DESCRIPTION = """Play one episode, show the world model its first steps, and let it imagine the rest under the true
-actions. Image observations become a film (truth, prediction, error; .gif or .mp4), and everything else plots of true
-against predicted rewards and, where the model has a decoder, observations (.png or .gif)."""
+DESCRIPTION = """Play one episode, show the world model its first steps, and let it imagine the rest from the true
+actions. Images become a film (truth, prediction, error; .gif or .mp4). Otherwise, the result is a plot of true and
+predicted rewards and, if the model has a decoder, observations (.png or .gif)."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="launch.imagine", description=DESCRIPTION)
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
     parser.add_argument("--out", type=str, default="imagined.gif", help="file to write: .gif, .mp4 or .png")
-    parser.add_argument("--steps", type=int, default=50, help="rows in all; fewer where the episode ends")
-    parser.add_argument("--observed", type=int, default=OBSERVED, help="rows that the model sees")
-    parser.add_argument("--seed", type=int, default=0, help="of the environment, of acting and of imagining")
+    parser.add_argument("--steps", type=int, default=50, help="rows in total; fewer if the episode ends before")
+    parser.add_argument("--observed", type=int, default=OBSERVED, help="rows at the start that the model sees")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the environment, acting and imagination")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 uses all")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(out: Path, loop: OpenLoop, title: str) -> str:
-    """A film where there are images to show, a plot otherwise or where a .png is asked for; names the files."""
+    """Write a film if there are images and `out` is not a .png, else a plot; return the names of the files."""
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     keys = image_keys(loop)
     if out.suffix not in (".gif", ".mp4", ".png"):
@@ -61,7 +61,7 @@ def write(out: Path, loop: OpenLoop, title: str) -> str:
             save_frames(str(name), film(loop, key), FRAMES_PER_SECOND)
         return ", ".join(map(str, names))
     if out.suffix == ".mp4":
-        raise ValueError(f"--out is {str(out)!r}, but there are no images to film. Ask for a .png or .gif.")
+        raise ValueError(f"--out is {str(out)!r}, but there are no images to film. Choose a .png or .gif file.")
     imageio.imwrite(out, plot(loop, title))
     return str(out)
 

@@ -1,4 +1,4 @@
-"""What the commands that look at a run have in common."""
+"""Functions that the commands share: the directory of a run and its environments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worldloom.runs.config import EnvConfig
 
 RUNS_VARIABLE = "WORLDLOOM_RUNS"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this name, for what `ray job submit` starts
-FAILURES = (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed)  # told in a sentence
+FAILURES = (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed)  # shown without a traceback
 
 
 def in_ray_job() -> bool:
@@ -24,7 +24,7 @@ def in_ray_job() -> bool:
 
 
 def runs_folder() -> Path:
-    """Where relative run directories of Ray jobs lie. Raises ValueError for a $WORLDLOOM_RUNS that is relative too."""
+    """Return the folder of relative run directories in Ray jobs. Raises ValueError if $WORLDLOOM_RUNS is relative."""
     folder = Path(os.environ.get(RUNS_VARIABLE) or "~/worldloom/runs").expanduser()
     if not folder.is_absolute():
         raise ValueError(f"{RUNS_VARIABLE} is {str(folder)!r}, expected an absolute path.")
@@ -32,10 +32,10 @@ def runs_folder() -> Path:
 
 
 def run_directory(given: str | os.PathLike[str]) -> Path:
-    """The directory of the run that is called `given`.
+    """Return the directory of the run that the user calls `given`.
 
-    A job's working directory is a copy of the checkout in Ray's cache, named by its content: another after each change,
-    deleted when the cache is full. So in a job runs/NAME, or NAME alone, means NAME in `runs_folder`.
+    The working directory of a Ray job is a copy of the checkout in Ray's cache. It is a new one after each change of
+    the code, and it is deleted when the cache is full. In a job, runs/NAME or NAME is therefore NAME in `runs_folder`.
     """
     path = Path(given)
     if path.is_absolute() or not in_ray_job():
@@ -44,7 +44,7 @@ def run_directory(given: str | os.PathLike[str]) -> Path:
 
 
 def env_config(run_dir: Path) -> EnvConfig:
-    """The environment of a run. Raises FileNotFoundError without its config.yaml."""
+    """Return the environment config of a run. Raises FileNotFoundError if the run has no config.yaml."""
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         raise FileNotFoundError(f"{run_dir} holds no config.yaml, expected the directory of a run.")
@@ -53,5 +53,5 @@ def env_config(run_dir: Path) -> EnvConfig:
 
 
 def run_envs(env: EnvConfig, count: int, seed: int, video: bool = False) -> VectorEnv:
-    """video: with frames to render."""
+    """Make `count` environments of a run; video: they can render frames."""
     return make_run_env(env, count, seed, "rgb_array" if video else None)

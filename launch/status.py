@@ -1,4 +1,4 @@
-"""How a run stands, running or ended: python -m launch.status --run-dir DIR"""
+"""The status command, for runs that go on or have ended: python -m launch.status --run-dir DIR"""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from worldloom.pretrained import CheckpointError
 from worldloom.report.page import read_metrics
 from worldloom.runs.verify import verify
 
-QUIET_SECONDS = 600.0  # without a line of metrics, after which a run without a summary is taken to be gone
+QUIET_SECONDS = 600.0  # after so long without new metrics, a run without a summary counts as silent
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="launch.status", description="Print how a run stands, running or ended.")
+    parser = ArgumentParser(prog="launch.status", description="Print the status of a run.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
     parser.add_argument("--verify", action="store_true", help="also check the newest checkpoint's invariants")
     options = parser.parse_args(argv)
@@ -38,17 +38,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def status(run_dir: Path) -> list[tuple[str, str]]:
-    """What to tell, by name. Raises FileNotFoundError where there is no run."""
+    """Return the (name, value) pairs to print. Raises FileNotFoundError if there is no run."""
     saved, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
     if not saved.is_file() or not metrics.is_file():
-        raise FileNotFoundError(f"{run_dir} holds no config.yaml and metrics.jsonl, expected the directory of a run.")
+        raise FileNotFoundError(f"{run_dir} lacks config.yaml or metrics.jsonl, expected the directory of a run.")
     config: dict[str, Any] = yaml.safe_load(saved.read_text())
     lines = read_metrics(run_dir)
     logged = next((line for line in reversed(lines) if "rate/train_ratio" in line), {})
     evaluated = [line for line in lines if "eval/return_mean" in line]
     last: dict[str, Any] = lines[-1] if lines else {}
     total, steps = config["train"]["total_steps"], last.get("env_steps", 0)
-    told = [
+    shown = [
         ("run", f"{config['algorithm']} on {config['env']['id']}, seed {config['train']['seed']}"),
         ("status", _state(run_dir, metrics)),
         ("steps", f"{steps:,} of {total:,} ({steps / total:.0%})"),
@@ -57,16 +57,16 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
     ]
     for name, key, form in FIGURES:
         if key in logged:
-            told.append((name, form.format(logged[key])))
+            shown.append((name, form.format(logged[key])))
     if evaluated:
         newest = evaluated[-1]
         mean, std = newest["eval/return_mean"], newest["eval/return_std"]
-        told.append(("evaluation", f"{mean:,.1f} ± {std:,.1f} at step {newest['env_steps']:,}"))
+        shown.append(("evaluation", f"{mean:,.1f} ± {std:,.1f} at step {newest['env_steps']:,}"))
     checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/step-*/manifest.json"))
-    told.append(("checkpoint", checkpoints[-1] if checkpoints else "none yet"))
+    shown.append(("checkpoint", checkpoints[-1] if checkpoints else "none yet"))
     if "limited_by" in logged:
-        told.append(("limited by", str(logged["limited_by"])))
-    return told
+        shown.append(("limited by", str(logged["limited_by"])))
+    return shown
 
 
 FIGURES = [
@@ -88,13 +88,13 @@ FIGURES = [
 
 
 def _state(run_dir: Path, metrics: Path) -> str:
-    """As summary.json says, unless the run went on after it."""
+    """Return the status in summary.json, unless the run went on after it was written."""
     summary, written = run_dir / "summary.json", metrics.stat().st_mtime
     if summary.is_file() and summary.stat().st_mtime >= written:
         return str(json.loads(summary.read_text())["status"])
     quiet = time.time() - written
     if quiet > QUIET_SECONDS:
-        return f"silent for {quiet / 60:.0f} minutes; if it was killed, go on with --resume"
+        return f"no new metrics for {quiet / 60:.0f} minutes; if the run was killed, go on with --resume"
     return "running"
 
 

@@ -1,4 +1,4 @@
-"""Train an agent: python -m launch.train --config configs/tdmpc2_pendulum.yaml [--section.key value …]"""
+"""The training command: python -m launch.train --config configs/tdmpc2_pendulum.yaml [--section.key value …]"""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if run_dir != given:
-        print(f"run directory: {run_dir} (of a Ray job, whose relative ones lie in {runs_folder()})", flush=True)
+        print(f"run directory: {run_dir} (of a Ray job: relative run directories lie in {runs_folder()})", flush=True)
     fresh = not run_dir.exists()
     with contextlib.ExitStack() as held:
         try:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(_claimed(run_dir))
             if fresh:
-                held.callback(_leave_no_husk, run_dir)
+                held.callback(_remove_empty_run_dir, run_dir)
             if not parsed.resume:
                 _check_unused(run_dir)
         except (ValueError, TypeError, OSError) as error:
@@ -60,34 +60,33 @@ def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
         print(f"\nstopped at once; {go_on if _checkpoints(run_dir) else 'nothing was saved yet'}")
         return 130
     except Exception as error:
-        if before is not None and _checkpoints(run_dir) == saved:  # which the config of before belongs to
+        if before is not None and _checkpoints(run_dir) == saved:  # they belong to the earlier config
             _write(path, before)
         if not isinstance(error, EXPECTED):
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
-            traceback.print_exception(error.__cause__)  # where in the user's own code
+            traceback.print_exception(error.__cause__)  # it shows the place in the user's code
         print(f"launch.train: {error}", file=sys.stderr)
         return 1
     return _conclude(summary, run_dir)
 
 
 def _parser() -> Parser:
-    parser = run_parser("launch.train", "Train an agent, through Ray or in this process (--runtime.kind inline).")
+    parser = run_parser("launch.train", "Train an agent, with Ray or in this process (--runtime.kind inline).")
     parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, replay included")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, including its replay")
     return parser
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:
-    """A resumed run starts from its own config; what else is given comes on top."""
+    """Return `argv`; if it resumes a run, the run's saved config comes before the other arguments."""
     if "--resume" not in argv:
         return argv
     given = next((a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.startswith("--run-dir")), None)
     run_dir = None if given is None else run_directory(given)
     if run_dir is None or not (saved := run_dir / "config.yaml").is_file():
-        sys.exit(
-            f"launch.train: --resume needs --run-dir DIR of an earlier run; {run_dir or 'none'} holds no config.yaml."
-        )
+        found = "none was given" if run_dir is None else f"{run_dir} holds no config.yaml"
+        sys.exit(f"launch.train: --resume needs the --run-dir of an earlier run, but {found}.")
     return ["--config", str(saved), *argv]
 
 
@@ -99,12 +98,12 @@ def _default_run_dir(config: RunConfig) -> Path:
 def _check_unused(run_dir: Path) -> None:
     metrics = run_dir / "metrics.jsonl"
     if (run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size):
-        raise ValueError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another --run-dir.")
+        raise ValueError(f"{run_dir} already holds a run. Go on with it by --resume, or choose another --run-dir.")
 
 
 @contextlib.contextmanager
 def _claimed(run_dir: Path) -> Iterator[None]:
-    """The directory for this process alone. Raises ValueError if another run is at work in it."""
+    """Lock the directory for this process. Raises ValueError if another process holds the lock."""
     with (run_dir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,10 +117,10 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _leave_no_husk(run_dir: Path) -> None:
-    """Remove the directory of a run that was refused before it did anything."""
+def _remove_empty_run_dir(run_dir: Path) -> None:
+    """Remove the directory of a run that ended before it logged any metrics."""
     metrics = run_dir / "metrics.jsonl"
-    if all(path.name in HUSK for path in run_dir.iterdir()) and not (metrics.exists() and metrics.stat().st_size):
+    if all(path.name in LEFTOVERS for path in run_dir.iterdir()) and not (metrics.exists() and metrics.stat().st_size):
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
@@ -130,7 +129,7 @@ def _checkpoints(run_dir: Path) -> set[Path]:
 
 
 def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
-    """Writes config.yaml, of a resumed run with what was changed, once everything is up and restored."""
+    """Train and return the summary. Writes config.yaml once everything has started and, on a resume, is restored."""
 
     def write_config() -> None:
         _write(run_dir / "config.yaml", dump_config(config))
@@ -147,14 +146,14 @@ def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file completely or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
 def _results(run_dir: Path) -> Path:
-    """What to look at: the page, or where it could not be written the numbers."""
+    """Return the file with the results: report.html or, if it could not be written, summary.json."""
     page = run_dir / "report.html"
     return page if page.is_file() else run_dir / "summary.json"
 
@@ -181,10 +180,11 @@ SHORT = {
     "--runtime=ray": "--runtime.kind=ray",
 }
 RUN_DIR_HELP = (
-    "default: runs/ENV-ALGORITHM-TIME; in a Ray job relative ones lie in ~/worldloom/runs, or in $WORLDLOOM_RUNS"
+    "directory of the run; default: runs/ENV-ALGORITHM-TIME; in a Ray job, relative directories lie in "
+    "~/worldloom/runs, or in $WORLDLOOM_RUNS if that is set"
 )
 LOCK = ".lock"
-HUSK = (LOCK, "config.yaml", "metrics.jsonl", "tensorboard")  # what is there before the first line of metrics
+LEFTOVERS = (LOCK, "config.yaml", "metrics.jsonl", "tensorboard")  # written before the first line of metrics
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
 
 if __name__ == "__main__":

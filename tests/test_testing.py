@@ -60,7 +60,7 @@ BROKEN = [
     (checks.decodes_and_imagines, "symexp(reward)[:, None]", "symexp(reward)", "reward is (3,), expected (3, 1)"),
     (checks.has_a_loss, '{"loss": sum(means.values()), **means}', "means", 'expected "loss" among them'),
     (checks.acts, "action.cpu().numpy(),", "10 * action.cpu().numpy(),", "expected entries in [-1, 1]"),
-    (checks.keeps_environments_apart, "* kept\n", "\n", "remembers what was before"),
+    (checks.keeps_environments_apart, "* kept\n", "\n", "depends on the earlier acting state"),
     (checks.keeps_environments_apart, "model.see(h, obs)", "model.see(h, obs.mean(0).expand_as(obs))", "another one"),
     (checks.follows_its_seed, "generator=self.acting_generator, ", "", "draw from acting_generator alone"),
     (checks.learns_in_updates, "        self.updates += 1\n", "", "updates went from 0 to 0, expected one more"),

@@ -1,4 +1,4 @@
-"""Runs a function of tensors as one CUDA graph: the device then waits for no launches. On other devices, as it is."""
+"""A function of tensors as one CUDA graph, so that the device waits for no launches; other devices run it as it is."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARMUP = 2  # calls of each shape that run uncaptured; libraries set themselves up in them, and compilers compile
-SHAPES = 16  # graphs of one function; further shapes run uncaptured
+WARMUP = 2  # calls of each shape that run uncaptured, while libraries initialise themselves and compilers compile
+SHAPES = 16  # graphs kept for one function; further shapes run uncaptured
 
-ONE_AT_A_TIME = threading.Lock()  # a recording begins with a wait for the device, which would end another thread's
+ONE_AT_A_TIME = threading.Lock()  # a recording first waits for the device, which would break one in another thread
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass
 class Recording:
-    """One set of shapes: calls so far, and once they were enough the graph with the buffers that it reads and fills."""
+    """The calls so far with one set of shapes and, after WARMUP of them, the graph and the buffers that it uses."""
 
     calls: int = 0
     graph: torch.cuda.CUDAGraph | None = None
@@ -31,10 +31,10 @@ class Recording:
 class Captured:
     """Calls `function(inputs, **settings)`, which takes and returns tensors by name and reads nothing back to the host.
 
-    On CUDA the first calls of each shape run as they are, on a stream of their own, and do their work like any other;
-    then the function is recorded once and replayed from then on. Outputs are buffers that the next call fills anew:
-    whoever keeps one copies it. The function may change tensors that live outside of it (parameters, optimiser states),
-    as long as they stay where they are; `forget` after they moved. generator: what the function draws from.
+    On CUDA the first calls of each shape run uncaptured, on a stream of their own. The next call records the function
+    as a graph; this call and all later ones replay it. The outputs are buffers that the next call overwrites: copy what
+    you keep. The function may change tensors outside of it (parameters, optimiser states) that stay at one address;
+    call `forget` after they moved. generator: the source of the function's random numbers.
     """
 
     def __init__(self, function: Callable[..., Tensors], device: torch.device, generator: torch.Generator) -> None:
@@ -43,12 +43,12 @@ class Captured:
         self.forget()
 
     def forget(self) -> None:
-        """Record anew: tensors that the function uses were replaced by others."""
+        """Drop all recordings, because tensors that the function uses were replaced by others."""
         self._recordings: dict[Hashable, Recording] = {}
         self._pool: Any = None
 
     def __call__(self, inputs: Mapping[str, Tensor], **settings: Hashable) -> Tensors:
-        """inputs may lie on the host, pinned or not."""
+        """Run the function; return its outputs by name, on the device. inputs may lie on the host, pinned or not."""
         if not self.enabled:
             return self._function(self._moved(inputs), **settings)
         recording = self._recording(inputs, settings)

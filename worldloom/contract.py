@@ -1,6 +1,6 @@
-"""What the library asks of a family's agent, as far as it can be seen at once: checked when a run starts.
+"""The contract between the library and a family's agent, as far as a run can check it at its start.
 
-`worldloom.testing.check_family` tries out the rest.
+`worldloom.testing.check_family` tests the rest.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from worldloom.types import Agent, Array, Description, Metrics, ObsArray, ObsShape, WorldModel
 
-REACH = 6.0  # no normal around a mean in [-1, 1], of a deviation of 1 at most, is seen to go further
+REACH = 6.0  # draws of a normal with mean in [-1, 1] and std of at most 1 practically never reach it
 STATE_TYPES = (Tensor, np.ndarray, np.generic, str, bytes, bool, int, float, type(None))
 
 
 class ContractBroken(TypeError):
-    """A family lacks something; the sentence says what to add."""
+    """The error of a family that breaks the contract; its message says what to add."""
 
 
 def require(holds: bool, sentence: str) -> None:
+    """Check a condition. Raises ContractBroken with `sentence` where it does not hold."""
     if not holds:
         raise ContractBroken(sentence)
 
 
 def check_agent(agent: Agent, obs_shape: ObsShape, action_dim: int) -> None:
-    """Check members, shapes, description and state. Raises ContractBroken with a sentence that says what to add."""
+    """Check an agent's members, shapes, description and state. Raises ContractBroken, which says what to add."""
     check_model(getattr(agent, "world_model", None), obs_shape, action_dim)
     lacking = sorted(name for name in members(Agent) if not hasattr(agent, name))
     require(not lacking, f"the agent has no {', '.join(lacking)}; see worldloom.types.Agent.")
@@ -38,21 +39,22 @@ def check_agent(agent: Agent, obs_shape: ObsShape, action_dim: int) -> None:
 
 
 def check_model(model: Any, obs_shape: ObsShape, action_dim: int) -> None:
+    """Check that `model` is an nn.Module with the members of `WorldModel` and these sizes. Raises ContractBroken."""
     require(isinstance(model, nn.Module), f"the world model is a {type(model).__name__}, expected a torch.nn.Module.")
     lacking = sorted(name for name in members(WorldModel) if not hasattr(model, name))
     require(not lacking, f"the model has no {', '.join(lacking)}; see worldloom.types.WorldModel.")
     for name, expected in [("obs_shape", obs_shape), ("action_dim", action_dim)]:
         found = getattr(model, name)
-        require(found == expected, f"the model's {name} is {found}, expected {expected}, as it was given it.")
+        require(found == expected, f"the model's {name} is {found}, expected {expected}, the one given to it.")
 
 
 def members(protocol: type) -> set[str]:
-    """The names that a Protocol asks for."""
+    """Return the public names that a Protocol requires."""
     return {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
 
 
 def check_description(found: Any) -> None:
-    """Raises ContractBroken unless it has the keys of `Description`, in JSON's types."""
+    """Check that a description has the keys of `Description`, in JSON's types. Raises ContractBroken."""
     require(isinstance(found, dict), f"describe() gives a {type(found).__name__}, expected a dict.")
     lacking = sorted(Description.__required_keys__ - found.keys())
     require(not lacking, f"describe() lacks {', '.join(lacking)}.")
@@ -64,6 +66,7 @@ def check_description(found: Any) -> None:
 
 
 def check_state(agent: Agent) -> None:
+    """Check that a checkpoint can hold the agent's state, with its number of updates. Raises ContractBroken."""
     state = agent.state_dict()
     require("updates" in state, 'state_dict() has no "updates", expected the number of updates so far.')
     wrong = next(_wrong_parts(state, "state_dict()"), None)
@@ -71,7 +74,7 @@ def check_state(agent: Agent) -> None:
 
 
 def _wrong_parts(value: Any, path: str) -> Any:
-    """What cannot be written to a checkpoint."""
+    """Yield a phrase for each part of `value` that cannot be written to a checkpoint."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             if not isinstance(key, (str, int)):
@@ -85,7 +88,7 @@ def _wrong_parts(value: Any, path: str) -> Any:
 
 
 def check_acting(agent: Agent, obs: ObsArray, action_dim: int, action_classes: Sequence[int]) -> None:
-    """Let the agent act once on obs [1, ...]; what it draws from is put back. Raises ContractBroken."""
+    """Let the agent act once on obs [1, ...], then restore its generator. Raises ContractBroken for wrong results."""
     before = agent.acting_generator.get_state()
     with torch.random.fork_rng(devices=[]):
         actions, state = agent.act(obs, None, np.ones(1, bool))
@@ -98,10 +101,10 @@ def check_acting(agent: Agent, obs: ObsArray, action_dim: int, action_classes: S
 
 
 def check_actions(actions: Any, envs: int, action_dim: int, action_classes: Sequence[int]) -> float:
-    """Return the largest entry of actions [E, A]: one-hot parts, or in [-1, 1], or normal around such.
+    """Check actions [E, A] and return their largest absolute entry.
 
-    A normal whose mean lies in [-1, 1] may be left unclipped, as DreamerV3's is: environments cut what they get.
-    Raises ContractBroken for others.
+    They are one-hot parts, or lie in [-1, 1], or come from a normal with its mean in [-1, 1]. Such a normal may stay
+    unclipped, as DreamerV3's does: environments clip what they get. Raises ContractBroken for other actions.
     """
     good = isinstance(actions, np.ndarray) and actions.dtype == np.float32 and actions.shape == (envs, action_dim)
     found = f"{actions.dtype} {actions.shape}" if isinstance(actions, np.ndarray) else type(actions).__name__
@@ -116,7 +119,7 @@ def check_actions(actions: Any, envs: int, action_dim: int, action_classes: Sequ
 
 
 def as_floats(metrics: Mapping[str, Any]) -> Metrics:
-    """Metrics as plain floats. Raises ContractBroken for one that is neither a float nor a tensor of one number."""
+    """Return metrics as plain floats. Raises ContractBroken for any that is neither a float nor a one-number tensor."""
     try:
         return {name: float(value) for name, value in metrics.items()}
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,7 @@
-"""msgpack with raw array buffers: nested dicts and lists of numbers, text, numpy arrays and tensors. No pickle."""
+"""A msgpack format with raw buffers for arrays: nested dicts and lists of numbers, text, numpy arrays and tensors.
+
+It uses no pickle.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ ARRAY, TENSOR, BIG_INTEGER = 1, 2, 3
 
 
 def pack(value: Any) -> bytes:
-    """Raises TypeError for objects of other kinds."""
+    """Encode a value as bytes. Raises TypeError for objects of other kinds."""
     packed: bytes = msgpack.packb(value, default=_encode, use_bin_type=True)
     return packed
 
 
 def unpack(data: bytes) -> Any:
-    """Arrays come back as writable copies, tensors on the CPU, tuples as lists. Raises ValueError for other data."""
+    """Decode what `pack` encoded: arrays as writable copies, tensors on the CPU, tuples as lists.
+
+    Raises ValueError for other data.
+    """
     try:
         return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False, raw=False)
     except (msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError) as error:
@@ -35,7 +41,7 @@ def _encode(value: Any) -> Any:
         return msgpack.ExtType(TENSOR, pack([str(tensor.dtype).removeprefix("torch."), list(tensor.shape), raw]))
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, int):  # beyond 64 bits: the state of numpy's generators
+    if isinstance(value, int):  # beyond 64 bits, as in the state of numpy's generators
         return msgpack.ExtType(BIG_INTEGER, str(value).encode())
     raise TypeError(f"{type(value).__name__} cannot be saved, expected numbers, text, arrays, tensors, dicts or lists.")
 

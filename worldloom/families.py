@@ -1,4 +1,4 @@
-"""Models by name: every preset in plain sight, and how a name, alias or directory becomes a model or an agent."""
+"""Models by name: every preset in plain sight, and the way from a name, alias or directory to a model or an agent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import gymnasium
 
 
-OBS_CLASSES, ACTION_CLASSES = "obs_classes", "action_classes"  # options that the spaces of an environment decide
+OBS_CLASSES, ACTION_CLASSES = "obs_classes", "action_classes"  # options that follow from the spaces of an environment
 
 FAMILIES: dict[str, Family] = {
     "dreamerv3": Family(
@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
         "size12m",
         DreamerV3WorldModel,
         DreamerV3Agent,
-        {OBS_CLASSES: "by key, how many classes there are where observations are class indices; they are read one-hot"},
+        {OBS_CLASSES: "by key, the class count of observations that are class indices, which are read one-hot"},
         "DreamerV3 (Hafner et al. 2025): a recurrent state-space model with a decoder; it learns to act in imagination",
         "image",
     ),
@@ -45,7 +45,7 @@ FAMILIES: dict[str, Family] = {
         TDMPC2Agent,
         {
             ACTION_CLASSES: "the number of choices of each one-hot part of an action",
-            "tasks": "mt30, mt80, or a list of Task(name, action_dim) that one model is to know",
+            "tasks": "the tasks of a multi-task model: mt30, mt80, or a list of Task(name, action_dim)",
         },
         "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
         read_options=read_options,
@@ -65,7 +65,7 @@ ALIASES: dict[str, str] = {
 
 
 def register_model(name: str, family: Family) -> None:
-    """Make `name:size` known in this process alone; `module:size` needs no call and is found in every process of a run.
+    """Make `name:size` known to this process alone; `module:size` needs no call and works in every process of a run.
 
     Raises ValueError if the name is taken.
     """
@@ -75,15 +75,15 @@ def register_model(name: str, family: Family) -> None:
 
 
 def find_family(name: str) -> Family | None:
-    """The family of that name: one of ours, a registered or installed one, or FAMILY in the module of that name.
+    """Return the family of that name: ours, registered, installed, or FAMILY of the module of that name; else None.
 
-    Raises ValueError or TypeError for a module that holds none.
+    Raises ValueError or TypeError for a module that holds no Family.
     """
     return FAMILIES.get(name) or import_family(name)
 
 
 class ModelInfo(TypedDict):
-    """What there is to know of a preset before a model is made."""
+    """Facts about a preset that need no model."""
 
     description: str
     family: str
@@ -96,7 +96,7 @@ def list_models(verbose: Literal[False] = False) -> list[str]: ...
 @overload
 def list_models(verbose: Literal[True]) -> dict[str, ModelInfo]: ...
 def list_models(verbose: bool = False) -> list[str] | dict[str, ModelInfo]:
-    """Every preset, ours and installed ones, as create_world_model takes it; verbose: with `get_model_info` of each."""
+    """Return every preset, ours and installed, as create_world_model takes it; verbose adds its `get_model_info`."""
     names = dict.fromkeys([*FAMILIES, *installed()])
     found = {name: family for name in names if (family := find_family(name))}
     presets = [f"{name}:{size}" for name, family in found.items() for size in family.sizes]
@@ -104,7 +104,7 @@ def list_models(verbose: bool = False) -> list[str] | dict[str, ModelInfo]:
 
 
 def get_model_info(model: str) -> ModelInfo:
-    """Description, family, parameter count and observation kind of a preset or alias. Raises ValueError for others."""
+    """Return the description, family, size and observation kind of a preset or alias. Raises ValueError for others."""
     family, name, size = _preset(model)
     return {
         "description": family.description,
@@ -115,7 +115,7 @@ def get_model_info(model: str) -> ModelInfo:
 
 
 def get_config(model: str, **overrides: Any) -> Any:
-    """The configuration of a preset or alias, single fields replaced: a frozen dataclass of the family's own.
+    """Return the configuration of a preset or alias with some fields replaced: the family's own frozen dataclass.
 
     Raises ValueError for an unknown model or field, TypeError for a value of another type.
     """
@@ -123,7 +123,7 @@ def get_config(model: str, **overrides: Any) -> Any:
 
 
 def resolve(model: str) -> tuple[str, str]:
-    """(family, size) of a preset or alias. Raises ValueError with the nearest names, TypeError as `find_family`."""
+    """Return (family, size) of a preset or alias. Raises ValueError with near names, TypeError as `find_family`."""
     return _preset(model)[1:]
 
 
@@ -143,7 +143,7 @@ def _preset(model: str) -> tuple[Family, str, str]:
 
 
 def build_config(model: str, overrides: Mapping[str, Any]) -> Any:
-    """The configuration of a preset with single fields replaced. Raises ValueError or TypeError, naming the field."""
+    """Return a preset's configuration, some fields replaced. Raises ValueError or TypeError that names the field."""
     family, _, size = _preset(model)
     fields = {**family.sizes[size], **check_overrides(family.config, overrides)}
     return family.config(**fields)
@@ -157,14 +157,14 @@ def create_world_model(
     episode_length: int | None = None,
     **settings: Any,
 ) -> WorldModel:
-    """A world model from a preset ("tdmpc2:5m"; "my_package.my_family:size" of your own), an alias ("tdmpc"), a
-    directory (`save_pretrained`) or a file that a family's authors published.
+    """Make a world model from a preset ("tdmpc2:5m", or "my_package.my_family:size" of your own), an alias ("tdmpc"),
+    a directory (`save_pretrained`) or a file that a family's authors published.
 
-    obs_shape: of one observation, channel-first for images; some families take a mapping of them too. action_dim: A,
-    the number of action dimensions or of one-hot entries. episode_length: agent steps, where known. settings: fields of
-    the model's config, and the options of its family (`Family.options`): obs_classes of DreamerV3, tasks and
-    action_classes of TD-MPC2. Raises ValueError or TypeError that names what was wrong, FileNotFoundError for a
-    directory that holds no model.
+    obs_shape: shape of one observation, channel-first for images; some families also take a mapping of shapes.
+    action_dim: A, the number of action dimensions or of one-hot entries. episode_length: agent steps, if known.
+    settings: fields of the model's config, and options of its family (`Family.options`): obs_classes of DreamerV3,
+    tasks and action_classes of TD-MPC2. Raises ValueError or TypeError that names what was wrong, FileNotFoundError
+    for a directory without a model.
     """
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, settings)
@@ -183,7 +183,7 @@ def create_world_model(
 
 
 def _split(model: str, family: Family, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the family that are given, and the rest, which must be fields of its config.
+    """Return the given options of the family, and the rest, which must be fields of its config.
 
     Raises ValueError for an option of another family.
     """
@@ -205,13 +205,13 @@ def _load_file(
     episode_length: int | None,
     settings: Mapping[str, Any],
 ) -> tuple[Family, WorldModel]:
-    """The family that can read a file of its authors, and the model. Raises ValueError where none can."""
+    """Return the family that can read a file of its authors, and the model. Raises ValueError if none can."""
     refused: list[ValueError] = []
     for name, family in FAMILIES.items():
         if family.load_file is None:
             continue
         options, overrides = _split(name, family, settings)
-        _, options = family.read_options("", options)  # the file holds what they set
+        _, options = family.read_options("", options)  # the file determines the fields that they set
         fields = check_overrides(family.config, overrides)
         try:
             return family, family.load_file(
@@ -252,7 +252,7 @@ def _from_description(source: object, description: Mapping[str, Any], overrides:
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
     options: dict[str, Any] = {key: description[key] for key in family.options if description.get(key)}
-    _, options = family.read_options("", options)  # what they set stands in the config already
+    _, options = family.read_options("", options)  # the config already holds the fields that they set
     return family.model(obs_shape, description["action_dim"], config, description["episode_length"], **options)
 
 
@@ -266,7 +266,7 @@ def create_agent(
     seed: int = 0,
     **overrides: Any,
 ) -> Agent:
-    """An agent for the spaces of `make_env` (see `worldloom.spaces`).
+    """Make an agent for the spaces of `make_env` (see `worldloom.spaces`).
 
     Raises ValueError or TypeError for spaces or fields that the model cannot take.
     """
@@ -290,7 +290,7 @@ def create_agent(
         agent = cast(Agent, family.agent(world_model, seed, actions.classes))
     found = find_family(named := str(agent.describe().get("family")))
     if found is None or (found.model, found.agent) != (family.model, family.agent):
-        raise ValueError(f"{model} describes its family as {named!r}, expected {name!r}, by which others find it.")
+        raise ValueError(f"{model} describes its family as {named!r}, expected {name!r}, the name that finds it.")
     return agent
 
 
@@ -300,7 +300,7 @@ def agent_from_description(
     seed: int = 0,
     overrides: Mapping[str, Any] | None = None,
 ) -> Agent:
-    """An untrained agent as `Agent.describe` described it; `load_state_dict` or weights complete it."""
+    """Make an untrained agent from what `Agent.describe` returned; `load_state_dict` or weights complete it."""
     model = _from_description("the description", description, overrides or {}).to(device)
     classes = tuple(description.get("action_classes", ()))
     family = cast(Family, find_family(description["family"]))
@@ -314,8 +314,8 @@ def load_agent(
     episode_length: int | None = None,
     **settings: Any,
 ) -> Agent:
-    """A trained agent from a run directory (its newest checkpoint), from a model directory, or from a file that a
-    family's authors published, of which episode_length and options tell more (see `create_world_model`).
+    """Load a trained agent from a run directory (its newest checkpoint), a model directory, or a file that a family's
+    authors published; episode_length and the family's options are for such files (see `create_world_model`).
     settings: configuration fields that shape no parameter, such as num_samples=256 for half of TD-MPC2's planning.
 
         agent = load_agent("runs/pendulum")
@@ -325,7 +325,7 @@ def load_agent(
             step = env.step(actions)
             obs, is_first = step.obs, step.is_first
 
-    Raises FileNotFoundError if there is no checkpoint, ValueError for overrides that the parameters do not fit.
+    Raises FileNotFoundError if there is no checkpoint, ValueError for settings that the parameters do not fit.
     """
     folder = Path(directory)
     if folder.is_file():
@@ -345,5 +345,5 @@ def load_agent(
 
 
 def config_fields(model: str) -> list[dataclasses.Field[Any]]:
-    """The fields that `agent: {…}` may override for this model, in order."""
+    """Return the fields that `agent: {…}` may override for this model, in order."""
     return list(dataclasses.fields(_preset(model)[0].config))

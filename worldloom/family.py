@@ -1,4 +1,4 @@
-"""What a family of models is, and how one that stands outside the library is found: by module, or by entry point."""
+"""Families of models, and the search for one outside the library: by module name or by entry point."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ GROUP = "worldloom.families"  # entry points: short name = "my_package.my_family
 
 
 def as_given(size: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
-    """Options that set no config field."""
+    """Return no config fields, and the options unchanged: for families whose options set no config field."""
     return {}, dict(options)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one algorithm is built. A module of yours holds one as `FAMILY`; its name is then the family's name."""
+    """The parts of one algorithm. A module of yours holds one as `FAMILY`; the module's name is the family's name."""
 
     config: type[Any]  # a frozen dataclass; its fields are what `agent: {…}` may override
     sizes: Mapping[str, Mapping[str, Any]]  # preset size -> config fields
     default_size: str
     model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
     agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
-    options: Mapping[str, str] = field(default_factory=dict)  # what `model` takes besides: name -> what it is
+    options: Mapping[str, str] = field(default_factory=dict)  # further arguments of `model`: name -> meaning
     description: str = ""  # one sentence
-    default_obs: str = "vector"  # what its published settings observe: vector or image
+    default_obs: str = "vector"  # what the published settings observe: vector or image
     # (size, options as create_world_model or a description has them) -> (config fields that follow, options of `model`)
     read_options: Callable[[str, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] = as_given
-    # (path, obs_shape, action_dim, device, episode_length, overrides=, **options) -> WorldModel: a file of its
-    # authors. Raises ValueError for a file of another kind
+    # (path, obs_shape, action_dim, device, episode_length, overrides=, **options) -> WorldModel: reads a file
+    # of its authors. Raises ValueError for a file of another kind
     load_file: Callable[..., Any] | None = None
 
 
 def installed() -> dict[str, EntryPoint]:
-    """The entry points of installed packages, by short name."""
+    """Return the entry points of installed packages, by short name."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def import_family(name: str) -> Family | None:
-    """The family behind an entry point or in a module; None where there is neither.
+    """Return the family behind an entry point or in a module, None if there is neither.
 
-    Raises ValueError for a module that cannot be imported or holds no FAMILY, TypeError where FAMILY is something else.
+    Raises ValueError for a module that cannot be imported or holds no FAMILY, TypeError if FAMILY is something else.
     """
     point = installed().get(name)
     module, _, attribute = (point.value if point else name).partition(":")
@@ -72,7 +72,10 @@ def import_family(name: str) -> Family | None:
 
 
 def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Names must be fields of `config` and values of their types (whole numbers pass for floats)."""
+    """Return checked overrides: fields of `config`, with values of their types (whole numbers become floats).
+
+    Raises ValueError for an unknown field or choice, TypeError for a value of another type.
+    """
     hints = get_type_hints(config)
     checked = {}
     for name, value in overrides.items():

@@ -1,6 +1,7 @@
-"""The mathematics that both models share: tensors in, tensors out; no config, module or device.
+"""The mathematics that the models share: tensors in, tensors out; no config, module or device.
 
-Golden values of every function stand in tests/test_functional.py.
+DreamerV3 is Hafner et al. 2025 (Nature), TD-MPC2 is Hansen et al. 2024 (ICLR). Golden values of every function are in
+tests/test_functional.py.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from torch import Generator, Tensor
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(1 + |x|), elementwise (DreamerV3, eq. 9)."""
+    """Return sign(x) ln(1 + |x|), elementwise: [...] to [...] (DreamerV3, eq. 9)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
 def symexp(x: Tensor) -> Tensor:
-    """sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
+    """Return sign(x) (exp(|x|) - 1), elementwise: [...] to [...], the inverse of `symlog`."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
 def symexp_bins(count: int, limit: float = 20.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bin positions spaced by symexp, exactly antisymmetric around a middle bin at 0 (DreamerV3).
+    """Return bin positions spaced by symexp, exactly antisymmetric around a middle bin at 0 (DreamerV3).
 
-    Returns [count], ascending from symexp(-limit) to symexp(limit). `count` must be odd.
+    Returns [count], ascending from symexp(-limit) to symexp(limit). Raises ValueError unless `count` is odd and at
+    least 3.
     """
     if count % 2 == 0 or count < 3:
         raise ValueError(f"symexp_bins: count is {count}, expected an odd number of at least 3.")
@@ -35,9 +37,10 @@ def symexp_bins(count: int, limit: float = 20.0, dtype: torch.dtype = torch.floa
 
 
 def two_hot(x: Tensor, bins: Tensor) -> Tensor:
-    """Spread each value over its two neighbouring bins so that the mean is the value.
+    """Spread each value over its two neighbouring bins, so that the mean of the bins is the value.
 
-    x: [...], bins: [K] ascending. Returns [..., K]; values off either end give their mass to the end bin.
+    Bin i + 1 gets (x - bins[i]) / (bins[i + 1] - bins[i]), bin i the rest. x: [...], bins: [K] ascending. Returns
+    [..., K], which sums to one; values beyond either end give all to the end bin.
     DreamerV3 passes raw values with `symexp_bins`; TD-MPC2 passes symlog(x) with evenly spaced bins.
     """
     x = x.clamp(bins[0], bins[-1])
@@ -50,9 +53,9 @@ def two_hot(x: Tensor, bins: Tensor) -> Tensor:
 
 
 def random_mask(shape: Sequence[int], rate: float, generator: Generator | None, device: torch.device) -> Tensor:
-    """Booleans, each True with probability `rate` < 1, independently.
+    """Draw booleans of `shape`, each True with probability `rate` in [0, 1), independently.
 
-    On a CPU the gaps between the True ones are drawn, which are geometric: where they are rare that is far less work.
+    On a CPU the code draws the gaps between True entries, which are geometric: far less work where True is rare.
     """
     if device.type != "cpu":
         return torch.rand(tuple(shape), generator=generator, device=device) < rate
@@ -67,7 +70,7 @@ def random_mask(shape: Sequence[int], rate: float, generator: Generator | None, 
 
 
 def unit_pixels(image: Tensor) -> Tensor:
-    """uint8 images to floats in [0, 1], where floats are taken to be already. Raises ValueError for other integers."""
+    """Return images as floats in [0, 1]: uint8 over 255, floats as they are. Raises ValueError for other integers."""
     if image.dtype == torch.uint8:
         return image.float() / 255
     if not image.is_floating_point():
@@ -76,24 +79,24 @@ def unit_pixels(image: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-sum(target * log softmax(logits)) over the last axis; [..., K] and [..., K] to [...]."""
+    """Return -sum(target * log softmax(logits)) over the last axis: [..., K] and [..., K] to [...]."""
     return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
 
 
 def symlog_mean(logits: Tensor, bins: Tensor) -> Tensor:
-    """Decode TD-MPC2's two-hot head: the mean is taken in symlog space, then symexp.
+    """Decode TD-MPC2's two-hot head: symexp(sum(softmax(logits) * bins)) (section 3.1).
 
-    logits: [..., K], bins: [K] evenly spaced in symlog space. Returns [...].
+    logits: [..., K], bins: [K] evenly spaced in symlog space, where the mean is taken. Returns [...].
     """
     return symexp(F.softmax(logits, dim=-1) @ bins)
 
 
 def antisymmetric_mean(logits: Tensor, bins: Tensor) -> Tensor:
-    """Decode DreamerV3's two-hot head: the mean of the bin positions, without symexp afterwards.
+    """Decode DreamerV3's two-hot head: sum(softmax(logits) * bins), without symexp afterwards.
 
-    logits: [..., K] with K odd, bins: [K] from `symexp_bins`. Returns [...]. The mirrored probabilities are
-    subtracted before the product, so that equal logits give exactly 0 although bins reach 4.85e8. Not a matrix
-    product, which autocast would take in bfloat16.
+    logits: [..., K] with K odd, bins: [K] from `symexp_bins`. Returns [...]. The sum is over i > 0 of
+    (p[i] - p[-i]) bins[i], i counted from the middle, so that equal logits give exactly 0 although bins reach 4.85e8.
+    It is not written as a matrix product, which autocast would compute in bfloat16.
     """
     probs = F.softmax(logits, dim=-1)
     half = len(bins) // 2
@@ -103,9 +106,10 @@ def antisymmetric_mean(logits: Tensor, bins: Tensor) -> Tensor:
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lam: float | Tensor) -> Tensor:
     """Mix every n-step return, from the last step back (Sutton & Barto 2018, section 12.1).
 
+    R[t] = reward[t] + discount[t] ((1 - lam) next_value[t] + lam R[t + 1]), with R[T] = next_value[T - 1].
     reward, discount, next_value: [T, ...], all belonging to the move out of step t; discount is gamma times
     the chance that the episode goes on. lam: a number, or [T, ...] where the mix differs by step (0 cuts the
-    trace at the end of an episode). Returns [T, ...]; the tail bootstraps from next_value[-1].
+    trace at the end of an episode). Returns R, [T, ...]. Raises ValueError if the shapes differ.
     """
     if not reward.shape == discount.shape == next_value.shape:
         raise ValueError(
@@ -121,9 +125,9 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lam: flo
 
 
 def percentile_range(x: Tensor, low: float = 0.05, high: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Two quantiles of all entries of x with linear interpolation, each a scalar.
+    """Return two quantiles of all entries of x, linearly interpolated, each a scalar.
 
-    Both models scale returns by their distance: DreamerV3 averages the two over time, TD-MPC2 their difference.
+    Both models divide by their difference: DreamerV3 averages each quantile over time, TD-MPC2 the difference.
     """
     ordered = x.detach().flatten().sort().values
 
@@ -137,9 +141,9 @@ def percentile_range(x: Tensor, low: float = 0.05, high: float = 0.95) -> tuple[
 
 
 def short_softmax(x: Tensor) -> Tensor:
-    """Softmax over a short last axis: [..., K] to [..., K].
+    """Return the softmax over a short last axis: [..., K] to [..., K].
 
-    torch's CPU kernel does not vectorise over a few neighbours; over K planes it is several times as fast.
+    torch's CPU kernel does not vectorise over a few neighbours; laid out as K planes it is several times as fast.
     """
     if x.is_cpu and x.shape[-1] <= 32:
         return F.softmax(x.movedim(-1, 0).contiguous(), dim=0).movedim(0, -1)
@@ -147,26 +151,29 @@ def short_softmax(x: Tensor) -> Tensor:
 
 
 def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
-    """log((1 - mix) softmax(logits) + mix / K) over the last axis, in at least float32 (DreamerV3)."""
+    """Return log((1 - mix) softmax(logits) + mix / K), [..., K], in at least float32 (DreamerV3)."""
     probs = short_softmax(logits if logits.dtype == torch.float64 else logits.float())
     return torch.log((1 - mix) * probs + mix / logits.shape[-1])
 
 
 def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Standard exponential numbers of any shape, for `draw_one_hot`.
+    """Draw standard exponential numbers of any shape, for `draw_one_hot`.
 
-    By the logarithm of uniform numbers, which on a CPU are drawn several times as fast as `Tensor.exponential_`.
+    They are -ln of uniform numbers, which on a CPU is several times as fast as `Tensor.exponential_`.
     """
     return torch.rand(*shape, generator=generator, device=device).log_().neg_()
 
 
 def one_hot(index: Tensor, count: int) -> Tensor:
-    """[...] integers to [..., count] bools. By comparison: torch's own reads the indices on the host to check them."""
+    """Return integers [...] as one-hot bools [..., count]; an index outside of 0..count-1 gives no True.
+
+    This is a comparison, because torch's own one_hot reads the indices on the host to check them.
+    """
     return index.unsqueeze(-1) == torch.arange(count, device=index.device)
 
 
 def draw_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
-    """Categorical draws as one-hot [..., K] without gradient, from probabilities [..., K].
+    """Draw categorical choices as one-hot [..., K] without gradient, from probabilities [..., K].
 
     noise: [..., K] standard exponential; the argmax of probs / noise is an exact draw.
     """
@@ -175,10 +182,10 @@ def draw_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats, summed over groups: log probabilities [..., S, K] to [...]."""
+    """Return KL(p || q) = sum(p (log p - log q)) in nats, over S groups: log probabilities [..., S, K] to [...]."""
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
 def free_nats(kl: Tensor, nats: float = 1.0) -> Tensor:
-    """max(kl, nats) elementwise: below the floor the gradient is zero (DreamerV3, eq. 5)."""
+    """Return max(kl, nats) elementwise; below it the gradient is zero (DreamerV3, "World model learning")."""
     return kl.clamp(min=nats)

@@ -1,4 +1,4 @@
-"""What a world model imagines: some steps observed, the rest open loop under the true actions."""
+"""Imagined episodes: a world model observes some steps and predicts the rest open loop under the true actions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ OBSERVED = 5  # steps, as the DreamerV3 paper shows them
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """T rows of one episode beside what the model made of them; images as floats in [0, 1], channel-first.
+    """T rows of one episode, and the model's predictions of them; images are floats in [0, 1], channel-first.
 
-    Predictions up to row `observed` saw their own observation, later ones saw none. `predicted` is empty for a model
+    The first `observed` predictions saw their own observation, later ones saw none. `predicted` is empty for a model
     without a decoder.
     """
 
-    observed: int
+    observed: int  # rows
     truth: Mapping[str, Array]  # [T, ...] by key; "obs" for a single observation
     predicted: Mapping[str, Array]  # [T, ...] by key
     true_rewards: Array  # [T - observed], of the imagined rows
@@ -32,6 +32,7 @@ class OpenLoop:
 
     @property
     def steps(self) -> int:
+        """The number of rows, T."""
         return self.observed + len(self.true_rewards)
 
 
@@ -42,8 +43,8 @@ def open_loop(
     """Observe the first rows of an episode, then imagine the others.
 
     obs: [T, *obs_shape] or a mapping, actions [T, A], rewards [T], aligned as rows (`worldloom.types`): row 0's
-    action and reward are not read. observed: rows, at least 1 and fewer than T. seed: of the model's draws; torch's
-    own generator is left alone. Raises ValueError for shorter sequences.
+    action and reward are not read. observed: rows, at least 1 and fewer than T. seed: for the model's draws;
+    torch's own generator stays as it was. Raises ValueError for shorter sequences.
     """
     steps = len(actions)
     if not 1 <= observed < steps:
@@ -80,7 +81,7 @@ def _key(column: str) -> str:
 
 
 def _numbers(value: Tensor) -> Array:
-    """Images in [0, 1], all else in its own units."""
+    """Return images as floats in [0, 1], and everything else in its own units."""
     shown = fn.unit_pixels(value) if is_image(tuple(value.shape[1:])) else value.float()
     array: Array = shown.cpu().numpy()
     return array

@@ -1,4 +1,4 @@
-"""Runs an agent's updates one after the other, without the host waiting for the device."""
+"""A learner that runs an agent's updates one after the other, while the host does not wait for the device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from worldloom.types import Batch, Metrics
 class Update(Protocol):
     """One update of a family, in the two parts that a learner runs."""
 
-    generator: Generator  # of everything random in `core`
-    tally: Tally  # of its metrics
+    generator: Generator  # source of everything random in `core`
+    tally: Tally  # sums of the metrics
 
     def stage(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what `core` reads of a batch, by name, wherever it lies. Raises ValueError for another batch."""
+        """Return what `core` reads of a batch, by name, on any device. Raises ValueError for another kind of batch."""
 
     def core(self, given: Tensors) -> Tensors:
         """Make the update on the device alone; return columns for replay [B, T, ...].
@@ -31,7 +31,7 @@ class Update(Protocol):
 
 
 class Learner:
-    """Stages batches, runs `update.core` on them as one CUDA graph where there is CUDA, and counts."""
+    """Stages batches, runs `update.core` on them (as one CUDA graph on CUDA), and counts updates."""
 
     def __init__(self, update: Update, device: torch.device) -> None:
         self._update, self._staging = update, Staging(device)
@@ -39,7 +39,7 @@ class Learner:
         self.updates = 0
 
     def learn(self, batch: Batch) -> Columns:
-        """Make one update without waiting for the device; the columns can be read once they have arrived."""
+        """Make one update without waiting for the device; return replay columns, perhaps still on their way."""
         columns = self.captured(self._staging.send(self._update.stage(batch)))
         self.updates += 1
         return Columns(columns)
@@ -52,6 +52,6 @@ class Learner:
         return self._update.tally.read()
 
     def resume(self, updates: int) -> None:
-        """Go on counting from `updates`, after parameters or optimiser states were replaced."""
+        """Continue counting from `updates`, after parameters or optimiser states were replaced."""
         self.updates = updates
         self.captured.forget()

@@ -15,12 +15,15 @@ from worldloom import functional as fn
 
 
 def compile_part(owner: Any, name: str) -> None:
-    """Replace a function that `owner` keeps under `name` by its compiled form; fails where it is not one graph."""
+    """Compile the function that `owner` keeps under `name`, in place; compilation fails unless it is one graph."""
     setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True))
 
 
 class SimNorm(nn.Module):
-    """Softmax over consecutive groups of the last axis (TD-MPC2, eq. 5): [..., D] to [..., D]."""
+    """Softmax over consecutive groups of the last axis (Hansen et al. 2024, eq. 5): [..., D] to [..., D].
+
+    group: entries of a group; D is a multiple of it.
+    """
 
     def __init__(self, group: int = 8) -> None:
         super().__init__()
@@ -31,8 +34,8 @@ class SimNorm(nn.Module):
 
 
 class _CpuMish(torch.autograd.Function):
-    """Mish out of vectorised parts, a piece that fits the cache at a time: torch's CPU kernel is scalar and takes 4
-    times as long, and whole arrays of intermediate values would be paid for in fresh memory.
+    """Mish from vectorised operations, one piece that fits the cache at a time. torch's CPU kernel is scalar and takes
+    4 times as long; intermediate arrays of full size would cost fresh memory.
 
     With s = sigmoid(x), u = s (2 - s) and r = 2 - u, tanh(softplus(x)) = u / r, free of overflow and cancellation, and
     the slope is (4 x s (1 - s)^2 / r + u) / r.
@@ -66,14 +69,14 @@ class _CpuMish(torch.autograd.Function):
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)), elementwise (Misra 2019)."""
+    """Return x tanh(softplus(x)), elementwise: [...] to [...] (Misra 2019)."""
     if not x.is_cpu or torch.compiler.is_compiling():
         return F.mish(x)
     return cast(Tensor, _CpuMish.apply(x))  # type: ignore[no-untyped-call]
 
 
 class NormedLinear(nn.Linear):
-    """Linear, then LayerNorm, then activation."""
+    """Linear, then LayerNorm, then activation: [..., inputs] to [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
         super().__init__(inputs, outputs)
@@ -87,8 +90,8 @@ class NormedLinear(nn.Linear):
 def mlp(
     sizes: Sequence[int], outputs: int, output_activation: Callable[[Tensor], Tensor] | None = None
 ) -> nn.Sequential:
-    """NormedLinear layers through `sizes` (the input first), then a NormedLinear with `output_activation`,
-    or a plain linear layer where there is none."""
+    """Make NormedLinear layers through `sizes` (the input first), then a NormedLinear with `output_activation`,
+    or a plain linear layer without one: [..., sizes[0]] to [..., outputs]."""
     layers: list[nn.Module] = [NormedLinear(i, o) for i, o in pairwise(sizes)]
     if output_activation is None:
         layers.append(nn.Linear(sizes[-1], outputs))
@@ -98,9 +101,9 @@ def mlp(
 
 
 def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
-    """`network`, made by `mlp`, on the concatenation of z [..., D] and action [..., A].
+    """Apply `network`, made by `mlp`, to z [..., D] and action [..., A] concatenated; return [..., outputs].
 
-    Where one z serves many actions (z [E, 1, D], action [E, S, A]), the first layer's product with z is computed once.
+    If one z serves many actions (z [E, 1, D], action [E, S, A]), the first layer's product with z is computed once.
     """
     if z.shape[:-1] == action.shape[:-1]:
         return cast(Tensor, network(torch.cat([z, action], -1)))
@@ -109,11 +112,11 @@ def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
     return cast(Tensor, network[1:](first.activation(first.ln(x))))
 
 
-EPS = 1e-5  # of layer norms
+EPS = 1e-5  # eps of layer norms
 
 
 class EnsembleLinear(nn.Module):
-    """N linear layers with stacked parameters: weight [N, out, in], bias [N, out]; `ln` as well if `normed`."""
+    """N linear layers with stacked parameters: weight [N, out, in], bias [N, out] and, if `normed`, those of `ln`."""
 
     def __init__(self, members: int, inputs: int, outputs: int, normed: bool) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class EnsembleLinear(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """N MLPs of one shape with two NormedLinear layers and a linear output, evaluated together."""
+    """N MLPs of one shape, evaluated together: two NormedLinear layers and a linear output each."""
 
     def __init__(self, members: int, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -136,6 +139,7 @@ class Ensemble(nn.Module):
 
     @property
     def members(self) -> int:
+        """The number of members, N."""
         return self.first.weight.shape[0]
 
     def forward(
@@ -146,11 +150,11 @@ class Ensemble(nn.Module):
         rate: float = 0.0,
         frozen: bool = False,
     ) -> Tensor:
-        """x: [..., I] to [N, ..., O].
+        """Map x [..., I] to [N, ..., O].
 
-        heads: [N'] indices, evaluates only those members. dropped: [..., N, hidden] True where dropout, with the
-        probability `rate`, leaves out an output of the first layer (before its norm). frozen: gradients flow to x but
-        not into the parameters.
+        heads: [N'] indices of the only members to evaluate. dropped: [..., N, hidden], True where dropout, with
+        probability `rate`, zeroes an output of the first layer (before its norm). frozen: gradients flow to x but not
+        into the parameters.
         """
         layers = [self._parameters_of(layer, frozen) for layer in (self.first, self.second, self.output)]
         lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
@@ -172,7 +176,7 @@ Layers = Sequence[Sequence[Tensor]]  # weight, bias and, where there is a norm, 
 
 
 def _together(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor | None, rate: float) -> Tensor:
-    """All members at once, [N, R, O] of x [R, I]: few large products, as a GPU likes them."""
+    """Evaluate all members at once, x [R, I] to [N, R, O], with few large products, which suit a GPU."""
     chosen = layers if heads is None else [[p[heads] for p in layer] for layer in layers]
     (w0, b0, g0, c0), (w1, b1, *norm1), (w2, b2) = chosen
     h, eps = F.linear(x, w0.flatten(0, 1), b0.flatten()).view(len(x), *b0.shape), EPS  # [R, N, M]
@@ -187,7 +191,7 @@ def _together(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor |
 
 
 def _one_by_one(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor | None, rate: float) -> Tensor:
-    """The same member by member: on a CPU the arrays between the layers of one member stay in the cache."""
+    """Evaluate one member at a time: on a CPU the arrays between the layers of one member stay in the cache."""
     members = [[p.unbind() for p in layer] for layer in layers]
     outputs = []
     for place, n in enumerate(range(len(members[0][0])) if heads is None else heads.tolist()):
@@ -202,22 +206,22 @@ def _one_by_one(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor
 
 
 def _eps_after(rate: float) -> float:
-    """Dropout divides what it keeps by 1 - rate; to the norm that follows that is the same as a smaller eps."""
+    """Return the eps with which a norm after dropout gives the same result without the division by 1 - rate."""
     return EPS * (1 - rate) ** 2
 
 
 @torch.no_grad()
 def flatten(parameters: Sequence[Tensor]) -> npt.NDArray[Any]:
-    """All parameters, in order, as one flat array on the CPU; `load_flat` takes it apart."""
+    """Return all parameters, in order, as one flat array [P] on the CPU; `load_flat` reads it."""
     return torch.cat([p.flatten() for p in parameters]).cpu().numpy()
 
 
 @torch.no_grad()
 def load_flat(parameters: Sequence[Tensor], flat: npt.NDArray[Any]) -> None:
-    """Fill parameters, in order, from one flat array. Raises ValueError if their number differs."""
+    """Fill parameters, in order, from one flat array [P]. Raises ValueError if their number differs."""
     expected = sum(p.numel() for p in parameters)
     if flat.shape != (expected,):
-        raise ValueError(f"{flat.shape} acting weights, expected ({expected},): another model's weights.")
+        raise ValueError(f"acting weights are {flat.shape}, expected ({expected},). They belong to another model.")
     pieces = torch.from_numpy(flat.copy()).split([p.numel() for p in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.copy_(piece.view_as(parameter))

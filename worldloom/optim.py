@@ -1,4 +1,4 @@
-"""Optimisers that never wait for the host: LaProp with adaptive clipping (DreamerV3), Adam behind a guard (TD-MPC2)."""
+"""Optimisers that read nothing back to the host: LaProp with adaptive clipping (DreamerV3), guarded Adam (TD-MPC2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Go on from `state` with the optimizer's own settings: a resumed run may lower its learning rate."""
+    """Load `state` but keep the optimizer's own settings, so that a resumed run may lower its learning rate."""
     progress = ("params", "steps")
     own = [{k: v for k, v in group.items() if k not in progress} for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(state))
@@ -19,20 +19,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def flat_gradient(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of a scalar by all `params` as one flat array [P], and a view of it for each of them."""
+    """Return the gradient of a scalar by all `params` as one flat array [P], and a view of it for each of them."""
     flat = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, params)])
     return flat, views(flat, params)
 
 
 def views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """[P] as one tensor of each parameter's shape, without a copy."""
+    """Return views of `flat` [P], one of each parameter's shape, without a copy."""
     pieces = flat.split([p.numel() for p in params])
     return [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
 
 
 @torch.no_grad()
 def move_towards(slow: Iterable[Tensor], online: Iterable[Tensor], rate: Tensor) -> None:
-    """slow += rate (online - slow), all of them in place; rate: scalar on the device."""
+    """Move slow copies in place: slow += rate (online - slow). rate: scalar on the device."""
     targets = list(slow)
     distance = torch._foreach_sub(list(online), targets)
     torch._foreach_mul_(distance, rate)
@@ -40,9 +40,10 @@ def move_towards(slow: Iterable[Tensor], online: Iterable[Tensor], rate: Tensor)
 
 
 class GuardedAdam:
-    """Adam behind a limit on the gradient's norm; a step from a gradient that is not finite changes nothing.
+    """Adam (Kingma & Ba 2015) with a limit on the gradient's global norm; a step that is not finite changes nothing.
 
-    groups: of `torch.optim.Adam`. Nothing is read back to the host, so a step can be part of a CUDA graph.
+    groups: parameters as `torch.optim.Adam` takes them. Nothing is read back to the host, so a step can be part of a
+    CUDA graph.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, eps: float, max_norm: float) -> None:
@@ -51,9 +52,9 @@ class GuardedAdam:
         self.adam = torch.optim.Adam(groups, lr=lr, eps=eps, fused=True, capturable=cuda)
 
     def step(self, loss: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Step against the gradient of `loss`; `allowed` False, a bool scalar, changes nothing.
+        """Make a step that lowers the scalar `loss`; where `allowed`, a bool scalar, is False, change nothing.
 
-        Returns whether the step was made, and the norm before clipping, scalars on the device.
+        Returns whether the step was made, and the norm before clipping: scalars on the device.
         """
         flat, grads = flat_gradient(loss, self.params)
         norm = torch.linalg.vector_norm(flat)
@@ -68,13 +69,17 @@ class GuardedAdam:
 
 
 class LaProp(torch.optim.Optimizer):
-    """Clip each tensor's gradient to a share of its own norm, normalise by its running size, then take momentum.
+    """LaProp (Ziyin et al. 2020), normalisation before momentum, after adaptive gradient clipping (Brock et al. 2021).
 
-    Adaptive gradient clipping: Brock et al. 2021, whole tensors. LaProp: Ziyin et al. 2020, normalisation before
-    momentum. The learning rate warms up linearly from 0 over `warmup` updates, so the first update changes nothing.
+    For each tensor p with gradient g, in update k:
+        g = g / max(1, |g| / (clip max(1e-3, |p|)))    clipping, with norms of whole tensors
+        u = g / (sqrt(v) + eps)                        v: running mean of g^2 (beta2), debiased
+        p = p - min(1, (k - 1) / warmup) lr m          m: running mean of u (beta1), debiased
+    so the first update changes nothing if warmup > 0.
 
     Everything that changes from step to step lives on the parameters' device, so a step can be part of a CUDA graph.
     Momentum and squares are one flat array each. A step from a gradient that is not finite changes nothing.
+    Raises ValueError for several groups of parameters.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class LaProp(torch.optim.Optimizer):
         self.params: list[Tensor] = self.param_groups[0]["params"]
         self._momentum, self._square = (torch.cat([torch.zeros_like(p).flatten() for p in self.params]) for _ in "ms")
         self.param_groups[0]["steps"] = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
-        self.change = laprop_  # an agent that learns may compile it
+        self.change = laprop_  # may be replaced by its compiled form
         self._keep_state_flat()
 
     def _keep_state_flat(self) -> None:
@@ -102,6 +107,7 @@ class LaProp(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state into the same flat arrays and step counter, which a CUDA graph may use."""
         steps = self.param_groups[0]["steps"]
         super().load_state_dict(state_dict)
         loaded = self.param_groups[0]["steps"]
@@ -114,15 +120,15 @@ class LaProp(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002 - no closures here
-        """Step from the parameters' own `.grad`."""
+        """Make a step from the parameters' own `.grad`."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         self.apply(torch.cat([grad.flatten() for grad in grads]))
 
     @torch.no_grad()
     def apply(self, flat: Tensor, finite: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Step from a flat gradient [P], which is overwritten; `finite`: further grounds to skip the step, a bool.
+        """Make a step from a flat gradient [P], which is overwritten; where `finite`, a bool scalar, is False, skip it.
 
-        Returns whether the step was made, and the norm of the whole gradient before clipping, scalars on the device.
+        Returns whether the step was made, and the norm of the whole gradient before clipping: scalars on the device.
         """
         group = self.param_groups[0]
         grad_norms = torch.stack(torch._foreach_norm(views(flat, self.params)))
@@ -143,10 +149,10 @@ def laprop_(
     made: Tensor,
     settings: Mapping[str, Any],
 ) -> None:
-    """One update of all parameters in place, from their gradients flat [P], which is overwritten.
+    """Update all parameters in place from their flat gradient [P], which is overwritten; see `LaProp`.
 
     grad_norms: [tensors]; momentum, square: [P]; steps: float64 scalar, updates so far; made: bool scalar, False leaves
-    everything as it is.
+    everything as it is; settings: those of the group.
     """
     beta1, beta2 = settings["betas"]
     steps += made

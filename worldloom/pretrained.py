@@ -1,6 +1,6 @@
-"""A model directory: config.json says what it is, model.safetensors holds its parameters. Nothing is unpickled.
+"""Model directories: config.json describes the model, model.safetensors holds its parameters. Nothing is unpickled.
 
-A run keeps one in each of its checkpoints; the newest is the agent that the run has trained.
+Each checkpoint of a run holds one; the newest is the trained agent.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged or of another kind."""
+    """The error of a checkpoint that is missing, damaged or of another kind."""
 
 
 def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
+    """Write config.json and model.safetensors. Raises OSError if the disk refuses."""
     save_described(directory, description, model.state_dict())
 
 
 def save_described(
     directory: str | os.PathLike[str], description: dict[str, Any], parameters: Mapping[str, Tensor]
 ) -> None:
-    """What `save_model` writes, of a model's state dict."""
+    """Write what `save_model` writes, from a model's state dict."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_parameters(folder / "model.safetensors", parameters)
@@ -35,7 +36,7 @@ def save_described(
 
 
 def save_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Raises OSError where the disk refuses, which safetensors does not tell by a kind of its own."""
+    """Write a safetensors file. Raises OSError if the disk refuses, for which safetensors has no error of its own."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, path)
     except SafetensorError as error:
@@ -43,7 +44,7 @@ def save_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
 
 
 def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of a model directory. Raises FileNotFoundError or ValueError, naming the directory."""
+    """Return config.json of a model directory. Raises FileNotFoundError or ValueError that names the directory."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json, expected a directory written by save_pretrained.")
@@ -55,7 +56,7 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_parameters(path: Path, model: nn.Module) -> None:
-    """Fill `model` from a safetensors file. Raises FileNotFoundError, or ValueError where names or shapes differ."""
+    """Fill `model` from a safetensors file. Raises FileNotFoundError, or ValueError if names or shapes differ."""
     try:
         state = load_file(path)
     except FileNotFoundError:
@@ -69,7 +70,7 @@ def load_parameters(path: Path, model: nn.Module) -> None:
 
 
 def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
-    """Raises CheckpointError if the run has none."""
+    """Return the newest complete checkpoint of a run. Raises CheckpointError if there is none."""
     found = sorted(path.parent for path in Path(run_dir).glob("checkpoints/step-*/manifest.json"))
     found = [path for path in found if path.suffix == ""]
     if not found:

@@ -1,4 +1,4 @@
-"""Gymnasium's spaces and WorldLoom's arrays: every conversion between the two stands here."""
+"""All conversions between Gymnasium's spaces and WorldLoom's arrays."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ MAPPINGS_HINT = "Wrap it (gymnasium.wrappers.FlattenObservation turns nested spa
 
 
 class ObservationEntry:
-    """One observation: images become channel-first uint8, other numbers float32 vectors, choices class indices.
+    """A converter of one observation: images to channel-first uint8 [C, H, W], other numbers to float32 vectors [V],
+    choices to class indices, int32.
 
-    space: what comes out. image_size: images are resized to squares of that side. Raises TypeError for spaces that are
-    none of these.
+    space: that of the result. image_size: side of the squares that images are resized to. Raises TypeError for spaces
+    that are none of these.
     """
 
     def __init__(self, owner: str, space: spaces.Space[Any], image_size: int | None = None) -> None:
         self._owner, self._side = owner, image_size
         self._start: Array = np.zeros((), np.int32)
         self._channels_last = False
-        self.classes = 0  # of each entry; 0 for numbers and images
+        self.classes = 0  # classes of each entry; 0 for numbers and images
         self._raw_shape: tuple[int, ...] = space.shape or ()
         self.space: spaces.Space[Any]
         if isinstance(space, spaces.Box) and is_image(space.shape) and space.dtype == np.uint8:
             self._channels_last = space.shape[-1] < space.shape[0]
             channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
             if (height, width) == (image_size, image_size):
-                self._side = None  # as it is
+                self._side = None  # needs no resizing
             sides = (image_size, image_size) if image_size else (int(height), int(width))
             self.space = spaces.Box(0, 255, (int(channels), *sides), np.uint8)
         elif isinstance(space, spaces.Box):
@@ -54,11 +55,11 @@ class ObservationEntry:
 
     @property
     def column(self) -> ColumnSpec:
-        """As replay keeps it."""
+        """The replay column of this observation."""
         return ColumnSpec(self.space.shape or (), "int32" if self.classes else str(self.space.dtype))
 
     def __call__(self, obs: Any) -> Array:
-        """Raises ValueError for another shape, numbers that are not finite and classes that do not exist."""
+        """Convert one observation. Raises ValueError for another shape, an unknown class, NaN or infinity."""
         array = np.asarray(obs)
         if array.shape != self._raw_shape:
             raise ValueError(f"{self._owner} came with shape {array.shape}, expected {self._raw_shape}.")
@@ -80,17 +81,18 @@ class ObservationEntry:
 
 
 def resize_image(image: Array, side: int) -> Array:
-    """[C, side, side] uint8 of [C, H, W] uint8, bilinear with antialiasing."""
+    """Resize [C, H, W] uint8 to [C, side, side] uint8, bilinear with antialiasing."""
     resized = F.interpolate(torch.from_numpy(image)[None].float(), (side, side), mode="bilinear", antialias=True)
     return resized[0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 class ObservationCodec:
-    """An environment's observations: one array, or a mapping of them in order of name.
+    """A converter of an environment's observations: one array, or a mapping of arrays in order of name.
 
-    frame_stack: images carry the frames before them in their channels, the oldest first; the first frame of an episode
-    stands for those before it. image_size: side that images are resized to; None leaves them. Raises TypeError for
-    mappings within mappings and for spaces that `ObservationEntry` cannot take.
+    frame_stack: frames in an image's channels, the oldest first; at the start of an episode its first frame fills the
+    missing ones. image_size: side that images are resized to; None leaves them. Raises ValueError for sizes below 1,
+    and for a frame stack without images; TypeError for mappings within mappings and for spaces that `ObservationEntry`
+    cannot take.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class ObservationCodec:
                 self.space = stacked
 
     def __call__(self, obs: Any, first: bool = False) -> ObsArray:
-        """first: this observation starts an episode."""
+        """Convert one observation; first: it starts an episode. Raises ValueError for other keys, shapes or values."""
         converted = self._convert(obs)
         if not self._frames:
             return converted
@@ -151,9 +153,9 @@ class ObservationCodec:
 
 
 class ActionCodec:
-    """Actions: continuous ones scaled from [-1, 1] to finite bounds, choices one-hot, one after the other.
+    """A converter of actions: continuous ones are scaled from [-1, 1] to finite bounds, choices are one-hot parts.
 
-    space: what an agent sees. size: A. classes: how many choices each one-hot has; none for continuous actions.
+    space: the agent's action space. size: A. classes: the number of choices of each part, () for continuous actions.
     Raises TypeError for other spaces.
     """
 
@@ -173,7 +175,7 @@ class ActionCodec:
             raise TypeError(f"{name} has action space {space}, expected Box, Discrete, MultiDiscrete or MultiBinary.")
 
     def native(self, action: Array) -> Any:
-        """What the environment takes for `action` [A]. Raises ValueError for another shape."""
+        """Return the environment's own form of `action` [A]. Raises ValueError for another shape."""
         if action.shape != (self.size,):
             raise ValueError(f"{self._name}: an action is {action.shape}, expected ({self.size},).")
         space = self._native
@@ -191,7 +193,7 @@ class ActionCodec:
 
 
 def action_classes(space: spaces.Space[Any]) -> tuple[int, ...]:
-    """How many choices each one-hot part of an action has; () where actions are continuous."""
+    """Return the number of choices of each one-hot part of an action, () for continuous actions."""
     if isinstance(space, spaces.Discrete):
         return (int(space.n),)
     if isinstance(space, spaces.MultiDiscrete):
@@ -202,19 +204,19 @@ def action_classes(space: spaces.Space[Any]) -> tuple[int, ...]:
 
 
 def observation_columns(space: spaces.Space[Any]) -> dict[str, ColumnSpec]:
-    """The replay columns of a space that `ObservationCodec` made: "obs", or "obs/<key>" for each entry of a mapping."""
+    """Return the replay columns of an `ObservationCodec`'s space: "obs", or "obs/<key>" for each entry of a mapping."""
     parts: Any = dict(space.spaces) if isinstance(space, spaces.Dict) else space
     return {name: ObservationEntry(name, part).column for name, part in split_obs(parts).items()}
 
 
 def observation_shape(space: spaces.Space[Any]) -> ObsShape:
-    """The shape of one observation, or a mapping of shapes."""
+    """Return the shape of one observation of an `ObservationCodec`'s space, or a mapping of shapes."""
     shapes: ObsShape = join_obs({name: column.shape for name, column in observation_columns(space).items()})
     return shapes
 
 
 def observation_classes(space: spaces.Space[Any]) -> dict[str, int]:
-    """How many classes each observation has whose entries are class indices."""
+    """Return the class count, by key, of each observation whose entries are class indices."""
     parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
     counts = {key: ObservationEntry(key, part).classes for key, part in parts.items()}
     return {key: count for key, count in counts.items() if count}

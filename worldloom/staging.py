@@ -1,4 +1,4 @@
-"""Batches on their way to the device, and replay columns on their way back, without a wait for either."""
+"""Transfer of batches to the device, and of replay columns back, while host and device go on working."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Slot:
 
     pinned: dict[str, Tensor] = field(default_factory=dict)
     sent: dict[str, Tensor] = field(default_factory=dict)
-    copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # pinned memory was read
-    used: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # the update before has read `sent`
+    copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # recorded once `pinned` was read
+    used: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # recorded once the update has read `sent`
 
 
 class Staging:
-    """Copies each batch to the device on a stream of its own, while the update before it computes.
+    """Copies each batch to the device on a stream of its own, while the previous update computes.
 
-    Two slots take turns. On other devices than CUDA, and for tensors that lie on the device already, a batch passes as
+    Two slots take turns. On other devices than CUDA, and for tensors that are on the device already, a batch stays as
     it is.
     """
 
@@ -33,13 +33,13 @@ class Staging:
         self._slots: list[Slot] = []
 
     def send(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch on the device; the current stream waits for it, the host does not."""
+        """Return the batch on the device; the current stream waits for it, the host does not."""
         if self._device.type != "cuda" or any(value.is_cuda for value in batch.values()):
             return dict(batch)
         if not self._slots:
             self._slots, self._stream = [Slot(), Slot()], torch.cuda.Stream(self._device)
         current, other = torch.cuda.current_stream(self._device), self._slots[1 - self._turn]
-        other.used.record(current)  # whatever read the other slot was started before
+        other.used.record(current)  # all work that reads the other slot was launched before
         slot = self._slots[self._turn]
         slot.copied.synchronize()
         if {n: (v.shape, v.dtype) for n, v in batch.items()} != {n: (v.shape, v.dtype) for n, v in slot.sent.items()}:
@@ -60,7 +60,7 @@ class Staging:
 
 
 class Columns:
-    """Replay columns that an update made. On CUDA they leave the device at once, without a wait, as copies."""
+    """Replay columns that an update made. On CUDA copies leave the device at once, and the host does not wait."""
 
     def __init__(self, made: Mapping[str, Tensor]) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -74,7 +74,7 @@ class Columns:
             self._arrived.record()
 
     def arrays(self) -> dict[str, Array]:
-        """[B, T, ...] by name. Waits until they have arrived."""
+        """Return arrays [B, T, ...] by name. Waits until they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return {name: value.numpy() for name, value in self._values.items()}

@@ -1,4 +1,4 @@
-"""Sums of an agent's metrics on its device, read when somebody asks, so that no update waits for the host."""
+"""Sums of an agent's metrics on its device, read on request only, so that the host need not wait for an update."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ SKIPPED_IN_A_ROW = 5  # updates with a NaN or infinite loss or gradient; that ma
 
 
 class Tally:
-    """Means over updates since the last `read`; updates that were skipped for a loss or gradient that is not finite
-    count in `skipped_updates` alone."""
+    """Means of metrics over the updates since the last `read`. An update that was skipped, because its loss or gradient
+    was not finite, counts in `skipped_updates` alone."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._sums = torch.zeros(0)  # of each metric; then the updates made and skipped, and those skipped in a row
+        self._sums = torch.zeros(0)  # one for each metric; then updates made, skipped, and skipped in a row
         self._last = torch.zeros(0)
 
     def prepare(self, device: torch.device, count: int) -> None:
-        """Room for `count` metrics. Buffers stay where they are afterwards."""
+        """Make room for `count` metrics. The buffers keep their addresses afterwards, as a CUDA graph requires."""
         if len(self._sums) != count + 3:
             self._sums = torch.zeros(count + 3, device=device)
             self._last = torch.zeros(count, device=device)
 
     @torch.no_grad()
     def add(self, scalars: Mapping[str, Tensor], made: Tensor) -> None:
-        """made: bool scalar, whether the update was made. Nothing is read here."""
+        """Add one update's metrics, scalars by name. made: bool scalar, False if it was skipped. Reads nothing back."""
         self.names = list(scalars)
         values = torch.stack([value.detach().float() for value in scalars.values()])
         self.prepare(values.device, len(values))
@@ -41,9 +41,9 @@ class Tally:
         self._sums[-1].add_(1).mul_(skipped)
 
     def read(self) -> Metrics:
-        """Wait for the device; means by name and `skipped_updates`, a share. Clears the sums.
+        """Wait for the device; return means by name and `skipped_updates`, a share in [0, 1]; clear the sums.
 
-        Raises FloatingPointError where the last SKIPPED_IN_A_ROW updates were skipped, naming what is not finite.
+        Raises FloatingPointError if the last SKIPPED_IN_A_ROW updates were skipped, and names what is not finite.
         """
         *sums, made, skipped, in_a_row = self._sums.tolist()
         if in_a_row >= SKIPPED_IN_A_ROW:

@@ -1,4 +1,4 @@
-"""The nouns and protocols that everything else stands on, and THE time alignment, stated once.
+"""The data types and protocols that all modules share, and the one time alignment of the library.
 
 Rows arrive. Row t is what is known on arriving at step t: obs[t], and the actions[t], rewards[t], terminated[t]
 and truncated[t] that LED there. On an is_first row no action led here, so action and reward are zero. An episode of
@@ -42,38 +42,41 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class LatentState:
-    """What a model knows of B environments: `deterministic` [B, D] and, if it has one, `stochastic` [B, S K] flat."""
+    """A model's state of B environments: `deterministic` [B, D] and, in some models, `stochastic` [B, S K], flat."""
 
     deterministic: Tensor
     stochastic: Tensor | None = None
     classes: int = 0  # K of each categorical, where the stochastic part is made of them
-    task: Tensor | None = None  # [B] numbers of the tasks, for multi-task models
+    task: Tensor | None = None  # [B] task numbers, for multi-task models
 
     @property
     def features(self) -> Tensor:
-        """[B, D + S K]: what the heads read."""
+        """The input of the heads, [B, D + S K]."""
         if self.stochastic is None:
             return self.deterministic
         return torch.cat([self.deterministic, self.stochastic], -1)
 
     @property
     def categorical(self) -> Tensor:
-        """[B, S, K]: the stochastic part as a grid. Raises ValueError for a model that has none."""
+        """The stochastic part as a grid [B, S, K]. Raises ValueError for a model without one."""
         if self.stochastic is None or not self.classes:
-            raise ValueError("this state has no categorical part, expected that of a model that has one.")
+            raise ValueError("this state has no categorical part, expected one of a model with categorical latents.")
         grid: Tensor = self.stochastic.unflatten(-1, (-1, self.classes))
         return grid
 
     @property
     def batch_size(self) -> int:
+        """The number of environments, B."""
         return self.deterministic.shape[0]
 
     def to(self, device: torch.device | str) -> LatentState:
+        """Return the state on another device."""
         moved = (None if part is None else part.to(device) for part in (self.stochastic, self.task))
         stochastic, task = moved
         return LatentState(self.deterministic.to(device), stochastic, self.classes, task)
 
     def detach(self) -> LatentState:
+        """Return the state without its history of gradients."""
         cut = None if self.stochastic is None else self.stochastic.detach()
         return LatentState(self.deterministic.detach(), cut, self.classes, self.task)
 
@@ -89,16 +92,16 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """How an agent wants its batches drawn from replay."""
+    """The windows of replay that an agent's batches are made of."""
 
     length: int  # rows in a window, context included
     context: int  # leading rows that give context and are not trained on
-    crosses_episodes: bool  # may a window run over an is_first row
+    crosses_episodes: bool  # whether a window may run over an is_first row
     online_queue: bool = False  # give every fresh stretch of `length` rows to a batch once, before drawing uniformly
 
     @property
     def trained(self) -> int:
-        """Replayed steps that one window counts for in the train ratio."""
+        """The replayed steps of one window, as the train ratio counts them."""
         return self.length - self.context
 
 
@@ -108,12 +111,12 @@ class ColumnSpec:
 
     shape: tuple[int, ...]
     dtype: str
-    context_only: bool = False  # the agent reads the context rows of a window alone, so batches hold no others
+    context_only: bool = False  # the agent reads this column in context rows only, so batches hold no other rows
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What `act` needs, as one flat buffer. `version` counts publishes and never goes back."""
+    """The parameters that `act` needs, as one flat buffer [P]. `version` counts publications and never decreases."""
 
     version: int
     flat: Array
@@ -125,7 +128,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class ModelDescription(TypedDict):
-    """What a model is rebuilt from, in JSON's types; a family adds its options as keys of their own."""
+    """The data that rebuild a model, in JSON's types; a family adds its options under keys of their own."""
 
     family: str  # the name by which `worldloom.families` finds it, in every process
     obs_shape: list[int] | dict[str, list[int]]
@@ -135,42 +138,42 @@ class ModelDescription(TypedDict):
 
 
 class Description(ModelDescription, total=False):
-    """What an agent is rebuilt from."""
+    """The data that rebuild an agent."""
 
     action_classes: list[int]  # the choices of each one-hot part of an action, where there are any
 
 
 @runtime_checkable
 class WorldModel(Protocol):
-    """What every model does; each is an nn.Module. Actions are float32 [.., A] in [-1, 1] or one-hot."""
+    """The methods of every model; each model is an nn.Module. Actions are float32 [..., A] in [-1, 1] or one-hot."""
 
-    obs_shape: Any  # as it was given it: (V,), (C, H, W), or a mapping of shapes
-    action_dim: int  # as it was given it
+    obs_shape: Any  # as the constructor takes it: (V,), (C, H, W), or a mapping of shapes
+    action_dim: int  # A, as the constructor takes it
 
     def encode(self, obs: Obs) -> LatentState:
-        """The state after seeing only obs [B, *obs_shape]."""
+        """Return the state after seeing only obs [B, *obs_shape]."""
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
-        """The state after `action` [B, A], without seeing what came of it."""
+        """Return the predicted state after `action` [B, A], which no observation has corrected."""
 
     def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
-        """The state after `action` [B, A] led to `obs` [B, *obs_shape]."""
+        """Return the state after `action` [B, A] led to `obs` [B, *obs_shape]."""
 
     def decode(self, state: LatentState) -> dict[str, Any]:
-        """`obs` (None without a decoder), `reward` [B, 1] and `continue` [B, 1], a probability."""
+        """Return `obs` (None without a decoder), `reward` [B, 1] and `continue` [B, 1], a probability."""
 
     def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
         """Roll the model forward under `actions` [T, B, A]."""
 
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars: `loss`, the sum to minimise, and its parts."""
+        """Return scalars: `loss`, the sum to minimise, and its parts. Raises ValueError for a batch of other shapes."""
 
     def initial_state(self, batch_size: int) -> LatentState:
-        """The state before anything was seen."""
+        """Return the state of `batch_size` environments before any observation."""
 
     def update_targets(self) -> None:
-        """Move slow copies of parameters, after each step of an optimiser on `compute_loss`; does nothing where the
-        model has none."""
+        """Move slow copies of parameters; call it after each step of an optimiser on `compute_loss`. Does nothing if
+        the model has none."""
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors; `create_world_model(directory)` reads them."""
@@ -180,7 +183,7 @@ class FreshColumns(Protocol):
     """Replay columns that a learning step made, perhaps still on their way from the device."""
 
     def arrays(self) -> dict[str, Array]:
-        """[B, T, ...] by name. Waits until they are there."""
+        """Return arrays [B, T, ...] by name. Waits until they have arrived."""
 
 
 @runtime_checkable
@@ -197,74 +200,74 @@ class Agent(Protocol):
     columns: Mapping[str, ColumnSpec]  # extra replay columns, empty where none are needed
     random_warmup: bool  # act uniformly at random until learning starts
     pretrain: bool  # replay the warm-up steps at the train ratio too, in one burst when learning starts
-    train_ratio: float  # the published one: replayed steps per environment step
+    train_ratio: float  # replayed steps per environment step, as published
     default_precision: Precision  # of learning on a GPU, as published
-    plans: bool  # acting is a search with the model, which is worth a GPU
-    true_ends_hint: str | None  # what to tell a user whose episodes end truly, where the model has no notion of it
+    plans: bool  # whether acting is a search with the model, which is worth a GPU
+    true_ends_hint: str | None  # advice for a user whose episodes have true ends, if the model ignores them
     updates: int  # gradient updates so far
-    acting_generator: torch.Generator  # all the randomness of `act`; learning has its own
+    acting_generator: torch.Generator  # source of everything random in `act`; learning has its own
 
     def act(
         self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
     ) -> tuple[Array, ActState]:
-        """Actions [E, A] for obs [E, *obs_shape] of E environments; act_state None starts all of them."""
+        """Return actions [E, A] for obs [E, *obs_shape] of E environments, and the new act_state; None starts all."""
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
-        """The entries of `columns` [E, ...] that belong to the rows just acted on."""
+        """Return the entries of `columns` [E, ...] that belong to the rows just acted on."""
 
     def configure_learning(self, precision: Precision, compiled: bool, capture: bool) -> None:
-        """How `learn` and `act` compute: bfloat16 leaves parameters, distributions and losses in float32; compiled runs
-        updates through torch.compile; capture makes each call one CUDA graph, where the device is one. Raises
-        ValueError for what the model cannot do."""
+        """Set how `learn` and `act` compute. bfloat16 leaves parameters, distributions and losses in float32; compiled
+        runs updates through torch.compile; capture makes each call one CUDA graph, on CUDA devices. Raises ValueError
+        for a setting that the model does not support."""
 
     def learn(self, batch: Batch) -> FreshColumns:
-        """One learning step, which on a GPU is not waited for. Returns replay columns of the trained rows to write
-        back (often none). Raises ValueError for a batch of other shapes."""
+        """Make one update, for which the host does not wait on a GPU; return replay columns of the trained rows to
+        write back (often none). Raises ValueError for a batch of other shapes."""
 
     def collect(self) -> Metrics:
-        """Means of the metrics over the steps since the last call. Waits for the device.
+        """Return means of the metrics over the updates since the last call. Waits for the device.
 
-        Raises FloatingPointError where several steps in a row gave numbers that are not finite."""
+        Raises FloatingPointError if several updates in a row gave numbers that are not finite."""
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """`learn` and `collect` in one: metrics of this step, and its replay columns."""
+        """Call `learn` and `collect`: return the metrics of this update, and its replay columns."""
 
     def acting_weights(self) -> Array:
-        """What `act` needs and nothing more, as one flat float32 array."""
+        """Return the parameters that `act` needs, and no others, as one flat float32 array [P]."""
 
     def load_acting_weights(self, flat: Array) -> None:
-        """Take what `acting_weights` gave. Raises ValueError for another model's."""
+        """Load what `acting_weights` returned. Raises ValueError for the weights of another model."""
 
     def describe(self) -> dict[str, Any]:
-        """What `load_agent` and other processes rebuild the agent from: a `Description`, and the family's options."""
+        """Return the data that rebuild the agent, here or elsewhere: a `Description`, and the family's options."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything: parameters, optimisers, scales, generators, and the number of updates as "updates". Tensors,
-        arrays, numbers, strings, and lists and dicts of them, which a checkpoint can hold."""
+        """Return everything: parameters, optimisers, scales, generators, and the number of updates as "updates". All of
+        it is what a checkpoint can hold: tensors, arrays, numbers, strings, and lists and dicts of them."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
+        """Load a `state_dict`; the agent then continues exactly from there."""
 
 
 def is_image(shape: tuple[int, ...]) -> bool:
-    """Channel-first images have three axes; everything else is a vector."""
+    """Return whether a shape is that of a channel-first image, with three axes; everything else is a vector."""
     return len(shape) == 3
 
 
 def split_obs(obs: Any) -> dict[str, Any]:
-    """An observation by replay column: "obs", or "obs/<key>" for each entry of a mapping."""
+    """Return an observation by replay column: "obs", or "obs/<key>" for each entry of a mapping."""
     return {f"obs/{key}": value for key, value in obs.items()} if isinstance(obs, Mapping) else {"obs": obs}
 
 
 def join_obs(columns: Mapping[str, Any]) -> Any:
-    """The inverse of `split_obs`; columns that belong to no observation are left aside."""
+    """Return the observation in replay columns, the inverse of `split_obs`; other columns are ignored."""
     if "obs" in columns:
         return columns["obs"]
     return {name.removeprefix("obs/"): value for name, value in columns.items() if name.startswith("obs/")}
 
 
 def action_rows(rng: np.random.Generator, count: int, size: int, classes: Sequence[int]) -> Array:
-    """Uniform random actions [count, size]: a one-hot for each of `classes`, or in [-1, 1] where there are none."""
+    """Draw uniform random actions [count, size]: a one-hot for each of `classes`, or in [-1, 1] without classes."""
     if classes:
         return np.concatenate([np.eye(n, dtype=np.float32)[rng.integers(n, size=count)] for n in classes], 1)
     return rng.uniform(-1, 1, (count, size)).astype(np.float32)

@@ -350,7 +350,7 @@ def test_buffers_that_do_not_fit_are_refused_before_anything_is_trained(buffer):
     trainer = Trainer(model_of("tdmpc2"), QUICK, callbacks=[])
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     other = ReplayBuffer(100, (3,), 2)
-    with pytest.raises(ValueError, match=r"buffer has obs_shape=\(3,\), but the model obs_shape=\(4,\)"):
+    with pytest.raises(ValueError, match=r"buffer has obs_shape=\(3,\), but the model has obs_shape=\(4,\)"):
         trainer.train(other)
     with pytest.raises(ValueError, match="obs_shape"):
         trainer.train(buffer, other)

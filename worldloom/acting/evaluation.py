@@ -29,26 +29,26 @@ class Evaluation:
 
     @property
     def std(self) -> float:
-        """Over episodes, population."""
+        """Population standard deviation over the episodes."""
         return float(np.std(self.returns))
 
 
 class Player(Protocol):
-    """What of an agent an evaluation needs; see `worldloom.types.Agent`."""
+    """The part of an agent that an evaluation needs; see `worldloom.types.Agent`."""
 
     acting_generator: torch.Generator
 
     def act(
         self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
     ) -> tuple[Array, ActState]:
-        """Actions [E, A]."""
+        """Return actions [E, A] and the next acting state."""
 
 
 class Evaluator:
-    """Plays `episodes` whole episodes on `env`, as far as it is let at a time; closes `env` at the end.
+    """Plays `episodes` whole episodes on `env`, in one or several calls of `play`; closes `env` at the end.
 
-    The agent's acting generator is seeded for the evaluation and put back, so that evaluating changes no run.
-    Each environment plays a fixed share of the episodes: short episodes count no more than long ones.
+    The agent's acting generator is seeded for the evaluation and restored afterwards, so that an evaluation does not
+    change the run. Each environment plays a fixed share of the episodes: short episodes count no more than long ones.
     """
 
     def __init__(self, agent: Player, env: VectorEnv, episodes: int, seed: int) -> None:
@@ -63,12 +63,14 @@ class Evaluator:
 
     @property
     def frames_per_second(self) -> float:
-        """At which what `on_frame` gets plays as fast as the environment runs."""
+        """Frame rate at which a film of the frames from `play` runs at the environment's own speed."""
         return self._env.frames_per_second
 
     def play(self, seconds: float = float("inf"), on_frame: Callable[[Array], None] | None = None) -> Evaluation | None:
-        """Go on for `seconds`; None while episodes are left to play. on_frame gets each frame of the first environment
-        while it plays its share; make the environments with render_mode="rgb_array"."""
+        """Play for `seconds`, or to the end; return None while episodes are left.
+
+        on_frame gets each frame of the first environment while it plays its share; this needs environments made with
+        render_mode="rgb_array"."""
         generator, begun = self._agent.acting_generator, time.monotonic()
         before = generator.get_state()
         generator.set_state(self._generator)
@@ -84,14 +86,14 @@ class Evaluator:
         return Evaluation(tuple(r for r, _ in self._done), tuple(n for _, n in self._done))
 
     def finish(self, on_frame: Callable[[Array], None] | None = None) -> Evaluation:
-        """Play what is left."""
+        """Play the episodes that are left."""
         result = self.play(on_frame=on_frame)
         assert result is not None, "play without a limit ends"
         return result
 
     def _step(self, on_frame: Callable[[Array], None] | None) -> None:
         actions, self._act_state = self._agent.act(self._obs, self._act_state, self._is_first, explore=False)
-        if on_frame and self._left[0]:  # before the step, which starts the next episode where one ends
+        if on_frame and self._left[0]:  # before the step, because it resets an environment whose episode ends
             on_frame(self._env.render())
         step = self._env.step(actions)
         self._returns += step.rewards
@@ -104,8 +106,9 @@ class Evaluator:
 
 
 def record_episode(agent: Agent, env: VectorEnv, rows: int, seed: int) -> tuple[Any, Array, Array]:
-    """Play one episode without exploration, for at most so many rows: obs [T, ...] (or a mapping), actions [T, A] and
-    rewards [T], aligned as rows (`worldloom.types`). Closes `env`."""
+    """Play one episode without exploration, for at most `rows` rows, and close `env`.
+
+    Returns obs [T, ...] (or a mapping), actions [T, A] and rewards [T], aligned as rows (`worldloom.types`)."""
     agent.acting_generator.manual_seed(seed)
     seen, act_state, is_first = env.reset(), None, np.ones(1, bool)
     obs, actions, rewards = [split_obs(seen)], [np.zeros((1, env.action_dim), np.float32)], [0.0]
@@ -130,12 +133,12 @@ def evaluate(
     seed: int,
     on_frame: Callable[[Array], None] | None = None,
 ) -> Evaluation:
-    """Play `episodes` whole episodes in one go; make_env(n) gives n environments (see `Evaluator`)."""
+    """Play `episodes` whole episodes; make_env(n) returns n environments (see `Evaluator`)."""
     return start_evaluation(agent, make_env, episodes, seed).finish(on_frame)
 
 
 def start_evaluation(agent: Player, make_env: Callable[[int], VectorEnv], episodes: int, seed: int) -> Evaluator:
-    """An Evaluator on at most ENVS_AT_ONCE environments. Raises ValueError for fewer than one episode."""
+    """Return an Evaluator on at most ENVS_AT_ONCE environments. Raises ValueError for fewer than one episode."""
     if episodes < 1:
         raise ValueError(f"evaluate: episodes is {episodes}, expected at least 1.")
     return Evaluator(agent, make_env(min(episodes, ENVS_AT_ONCE)), episodes, seed)

@@ -20,7 +20,7 @@ class LocalActing:
         self._act_state = None
 
     def load(self, weights: Weights) -> None:
-        """Act with these from now on. Raises ValueError if the version goes back."""
+        """Act with these weights from now on. Raises ValueError if they are older than the present ones."""
         check_version(weights, self.version)
         self.agent.load_acting_weights(weights.flat)
         self.version = weights.version
@@ -32,6 +32,6 @@ class LocalActing:
 
 
 def check_version(weights: Weights, version: int) -> None:
-    """Raises ValueError if weights of `version` are newer."""
+    """Raise ValueError if the weights are older than `version`."""
     if weights.version < version:
-        raise ValueError(f"weights of version {weights.version} came after version {version}.")
+        raise ValueError(f"weights of version {weights.version} came after version {version}, expected no older one.")

@@ -1,4 +1,4 @@
-"""Acting in environments: the one place where Gymnasium's order becomes rows that arrive."""
+"""Rollouts: acting in environments, and conversion of Gymnasium's order to the rows of `worldloom.types`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from worldloom.types import Array, ColumnSpec, action_rows, split_obs
 
 
 class ActingLost(RuntimeError):
-    """Whoever was to act gives no answer. What was asked may be asked again, of another."""
+    """The acting backend gave no answer. The request may be repeated, also with another backend."""
 
 
 class Acted(NamedTuple):
-    """What to do in E environments."""
+    """Actions for E environments, the replay columns of their rows, and the version of the weights."""
 
     actions: Array  # [E, A]
     columns: Mapping[str, Array]  # replay columns of the rows acted on, [E, ...]
@@ -33,15 +33,17 @@ class Acting(Protocol):
     columns: Mapping[str, ColumnSpec]  # extra replay columns that the agent asks for
 
     def start(self, seed: int) -> None:
-        """Begin anew: no acting states, and where the randomness of acting is this backend's own, that of `seed`."""
+        """Drop all acting states; if the backend has a random generator of its own, seed it with `seed`."""
 
     def request(self, obs: Mapping[str, Array], is_first: Array) -> Callable[[], Acted]:
-        """Ask for actions for obs by replay column, [E, ...] each; the result waits for them. Raises ActingLost."""
+        """Request actions for `obs`, a mapping of replay columns [E, ...]. The returned function waits for them.
+
+        Both raise ActingLost if the backend gives no answer."""
 
 
 @dataclass
 class Ended:
-    """What a lane tells of the episodes that ended in a chunk."""
+    """The episodes of a lane that ended in a chunk."""
 
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -51,8 +53,8 @@ class Ended:
 class Lane:
     """A vector of environments that are acted on together.
 
-    The row of the observation about to be acted on is held back until it was acted on, because the agent's replay
-    columns for it are known only then: a chunk ends one row before what the environments have reached.
+    The newest row of each environment is held back until an action was chosen for it, because the agent's replay
+    columns for that row are known only then. A chunk therefore ends one row before the newest one.
     """
 
     def __init__(self, env: VectorEnv, acting: Acting) -> None:
@@ -65,17 +67,17 @@ class Lane:
         self._pending: dict[str, Array] = {}  # the held-back rows, [E, ...] each
         self._answer: Callable[[], Acted] | None = None
         self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
-        self.waited = 0.0  # seconds, for actions
+        self.waited = 0.0  # seconds of waiting for actions
 
     def begin(self, steps: int) -> None:
-        """A new chunk, of at most so many vector steps."""
+        """Begin a new chunk of at most `steps` vector steps."""
         if not self._pending:
             self._start(split_obs(self.env.reset()), self._all)
         self.builder, self.ended = ChunkBuilder(self._columns, self.env.num_envs, 2 * steps), Ended()
         self._failures = self.env.failures
 
     def ask(self, rng: np.random.Generator | None) -> None:
-        """Ask for the next actions; with `rng`, draw them at random."""
+        """Request the next actions; with `rng`, draw them at random."""
         if rng is not None:
             actions = action_rows(rng, self.env.num_envs, self.env.action_dim, self.env.action_classes)
             self._answer = lambda: Acted(actions, {}, -1)
@@ -84,7 +86,9 @@ class Lane:
         self._answer = self.acting.request(obs, self._pending["is_first"])
 
     def step(self) -> int:
-        """Take the step that was asked for; the version of the weights that acted, -1 for none. Raises ActingLost."""
+        """Step with the requested actions; return the version of the weights that acted, -1 for random actions.
+
+        Raises ActingLost if the backend gives no answer."""
         assert self._answer is not None, "ask comes before step"
         begun = time.monotonic()
         answer, self._answer = self._answer, None
@@ -98,11 +102,12 @@ class Lane:
 
     @property
     def failures(self) -> int:
-        """Environments that were rebuilt since `begin`."""
+        """Number of environments that were rebuilt since `begin`."""
         return self.env.failures - self._failures
 
     def _advance(self, actions: Array, step: Step) -> None:
-        """Hold back the row each environment arrived at; where an episode ended, file it and start the next."""
+        """Hold back the row that each environment arrived at; where an episode ended, store the row and start the next
+        episode."""
         self._returns += np.where(step.failed, 0, step.rewards)
         self._lengths += ~step.failed
         arrived: dict[str, Any] = {
@@ -125,7 +130,7 @@ class Lane:
             self._start({name: value[first] for name, value in split_obs(step.obs).items()}, first)
 
     def _start(self, obs: dict[str, Array], envs: Array) -> None:
-        """Hold back is_first rows for `envs`: no action led here, so action and reward are zero; obs by column."""
+        """Hold back is_first rows for `envs`; obs: by column. No action led to them, so action and reward are zero."""
         if not self._pending:
             count = self.env.num_envs
             self._pending = {
@@ -142,8 +147,8 @@ class Lane:
 class Rollout:
     """Acts in one lane of environments, or in several in turn, and returns chunks of rows.
 
-    With several lanes the actions of one are on their way while the environments of another step: that hides the way
-    to an acting server and back.
+    With several lanes, the actions of one lane are computed while the environments of another step. This hides the
+    latency of an acting server.
     """
 
     def __init__(self, lanes: Sequence[Lane], seed: int, actor: int = 0, incarnation: int = 0) -> None:
@@ -164,10 +169,10 @@ class Rollout:
         seconds: float = float("inf"),
         stop: Callable[[], bool] = lambda: False,
     ) -> Chunk:
-        """Step the environments `steps` times, fewer once `seconds` have passed or `stop` says so.
+        """Step the environments `steps` times, or until `seconds` have passed or `stop` returns true.
 
-        random: act uniformly at random. A backend that gives no answer ends the chunk early, which then says so.
-        Raises EnvironmentFailed when an environment cannot be kept alive.
+        random: act uniformly at random. If the backend gives no answer, the chunk ends early and `acting_lost` holds
+        the reason. Raises EnvironmentFailed if an environment fails too often.
         """
         began, waited = time.monotonic(), self._waited()
         for lane in self.lanes:
@@ -196,7 +201,8 @@ class Rollout:
     def _step_in_turn(
         self, steps: int, rng: np.random.Generator | None, enough: Callable[[], bool]
     ) -> tuple[list[int], str]:
-        """The versions of the weights that acted, and what was wrong if nobody acts any more."""
+        """Step each lane in turn. Return the versions of the weights that acted, and the error if the backend gave no
+        answer."""
         versions: list[int] = []
         try:
             for lane in self.lanes:

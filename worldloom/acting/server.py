@@ -18,12 +18,12 @@ from worldloom.types import ActState, Agent, Array, ObsArray, Weights, join_obs
 
 
 class Client(NamedTuple):
-    """Identifies one vector of environments to the server. A later (incarnation, session) begins with a new state."""
+    """Identifies one vector of environments to the server. A later (incarnation, session) starts with a new state."""
 
     actor: int
     lane: int
     incarnation: int
-    session: int  # counts the requests that were given up
+    session: int  # number of requests that were given up
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Request:
 class Waiting:
     """Requests and weights that wait for the acting thread.
 
-    A batch closes once `rows` environments wait, or `deadline` seconds after the first of them came: a client that died
-    or is slow holds nobody up.
+    A batch closes once `rows` environments wait, or `deadline` seconds after the first of them arrived, so that a dead
+    or slow client does not delay the others.
     """
 
     def __init__(self, rows: int, deadline: float) -> None:
@@ -48,11 +48,11 @@ class Waiting:
         self._changed = threading.Condition()
         self._requests: list[Request] = []
         self._newest: Weights | None = None  # not taken yet
-        self._version = 0  # of the weights that came last
+        self._version = 0  # of the weights that arrived last
         self._closed = False
 
     def put(self, request: Request) -> None:
-        """Raises RuntimeError once closed."""
+        """Add a request. Raises RuntimeError if closed."""
         with self._changed:
             if self._closed:
                 raise RuntimeError("the acting server is closed.")
@@ -60,13 +60,13 @@ class Waiting:
             self._changed.notify_all()
 
     def put_weights(self, weights: Weights) -> None:
-        """Raises ValueError if the version goes back."""
+        """Replace the newest weights. Raises ValueError if the given ones are older."""
         with self._changed:
             check_version(weights, self._version)
             self._newest, self._version = weights, weights.version
 
     def take_batch(self) -> list[Request]:
-        """Wait for a batch and return it; empty once closed."""
+        """Wait for a batch and return it; it is empty once closed and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._requests or self._closed)
             closes = time.monotonic() + self._deadline
@@ -79,7 +79,7 @@ class Waiting:
             return batch
 
     def take_weights(self) -> Weights | None:
-        """Return the newest weights if they were not taken yet."""
+        """Return the newest weights, or None if they were taken already."""
         with self._changed:
             newest, self._newest = self._newest, None
             return newest
@@ -91,7 +91,7 @@ class Waiting:
 
 
 class EvaluationActing:
-    """Acts in one evaluation at a time, with an agent of its own and the weights that the evaluation began with."""
+    """Acts in one evaluation at a time, with its own agent and the weights that the evaluation began with."""
 
     def __init__(self, make_agent: Callable[[], Agent]) -> None:
         self._make_agent, self._lock = make_agent, threading.Lock()
@@ -99,8 +99,8 @@ class EvaluationActing:
         self._state: ActState | None = None
 
     def begin(self, weights: Weights, seed: int) -> int:
-        """Use these weights until another evaluation begins; the same weights and seed play the same episodes.
-        Returns the version."""
+        """Use these weights until the next evaluation begins, and return their version. The same weights and seed play
+        the same episodes."""
         with self._lock:
             self._agent = self._agent or self._make_agent()
             self._agent.load_acting_weights(weights.flat)
@@ -109,17 +109,17 @@ class EvaluationActing:
         return weights.version
 
     def act(self, obs: ObsArray, is_first: Array) -> Array:
-        """Actions [E, A] without exploration. Raises RuntimeError if no evaluation began."""
+        """Return actions [E, A] without exploration. Raises RuntimeError if no evaluation has begun."""
         with self._lock:
             if self._agent is None:
-                raise RuntimeError("act_in_evaluation: begin_evaluation comes first.")
+                raise RuntimeError("act_in_evaluation: no evaluation has begun. Call begin_evaluation first.")
             actions, self._state = self._agent.act(obs, self._state, is_first, explore=False)
             return actions
 
 
 @dataclass
 class Served:
-    """What a server has done since its start."""
+    """Totals of a server since its start."""
 
     batches: int = 0
     environments: int = 0  # over all batches
@@ -127,10 +127,11 @@ class Served:
 
 
 class ActingServer:
-    """Acts for many clients with one agent, in batches, in a thread of its own; evaluations have another agent.
+    """Acts for many clients with one agent, in batches, in its own thread; evaluations have another agent.
 
-    make_agent: gives agents that this server alone uses, so that learning never changes weights that act. rows and
-    deadline: see `Waiting`. Acting states stay here, a row for each environment, and go with their incarnation.
+    make_agent: returns agents that only this server uses, so that learning never changes the weights that act. rows
+    and deadline: see `Waiting`. The server keeps the acting states, one row for each environment; a later incarnation
+    of a client replaces them.
     """
 
     def __init__(self, make_agent: Callable[[], Agent], rows: int, deadline: float, threads: int = 1) -> None:
@@ -142,40 +143,40 @@ class ActingServer:
         self._thread.start()
 
     def load(self, weights: Weights) -> None:
-        """Act with these from the next batch on. Raises ValueError if the version goes back."""
+        """Act with these weights from the next batch on. Raises ValueError if they are older than the last ones."""
         self._waiting.put_weights(weights)
 
     def act(self, client: Client, obs: Mapping[str, Array], is_first: Array) -> Acted:
-        """Actions for one client, as part of a batch; blocks. obs by replay column, [E, ...] each.
+        """Return actions for one client, as part of a batch; blocks. obs: replay columns [E, ...].
 
-        A client that this server does not know starts from an empty state, whatever is_first says. Raises what the
-        agent raises, RuntimeError once the server is closed.
+        A client that this server does not know starts from an empty state, regardless of is_first. Raises the errors
+        of the agent, and RuntimeError if the server is closed.
         """
         request = Request(client, obs, np.asarray(is_first))
         self._waiting.put(request)
         return request.answer.result()
 
     def begin_evaluation(self, weights: Weights, seed: int) -> int:
-        """See `EvaluationActing.begin`; other clients go on with newer weights."""
+        """Begin an evaluation (`EvaluationActing.begin`); other clients go on with newer weights."""
         return self._evaluation.begin(weights, seed)
 
     def act_in_evaluation(self, obs: ObsArray, is_first: Array) -> Array:
-        """See `EvaluationActing.act`."""
+        """Return actions [E, A] for the evaluation (`EvaluationActing.act`)."""
         return self._evaluation.act(obs, is_first)
 
     def close(self) -> None:
-        """Answer what waits, then end the thread."""
+        """Answer the requests that wait, then end the thread."""
         self._waiting.close()
         self._thread.join()
 
     def gauges(self) -> dict[str, float]:
-        """By name: the share of `rows` that a batch held and the seconds that acting took, means since the start."""
+        """Return, as means over all batches, the filled share of `rows` and the seconds of acting."""
         served, batches = self._served, max(self._served.batches, 1)
         fill = served.environments / (batches * self._waiting.rows)
         return {"acting/batch_fill": fill, "acting/seconds": served.seconds / batches}
 
     def _serve(self) -> None:
-        torch.set_num_threads(self._threads)  # holds for the calling thread
+        torch.set_num_threads(self._threads)  # applies to the calling thread only
         while batch := self._waiting.take_batch():
             begun = time.monotonic()
             try:
@@ -213,14 +214,14 @@ class ActingServer:
         return state if kept == client else None
 
     def _keep(self, client: Client, state: ActState) -> None:
-        """Unless a later incarnation has come meanwhile."""
+        """Keep the client's state, unless a later incarnation has one already."""
         kept = self._states.get(client[:2])
         if kept is None or kept[0] <= client:
             self._states[client[:2]] = (client, state)
 
 
 def _join(states: list[ActState | None], rows: list[int]) -> ActState | None:
-    """One acting state for all, with zeros for those that have none; None if nobody has one."""
+    """Join the acting states into one, with zeros for clients that have none; None if no client has one."""
     template = next((state for state in states if state is not None), None)
     if template is None:
         return None

@@ -1,4 +1,4 @@
-"""The DreamerV3 agent: filters to act, and learns world model, policy and critic in one update."""
+"""The DreamerV3 agent: it filters observations to act, and learns world model, policy and critic in one update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArra
 
 
 class DreamerV3Agent:
-    """Acts with a recurrent state per environment; see `worldloom.types.Agent` for the protocol.
+    """An agent with a recurrent state for each environment; `worldloom.types.Agent` describes the methods.
 
     action_classes: the choices of each one-hot part of an action; () for continuous actions.
     """
@@ -41,7 +41,7 @@ class DreamerV3Agent:
         self.learning = DreamerV3Learning(model, self.behaviour, seed + 1)
         self._learner = Learner(self.learning, self.device)
 
-    # What a run must know
+    # Facts that a run needs
 
     @property
     def config(self) -> DreamerV3Config:
@@ -57,7 +57,7 @@ class DreamerV3Agent:
 
     @property
     def windows(self) -> WindowSpec:
-        """Rows to train on, after one for its stored latents."""
+        """Windows of rows to train on, after one row for its stored latents if `learning.stored`."""
         context = int(self.learning.stored)
         return WindowSpec(self.config.batch_length + context, context, crosses_episodes=True, online_queue=True)
 
@@ -70,7 +70,7 @@ class DreamerV3Agent:
         return self._learner.updates
 
     def configure_learning(self, precision: Precision, compiled: bool, capture: bool = True) -> None:
-        """See `DreamerV3Learning.configure`."""
+        """Set precision, compilation and CUDA graphs of `learn` and `act`; see `DreamerV3Learning.configure`."""
         self._learner.captured.enabled = self._act.enabled = capture and self.device.type == "cuda"
         self.learning.configure(precision, compiled)
 
@@ -84,7 +84,8 @@ class DreamerV3Agent:
         is_first: Array,
         explore: bool = True,  # noqa: ARG002 - the reference samples in evaluation too
     ) -> tuple[Array, ActState]:
-        """Actions [E, A] for obs [E, *obs_shape]: one-hot, or drawn from the Normal and not clipped."""
+        """Return actions [E, A] for obs [E, *obs_shape], one-hot or drawn from the normal and not clipped, and the new
+        act_state. Raises ValueError for obs of other keys or shapes, or an act_state of another number of rows."""
         shown = {name: torch.as_tensor(value) for name, value in as_mapping(obs).items()}
         shown = self.world_model.as_mapping(shown, "act", 1)
         envs = len(next(iter(shown.values())))
@@ -95,7 +96,7 @@ class DreamerV3Agent:
         return kept["action"].cpu().numpy(), kept
 
     def _choose(self, given: Tensors) -> Tensors:
-        """On the device alone: the posterior state after these observations, and an action drawn from the policy."""
+        """Return the posterior state after these observations, and a drawn action; runs on the device alone."""
         model, first, action = self.world_model, given["is_first"], given["action"]
         tokens = model.encoder({name: given[column] for name, column in obs_columns(model).items()})
         embedded = model.rssm.embed_action(action * (~first).unsqueeze(-1))
@@ -119,6 +120,7 @@ class DreamerV3Agent:
         return dict(act_state)
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
+        """Return the latents [E, ...] of the rows just acted on, as replay stores them; {} if it stores none."""
         if not self.learning.stored:
             return {}
         found = compact(RSSMState(act_state["deter"], act_state["stoch"]))
@@ -127,7 +129,7 @@ class DreamerV3Agent:
     # Learning
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """One update (the specification's contract): world model, imagination, behaviour, replay values; one backward.
+        """Make one update: world model, imagination, behaviour and replay values, in one backward pass.
 
         Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. An update with a loss or gradient
         that is not finite changes nothing. Raises FloatingPointError after several of them in a row, ValueError for a
@@ -137,11 +139,11 @@ class DreamerV3Agent:
         return self.collect(), columns.arrays()
 
     def learn(self, batch: Batch) -> Columns:
-        """`update` without waiting for the device: columns can be read once they have arrived, metrics by `collect`."""
+        """Make an update without waiting for the device; return columns to read once they have arrived."""
         return self._learner.learn(batch)
 
     def collect(self) -> Metrics:
-        """Means over the updates since the last call. Waits for the device. Raises FloatingPointError as `update`."""
+        """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
         return self._learner.collect()
 
     # Exchange

@@ -1,4 +1,4 @@
-"""What DreamerV3 acts with and learns from imagined steps: policy, critic, slow critic and the range of returns."""
+"""The parts of DreamerV3 that learn from imagined steps: policy, critic, slow critic and the range of returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from worldloom.dreamerv3.world_model import DreamerV3WorldModel, Head
 
 
 class Behaviour(nn.Module):
-    """Policy, critic, slow critic and the return range."""
+    """Policy, critic, slow critic and the return range.
+
+    action_classes: the choices of each one-hot part of an action; () for continuous actions.
+    """
 
     def __init__(self, model: DreamerV3WorldModel, action_classes: tuple[int, ...]) -> None:
         super().__init__()

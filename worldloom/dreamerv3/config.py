@@ -7,7 +7,7 @@ from typing import Literal
 
 
 def _size(deter: int) -> dict[str, int]:
-    """The rule behind the table: hidden = units = deter / 8, classes = depth = hidden / 16."""
+    """Return one row of the table: hidden = units = deter / 8, classes = depth = hidden / 16."""
     hidden = deter // 8
     return {"deter": deter, "hidden": hidden, "units": hidden, "classes": hidden // 16, "depth": hidden // 16}
 
@@ -25,7 +25,10 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DreamerV3Config:
-    """Defaults are those of the Nature 2025 paper (Hafner et al., https://doi.org/10.1038/s41586-025-08744-2)."""
+    """The settings of DreamerV3.
+
+    Defaults are those of the Nature 2025 paper (Hafner et al., https://doi.org/10.1038/s41586-025-08744-2).
+    """
 
     # Networks
     deter: int = 2048  # D, deterministic state
@@ -35,15 +38,15 @@ class DreamerV3Config:
     depth: int = 16  # image channels are depth times (2, 3, 4, 4)
     stoch: int = 32  # S, categoricals
     blocks: int = 8  # groups of the block-diagonal GRU
-    encoder_layers: int = 3  # of vectors
-    decoder_layers: int = 3  # of vectors
+    encoder_layers: int = 3  # hidden layers of the encoder of vectors
+    decoder_layers: int = 3  # hidden layers of the decoder of vectors
     reward_layers: int = 1  # hidden layers of the reward head
-    continue_layers: int = 1  # of the continue head
-    policy_layers: int = 3  # of the policy
-    value_layers: int = 3  # of the critic
-    bins: int = 255  # of the two-hot heads
+    continue_layers: int = 1  # hidden layers of the continue head
+    policy_layers: int = 3  # hidden layers of the policy
+    value_layers: int = 3  # hidden layers of the critic
+    bins: int = 255  # bins of the two-hot heads, an odd number
     unimix: float = 0.01  # uniform share of every latent categorical
-    policy_unimix: float = 0.01  # and of discrete policies (the reference's present code ignores its own setting)
+    policy_unimix: float = 0.01  # uniform share of discrete policies (the reference's code now ignores its own setting)
 
     # World model
     batch_size: int = 16  # B, windows per update
@@ -53,21 +56,21 @@ class DreamerV3Config:
     dynamics_scale: float = 1.0  # weight of the KL that trains the prior
     representation_scale: float = 0.1  # weight of the KL that trains the posterior
     # Behaviour
-    imagination_length: int = 15  # H
+    imagination_length: int = 15  # H, imagined steps from each start
     discount_horizon: float = 333.0  # steps: gamma = 1 - 1 / horizon
     lam: float = 0.95  # lambda of the returns
     entropy_scale: float = 3e-4  # weight of the entropy bonus in the policy loss
     replay_value_scale: float = 0.3  # weight of the critic loss on replayed rows
-    slow_critic_rate: float = 0.02  # per update, of the slow critic
-    return_rate: float = 0.01  # of the running percentiles
+    slow_critic_rate: float = 0.02  # share of the way to the critic that the slow critic moves per update
+    return_rate: float = 0.01  # share of the way that the running percentiles move per update
     return_low: float = 0.05  # lower quantile of the return range
-    return_high: float = 0.95  # upper quantile
+    return_high: float = 0.95  # upper quantile of the return range
     # Optimiser (LaProp with adaptive gradient clipping)
-    lr: float = 4e-5  # LaProp
-    warmup: int = 1000  # updates
-    clip: float = 0.3  # of a tensor's gradient norm against its own norm
-    beta1: float = 0.9  # momentum
-    beta2: float = 0.999  # of squared gradients
+    lr: float = 4e-5  # learning rate of LaProp
+    warmup: int = 1000  # updates in which the learning rate grows from 0
+    clip: float = 0.3  # limit of a tensor's gradient norm, as a share of its own norm
+    beta1: float = 0.9  # decay of the momentum
+    beta2: float = 0.999  # decay of the mean of squared gradients
     eps: float = 1e-20  # added to the root of the squared gradients
     train_ratio: float = 512.0  # replayed steps per environment step
 
@@ -92,4 +95,5 @@ class DreamerV3Config:
 
     @property
     def discount(self) -> float:
+        """gamma = 1 - 1 / discount_horizon."""
         return 1 - 1 / self.discount_horizon

@@ -1,4 +1,4 @@
-"""What turns observations into tokens, and features back into observations."""
+"""DreamerV3's encoder of observations to tokens, and its decoder of features to observations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from worldloom.types import is_image
 MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
 
 ObsShapes = Mapping[str, tuple[int, ...]]
-Classes = Mapping[str, int]  # how many, of the observations that are class indices
-MISSING = float("-inf")  # marks a number that was not observed; of class indices, -1
+Classes = Mapping[str, int]  # the class count, by key, of observations that are class indices
+MISSING = float("-inf")  # marks a number that was not observed, as -1 does a class index
 
 
 def split_kinds(shapes: ObsShapes) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """(vectors, images), each sorted by name. Raises ValueError for images that cannot be halved to 3..16."""
+    """Return (vectors, images), each sorted by name. Raises ValueError unless image sides agree and halve to 3..16."""
     images = {name: tuple(shapes[name]) for name in sorted(shapes) if is_image(tuple(shapes[name]))}
     vectors = {name: tuple(shapes[name]) for name in sorted(shapes) if name not in images}
     sides = {shape[1:] for shape in images.values()}
@@ -37,7 +37,7 @@ def split_kinds(shapes: ObsShapes) -> tuple[dict[str, tuple[int, ...]], dict[str
 
 
 class ImageEncoder(nn.Module):
-    """Stages of 5x5 convolution, 2x2 max-pool, RMSNorm over channels, SiLU: [N, C, h, w] to [N, tokens]."""
+    """Stages of 5x5 convolution, 2x2 max-pool, RMSNorm over channels and SiLU: [N, C, h, w] to [N, tokens]."""
 
     def __init__(self, channels: int, depth: int, multipliers: tuple[int, ...] = MULTIPLIERS) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.silu(_over_channels(norm, F.max_pool2d(conv(x), 2)))
-        return x.permute(0, 2, 3, 1).flatten(1)  # height, width, channels, as the reference lies
+        return x.permute(0, 2, 3, 1).flatten(1)  # in the order height, width, channels, as in the reference
 
 
 def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Mapping of observations to tokens [..., E]: vectors first (symlog or one-hot, MLP), then images (+-0.5)."""
+    """Encoder of observations to tokens [..., E]: vectors first (symlog or one-hot, then MLP), then images."""
 
     def __init__(self, shapes: ObsShapes, classes: Classes, units: int, depth: int, layers: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
             self.tokens += (height // 16) * (width // 16) * depth * MULTIPLIERS[-1]
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Each entry is [..., *shape]."""
+        """Return tokens [..., E]. obs: [..., *shape] by name; images are uint8, or floats in [0, 1]."""
         parts = []
         if self.vector is not None:
             parts.append(self.vector(flat_vectors(obs, self.vectors, self.classes)))
@@ -84,20 +84,20 @@ class Encoder(nn.Module):
 
 
 def vector_sizes(shapes: ObsShapes, classes: Classes) -> dict[str, int]:
-    """Entries of each flattened vector; class indices count one-hot."""
+    """Return the number of entries of each flattened vector; class indices count one-hot."""
     return {name: int(torch.Size(shape).numel()) * classes.get(name, 1) for name, shape in shapes.items()}
 
 
 def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes) -> Tensor:
-    """symlog of every vector, one-hot of class indices, flattened and concatenated in order of name: [..., V].
+    """Return symlog of every vector, and one-hot class indices, flattened and concatenated in order of name: [..., V].
 
-    What is marked as missing becomes zeros.
+    Entries that are marked as missing become zeros.
     """
     parts = []
     for name, shape in shapes.items():
         value = obs[name]
         if name in classes:
-            value = fn.one_hot(value.long(), classes[name])  # none of them for -1
+            value = fn.one_hot(value.long(), classes[name])  # all zeros for -1
             parts.append(value.float().flatten(value.ndim - len(shape) - 1))
             continue
         value = torch.where(value == MISSING, 0.0, fn.symlog(value.float()))
@@ -106,7 +106,7 @@ def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes)
 
 
 class ImageDecoder(nn.Module):
-    """Features to images [N, C, h, w] in (0, 1): a block-linear of deter plus an MLP of stoch, then upsampling."""
+    """Decoder of features to images [N, C, h, w] in (0, 1): a block-linear of deter plus an MLP of stoch, upsampled."""
 
     def __init__(
         self,
@@ -133,10 +133,10 @@ class ImageDecoder(nn.Module):
         self.output = Conv(widths[-1], channels)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
-        """deter: [N, D], stoch: [N, S K]."""
+        """Return images [N, C, h, w] in (0, 1). deter: [N, D], stoch: [N, S K], flat."""
         height, width = self.grid
         own = self.deter_in(deter).view(-1, self.blocks, height, width, self.grid_norm.scale.numel() // self.blocks)
-        own = own.permute(0, 2, 3, 1, 4).flatten(3)  # [N, h, w, channels], each group a run of channels
+        own = own.permute(0, 2, 3, 1, 4).flatten(3)  # [N, h, w, channels]; each group fills consecutive channels
         x = own + self.stoch_grid(self.stoch_in(stoch)).view(own.shape)
         x = F.silu(self.grid_norm(x)).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -145,7 +145,7 @@ class ImageDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to every observation: vectors in symlog space, logits of class indices, images in (0, 1)."""
+    """Decoder of features to every observation: vectors in symlog space, logits of classes, images in (0, 1)."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
             self.image = ImageDecoder(deter, stoch, (channels, height, width), depth, units, blocks)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        """deter [..., D] and flat stoch [..., S K] to [..., *shape] of every observation (logits: [..., *shape, K])."""
+        """Decode deter [..., D] and flat stoch [..., S K] to [..., *shape] each, or logits [..., *shape, K]."""
         lead = deter.shape[:-1]
         decoded = {}
         if self.vector is not None:
@@ -187,9 +187,9 @@ class Decoder(nn.Module):
         return decoded
 
     def losses(self, decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Squared error of each observation, cross-entropy of class indices, summed over its entries: [...].
+        """Return squared errors, or cross-entropies of class indices, summed over each observation's entries: [...].
 
-        What is marked as missing costs nothing.
+        Vectors are compared in symlog space, images in [0, 1]. Entries that are marked as missing cost nothing.
         """
         errors = {}
         for name, shape in {**self.vectors, **self.images}.items():
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         return errors
 
     def shown(self, name: str, decoded: Tensor) -> Tensor:
-        """A decoded observation in its own units: numbers, class indices, or images in [0, 1]."""
+        """Return a decoded observation in its own units: numbers, class indices, or images in [0, 1]."""
         if name in self.classes:
             return decoded.argmax(-1)
         return decoded if name in self.images else fn.symexp(decoded)

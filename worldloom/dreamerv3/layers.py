@@ -12,15 +12,15 @@ NORM_EPS = 1e-4
 
 
 def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
-    """Truncated normal, cut at two sigma, with a true standard deviation of scale / sqrt(fan_in)."""
-    sigma = 1.1368 / math.sqrt(fan_in)  # the cut takes 12 % of the spread away
+    """Fill `weight` from a normal, cut at two sigma, whose true standard deviation is scale / sqrt(fan_in)."""
+    sigma = 1.1368 / math.sqrt(fan_in)  # the cut removes 12 % of the spread
     nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma)
     with torch.no_grad():
         weight.mul_(scale)
 
 
 class Linear(nn.Linear):
-    """scale: multiplies the initial kernel."""
+    """A linear layer, [..., inputs] to [..., outputs]; scale multiplies its initial kernel."""
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
         super().__init__(inputs, outputs)
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 class Conv(nn.Conv2d):
-    """5x5, same padding."""
+    """A 5x5 convolution with same padding: [N, inputs, h, w] to [N, outputs, h, w]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 5, padding=2)
@@ -39,10 +39,10 @@ class Conv(nn.Conv2d):
 
 
 class BlockLinear(nn.Module):
-    """Each of `blocks` groups of the output sees its own group of the input, and all of `shared` further inputs.
+    """A linear layer whose `blocks` groups of outputs see their own group of inputs and all `shared` further inputs.
 
-    weight: [inputs / blocks + shared, blocks, outputs / blocks], so that the shared part is one matrix as it lies.
-    Initialised with the full width of all groups as fan-in, the shared part counted once a group.
+    weight: [inputs / blocks + shared, blocks, outputs / blocks], so that the shared part is one matrix in memory.
+    The fan-in of its initialisation is the full width of all groups, where the shared part counts once per group.
     """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0) -> None:
@@ -53,7 +53,7 @@ class BlockLinear(nn.Module):
         init_kernel(self.weight, inputs + blocks * shared)
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
-        """x: [R, inputs], shared: [R, shared]. Returns [R, outputs]."""
+        """Map x [R, inputs] and shared [R, shared] to [R, outputs]."""
         own, rest = self.parts()
         out = self.grouped(x, own)
         if shared is None:
@@ -61,17 +61,17 @@ class BlockLinear(nn.Module):
         return out + torch.addmm(self.bias, shared, rest)
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """The weight as its products take it: by blocks [G, I / G, O / G], and the shared part [shared, O]."""
-        own, rest = self.weight.split([self.own, len(self.weight) - self.own])  # one gradient of both, unlike slices
+        """Return the weight as its products take it: by blocks [G, I / G, O / G], and the shared part [shared, O]."""
+        own, rest = self.weight.split([self.own, len(self.weight) - self.own])  # one gradient for both, unlike slices
         return own.transpose(0, 1), rest.flatten(1)
 
     def grouped(self, x: Tensor, own: Tensor) -> Tensor:
-        """[R, outputs], each block's own inputs out of x [R, inputs] times `own` [G, I / G, O / G]."""
+        """Return [R, outputs]: each block of x [R, inputs] times its block of `own` [G, I / G, O / G]."""
         blocks = x.view(len(x), len(own), -1).transpose(0, 1)
         return torch.bmm(blocks, own).transpose(0, 1).reshape(len(x), -1)
 
     def product(self, inputs: Tensor, gradients: Tensor) -> Tensor:
-        """The weight's gradient, from inputs [N, inputs + shared] and the gradients of outputs [N, outputs]."""
+        """Return the weight's gradient, from inputs [N, inputs + shared] and the gradients of outputs [N, outputs]."""
         blocks = self.weight.shape[1]
         own, shared = inputs.split([self.own * blocks, inputs.shape[1] - self.own * blocks], 1)
         by_block = [value.unflatten(1, (blocks, -1)).transpose(0, 1) for value in (own, gradients)]
@@ -82,7 +82,7 @@ class BlockLinear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x (mean(x^2) + 1e-4)^(-1/2) scale over the last axis, in at least float32."""
+    """x scale / sqrt(mean(x^2) + 1e-4) over the last axis [..., size], in float32 or wider (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ class RMSNorm(nn.Module):
 
 
 def scaled_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """`RMSNorm` with a scale [..., O] for every row, so that the gradient of each arrives by itself."""
+    """Apply `RMSNorm` to x [..., O] with a scale [..., O] for every row, so that every row's scale has a gradient."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (F.rms_norm(wide, wide.shape[-1:], None, NORM_EPS) * scale).to(x.dtype)
 
 
 class NormedLinear(nn.Module):
-    """Linear, RMSNorm, SiLU."""
+    """Linear, RMSNorm, SiLU: [..., inputs] to [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -111,4 +111,5 @@ class NormedLinear(nn.Module):
 
 
 def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    """Make `layers` layers of `units` with norm and SiLU: [..., inputs] to [..., units]."""
     return nn.Sequential(*[NormedLinear(inputs if i == 0 else units, units) for i in range(layers)])

@@ -1,4 +1,4 @@
-"""One update of DreamerV3: world model, imagination, behaviour, replay values, in one backward (Hafner et al. 2025)."""
+"""One update of DreamerV3: world model, imagination, behaviour and replay values (Hafner et al. 2025)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
 from worldloom.tally import Tally
 from worldloom.types import Batch, Precision, split_obs
 
-ROWS = ("actions", "rewards", "is_first", "terminated", "truncated")  # what an update reads of a batch beside obs
-STEPS_AT_ONCE = {True: (8, 5), False: (1, 1)}  # of filter and imagination in one compiled graph, on CUDA and elsewhere
+ROWS = ("actions", "rewards", "is_first", "terminated", "truncated")  # what an update reads of a batch besides obs
+STEPS_AT_ONCE = {True: (8, 5), False: (1, 1)}  # filtered, imagined steps per compiled graph: CUDA, else
 
 
 @dataclass(frozen=True)
 class UpdateNoise:
-    """Everything random in one update."""
+    """All random numbers of one update."""
 
     posterior: Tensor  # [T, B, S, K] standard exponential
     prior: Tensor  # [H, T B, S, K] standard exponential
@@ -36,7 +36,7 @@ class UpdateNoise:
 
 
 class DreamerV3Learning:
-    """The optimiser, and the generator of everything random in an update."""
+    """DreamerV3's update: its loss, its optimiser and the generator of its random numbers."""
 
     def __init__(self, model: DreamerV3WorldModel, behaviour: Behaviour, seed: int) -> None:
         c, device = model.config, model.bins.device
@@ -48,13 +48,15 @@ class DreamerV3Learning:
 
     @property
     def stored(self) -> bool:
-        """Whether updates start from stored latents, and write fresh ones back."""
+        """True if updates start from stored latents, and write fresh ones back."""
         return self.model.config.replay_context == "stored"
 
     def configure(self, precision: Precision, compiled: bool) -> None:
-        """Compiled, an update is a few graphs, each compiled once: some steps of the filter and of the imagination,
-        which Python repeats, and the batched parts around them. One graph of it all runs little faster and takes
-        451 s to compile on two CPU cores.
+        """Set the precision of matrix products and, if `compiled`, compile an update.
+
+        It is then a few graphs, each compiled once: some steps of the filter and of the imagination, which Python
+        repeats, and the batched parts around them. One graph of everything is hardly faster, and takes 451 s to compile
+        on two CPU cores.
         """
         self._dtype = getattr(torch, precision)
         if not compiled:
@@ -75,14 +77,17 @@ class DreamerV3Learning:
             compile_part(self.optimizer, "change")
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in the chosen precision. One context for each phase: weights that were cast without
-        gradient must not serve where a gradient is needed."""
+        """Return a context for matrix products in the chosen precision. Each phase has its own, since weights that were
+        cast without gradient must not serve where a gradient is needed."""
         return (
             nullcontext() if self._dtype == torch.float32 else torch.autocast(self.model.bins.device.type, self._dtype)
         )
 
     def stage(self, batch: Batch) -> Tensors:
-        """What the update reads of a batch, by name: the trained rows, and of the row before them the latents alone."""
+        """Return what the update reads of a batch, by name: the trained rows and, of the row before, only the latents.
+
+        Raises ValueError if the stored latents are missing.
+        """
         columns = latent_columns(self.model.config)
         given = {name: torch.as_tensor(value) for name, value in batch.items() if name != "obs"}
         missing = [name for name in columns if name not in given]
@@ -97,7 +102,7 @@ class DreamerV3Learning:
         return rows | {name: given[name][:, 0] for name in columns}
 
     def core(self, given: Tensors) -> Tensors:
-        """The update on the device alone; see `worldloom.learner.Update`. Returns fresh latents for replay."""
+        """Make the update on the device alone; return fresh latents for replay. See `worldloom.learner.Update`."""
         rows = self.rows(given)
         noise = self.draw_noise(*rows["rewards"].shape)
         loss, scalars, states, (low, high) = self.loss(rows, self.context(given), noise)
@@ -111,20 +116,22 @@ class DreamerV3Learning:
             return compact(states.transposed()) if self.stored else {}
 
     def context(self, given: Tensors) -> RSSMState:
-        """The state before the first trained row: as replay stored it, or zeros."""
+        """Return the state before the first trained row: as replay stored it, or zeros."""
         if not self.stored:
             return self.model.rssm.initial(len(given["rewards"]))
         return expand(given["deter"], given["stoch"], self.model.config.classes)
 
     def rows(self, given: Tensors) -> Batch:
+        """Return the trained rows as a batch; flags that are missing become False."""
         rows = {name: value for name, value in given.items() if name in ROWS}
         never = torch.zeros_like(rows["rewards"], dtype=torch.bool)
         rows = {"is_first": never, "terminated": never, "truncated": never, **rows}
-        if not self.stored:  # a window starts from nothing, the action before it included
+        if not self.stored:  # a window starts from zeros, without a previous action
             rows["is_first"] = torch.cat([torch.ones_like(rows["is_first"][:, :1]), rows["is_first"][:, 1:]], 1)
         return cast(Batch, {**rows, "obs": {name: given[column] for name, column in obs_columns(self.model).items()}})
 
     def draw_noise(self, batch: int, steps: int) -> UpdateNoise:
+        """Draw all random numbers of an update of `batch` windows with `steps` trained rows."""
         model, generator = self.model, self.generator
         c = model.config
         starts = batch * steps
@@ -138,7 +145,10 @@ class DreamerV3Learning:
     def loss(
         self, rows: Batch, context: RSSMState, noise: UpdateNoise
     ) -> tuple[Tensor, dict[str, Tensor], RSSMState, tuple[Tensor, Tensor]]:
-        """The sum to minimise, scalars to log, the filtered states [T, B, ...], and where the return range moves to."""
+        """Return the sum to minimise, scalars to log, the filtered states [T, B, ...] and the new return percentiles.
+
+        The sum: world model + policy + value + replay_value_scale * replay value loss.
+        """
         c = self.model.config
         with self._autocast():
             world = self.model.losses(rows, context, noise.posterior)
@@ -157,7 +167,7 @@ class DreamerV3Learning:
 
     @torch.no_grad()
     def imagine(self, start: RSSMState, noise: UpdateNoise) -> Imagined:
-        """H steps with the current policy from every start [N, ...]; nothing here is differentiated."""
+        """Imagine H steps with the current policy from every start [N, ...], without gradient."""
         state, features, actions = start, [start.features.unsqueeze(0)], []
         for draws in zip(
             noise.policy[:-1].split(self._imagined_at_once), noise.prior.split(self._imagined_at_once), strict=True
@@ -171,7 +181,7 @@ class DreamerV3Learning:
     def _imagine_steps(
         self, state: RSSMState, policy_noise: Tensor, prior_noise: Tensor
     ) -> tuple[RSSMState, Tensor, Tensor]:
-        """n steps of the policy in the model: the last state, features after each [n, N, F] and actions [n, N, A]."""
+        """Take n steps in the model; return the last state, features after each [n, N, F] and actions [n, N, A]."""
         features, actions = [], []
         for draw, prior in zip(policy_noise.unbind(), prior_noise.unbind(), strict=True):
             action = self.behaviour.policy.sample(state.features, draw)
@@ -216,10 +226,10 @@ class DreamerV3Learning:
     def _replay_value_loss(
         self, rows: tuple[Tensor, ...], features: Tensor, slow_values: Tensor, boot: Tensor
     ) -> Tensor:
-        """The critic on real rows, with gradient into the world model through features [T, B, F].
+        """Return the critic's loss on real rows, a scalar, with gradient into the world model through features.
 
-        rows: rewards, terminated, truncated and is_first, [T, B] each; slow_values, boot: [T B], the slow critic and
-        the imagined returns of the starts.
+        rows: rewards, terminated, truncated and is_first, [T, B] each; features: [T, B, F]; slow_values, boot: [T B],
+        the slow critic's values and the imagined returns, both of the starts.
         """
         c, (rewards, terminated, truncated, is_first) = self.model.config, rows
         last = torch.maximum(terminated, truncated)
@@ -229,7 +239,7 @@ class DreamerV3Learning:
         return ((1 - last[:-1]) * error).mean()
 
     def _value_error(self, features: Tensor, target: Tensor, slow_value: Tensor) -> Tensor:
-        """Cross-entropy of the critic with the return, plus that with the slow critic's value: [...]."""
+        """Return the critic's cross-entropy with the return, plus that with the slow critic's value: [...]."""
         logits, bins = self.behaviour.value(features).float(), self.model.bins
         both = fn.two_hot(target.detach(), bins) + fn.two_hot(slow_value.detach(), bins)
         return fn.soft_cross_entropy(logits, both)
@@ -246,9 +256,10 @@ class DreamerV3Learning:
 
 
 def obs_columns(model: DreamerV3WorldModel) -> dict[str, str]:
-    """The replay column of each observation that the model reads, by key."""
+    """Return the replay column of each observation that the model reads, by key."""
     return {name: f"obs/{name}" for name in model.encoder.vectors | model.encoder.images}
 
 
 def as_mapping(obs: Any) -> dict[str, Any]:
+    """Return observations by key; a single one gets the key "obs"."""
     return dict(obs) if isinstance(obs, Mapping) else {"obs": obs}

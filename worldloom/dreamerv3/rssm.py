@@ -1,4 +1,7 @@
-"""The recurrent state-space model: a block-diagonal GRU with categorical latents (DreamerV3, eq. 3)."""
+"""The recurrent state-space model: a block-diagonal GRU with categorical latents.
+
+Hafner et al. 2025, "World model learning"; h is `deter`, z is `stoch`.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,39 @@ from worldloom.dreamerv3.unroll import Tape, addend, linear_product
 
 @dataclass(frozen=True)
 class RSSMState:
-    """deter [..., D] and stoch [..., S, K], one-hot along K (with straight-through gradients while learning)."""
+    """A state: deter [..., D] and stoch [..., S, K], one-hot along K (with straight-through gradients in learning)."""
 
     deter: Tensor
     stoch: Tensor
 
     @property
     def features(self) -> Tensor:
-        """[..., D + S K]"""
+        """The input of the heads: deter and flat stoch, [..., D + S K]."""
         return torch.cat([self.deter, self.stoch.flatten(-2).to(self.deter.dtype)], -1)
 
     def detach(self) -> RSSMState:
+        """Return the state without its history of gradients."""
         return RSSMState(self.deter.detach(), self.stoch.detach())
 
     def transposed(self) -> RSSMState:
-        """[T, B, ...] to [B, T, ...]."""
+        """Return states [T, B, ...] as [B, T, ...]."""
         return RSSMState(self.deter.transpose(0, 1), self.stoch.transpose(0, 1))
 
     def flatten(self) -> RSSMState:
-        """[T, B, ...] to [T B, ...]."""
+        """Return states [T, B, ...] as [T B, ...]."""
         return RSSMState(self.deter.flatten(0, 1), self.stoch.flatten(0, 1))
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What `observe` gives for T steps, time-first."""
+    """The result of `observe` for T steps, time-first."""
 
     states: RSSMState  # [T, B, ...]
     log_probs: Tensor  # [T, B, S, K], with unimix
 
 
 class LoopAdded(NamedTuple):
-    """What the linear maps of a step add to: their biases, or the tokens' share; [T, B, O] each."""
+    """The terms that the linear maps of a step add: their biases, or the tokens' share; [T, B, O] each."""
 
     deter_in: Tensor
     stoch_in: Tensor
@@ -58,7 +62,7 @@ class LoopAdded(NamedTuple):
 
 
 class LoopInputs(NamedTuple):
-    """What the linear maps of a step read, in the order of LoopAdded: [n, B, I] each, or their tapes."""
+    """The inputs of the linear maps of a step, in the order of LoopAdded: [n, B, I] each, or their tapes."""
 
     deter: Any
     stoch: Any
@@ -81,7 +85,7 @@ class LoopWeights(NamedTuple):
 
 
 class RecurrentCore(nn.Module):
-    """The recurrent part: deter under an action (DreamerV3, eq. 3, "sequence model"). D: width of deter."""
+    """The sequence model: the next deter under an action. deter: its width D; flat: S K; hidden: width of layers."""
 
     def __init__(self, action_dim: int, deter: int, hidden: int, flat: int, blocks: int) -> None:
         super().__init__()
@@ -94,26 +98,26 @@ class RecurrentCore(nn.Module):
         self.gru = BlockLinear(deter, 3 * deter, blocks)
 
     def embed_action(self, action: Tensor) -> Tensor:
-        """[..., A] to [..., hidden]; entries beyond [-1, 1] are scaled back."""
+        """Embed actions [..., A] as [..., hidden]; each entry a enters as a / max(1, |a|)."""
         embedded: Tensor = self.action_in(action / action.detach().abs().clamp(min=1.0))
         return embedded
 
     def core(self, state: RSSMState, action: Tensor) -> Tensor:
-        """The next deter [R, D], from embedded actions [R, hidden]."""
+        """Return the next deter [R, D], from embedded actions [R, hidden]."""
         h = state.deter
         x = torch.cat([self.deter_in(h), self.stoch_in(state.stoch.flatten(-2)), action], -1)
         y = F.silu(self.hidden_norm(self.hidden(h, x)))
         return self.gates(self.gru(y), h)
 
     def gates(self, gates: Tensor, h: Tensor) -> Tensor:
-        """The next deter [R, D] from the GRU's gates [R, 3 D] and deter before."""
+        """Return the next deter [R, D], from the GRU's gates [R, 3 D] and the previous deter h [R, D]."""
         grouped = gates.view(len(h), self.hidden.weight.shape[1], 3, -1)
         reset, candidate, update = (gate.reshape(h.shape) for gate in grouped.unbind(2))
         return gru_gate(reset, candidate, update, h)
 
 
 class RSSM(RecurrentCore):
-    """The recurrent core, and what is expected and seen beside it: prior and posterior over S variables of K classes.
+    """The sequence model, with prior and posterior over S categorical variables of K classes.
 
     action_dim: A. tokens: E, width of the embedded observation. unimix: share of a uniform distribution.
     """
@@ -136,24 +140,25 @@ class RSSM(RecurrentCore):
         self.obs_logits = Linear(hidden, flat)
         self.prior_in = nn.Sequential(NormedLinear(deter, hidden), NormedLinear(hidden, hidden))
         self.prior_logits = Linear(hidden, flat)
-        self.learning_steps = self.observe_steps  # what `observe` repeats; an agent that learns compiles it
-        self.steps_at_once = 1 << 30  # of `observe`, in one call of learning_steps
+        self.learning_steps = self.observe_steps  # the part that `observe` repeats; may be compiled
+        self.steps_at_once = 1 << 30  # steps of `observe` in one call of learning_steps
 
     def initial(self, batch_size: int) -> RSSMState:
+        """Return the state before any observation: zeros."""
         like = self.gru.bias
         deter = torch.zeros(batch_size, self.deter, device=like.device)
         return RSSMState(deter, torch.zeros(batch_size, self.stoch, self.classes, device=like.device))
 
     def prior(self, deter: Tensor) -> Tensor:
-        """Log probabilities [..., S, K] of what the model expects to see."""
+        """Return log probabilities [..., S, K] before an observation is seen, from deter [..., D]."""
         return self._log_probs(self.prior_logits(self.prior_in(deter)))
 
     def posterior(self, deter: Tensor, tokens: Tensor) -> Tensor:
-        """Log probabilities [..., S, K] after seeing tokens [..., E]."""
+        """Return log probabilities [..., S, K] after tokens [..., E] are seen, from deter [..., D]."""
         return self._posterior(deter, self.embed_tokens(tokens))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """The tokens' share of the posterior's first layer, for all steps at once."""
+        """Return the tokens' share [..., hidden] of the posterior's first layer, for all steps at once."""
         linear = self.obs_in.linear
         return F.linear(tokens, linear.weight[:, self.deter :], linear.bias)
 
@@ -168,7 +173,7 @@ class RSSM(RecurrentCore):
     def observe_step(
         self, state: RSSMState, action: Tensor, embedded: Tensor, is_first: Tensor, noise: Tensor
     ) -> tuple[RSSMState, Tensor]:
-        """Filter one observation: (posterior state, its log probabilities).
+        """Filter one observation; return the posterior state and its log probabilities [B, S, K].
 
         action: [B, hidden] embedded; embedded: tokens, [B, hidden]; is_first: [B] bool resets a row; the embedded
         action of such a row must already be that of a zero action. noise: [B, S, K] standard exponential.
@@ -182,8 +187,8 @@ class RSSM(RecurrentCore):
     def observe(self, state: RSSMState, actions: Tensor, tokens: Tensor, is_first: Tensor, noise: Tensor) -> Posterior:
         """Filter T steps. actions [T, B, A] led to tokens [T, B, E]; is_first [T, B]; noise [T, B, S, K].
 
-        The same as `observe_step` again and again; what needs no recurrence is computed for all steps at once, and so
-        is the gradient of every weight (`unroll`).
+        The result equals that of repeated `observe_step`. Everything without recurrence is computed for all steps at
+        once, and so is the gradient of every weight (`unroll`).
         """
         lead = (len(actions), len(state.deter))
         given, added, scales = self.prepare(actions, tokens, is_first, noise)
@@ -203,8 +208,8 @@ class RSSM(RecurrentCore):
     def prepare(
         self, actions: Tensor, tokens: Tensor, is_first: Tensor, noise: Tensor
     ) -> tuple[tuple[Tensor, ...], LoopAdded, tuple[Tensor, ...]]:
-        """What every step of the loop is given: (embedded action, mask of what is kept, noise) [T, B, ...], what its
-        linear maps add to, and the scales of its norms [O] each."""
+        """Return the inputs of every step of the loop: (embedded action, mask of kept states, noise) [T, B, ...], the
+        terms that its linear maps add, and the scales of its norms [O] each."""
         keep = (~is_first).to(actions.dtype).unsqueeze(-1)
         embedded_actions = self.embed_action(actions * keep)
         embedded_tokens = self.embed_tokens(tokens)
@@ -216,7 +221,7 @@ class RSSM(RecurrentCore):
         return (embedded_actions, keep, noise), added, tuple(norm.scale for norm in norms)
 
     def _loop_weights(self, dtype: torch.dtype) -> LoopWeights:
-        """Cast once for all steps, without gradient."""
+        """Return the weights, cast once for all steps, without gradient."""
         own, shared = self.hidden.parts()
         found = (
             self.deter_in.linear.weight.mT,
@@ -243,9 +248,9 @@ class RSSM(RecurrentCore):
     def observe_steps(
         self, state: RSSMState, w: LoopWeights, rows: tuple[Tensor, ...]
     ) -> tuple[RSSMState, tuple[Tensor, Tensor, Tensor], LoopInputs]:
-        """Filter n steps, an entry of each of `rows` [n, B, ...] a step.
+        """Filter n steps; each step reads one entry of every tensor of `rows` [n, B, ...].
 
-        Returns the last state, (deter, stoch, log probabilities) [n, B, ...], and what the linear maps read.
+        Returns the last state, (deter, stoch, log probabilities) [n, B, ...], and the inputs of the linear maps.
         """
         made, read = [], []
         for row in zip(*(value.unbind() for value in rows), strict=True):
@@ -269,21 +274,24 @@ class RSSM(RecurrentCore):
         return state, (deters, stochs, log_probs), inputs
 
     def imagine_step(self, state: RSSMState, action: Tensor, noise: Tensor) -> RSSMState:
-        """The next state under action [R, A], drawn from the prior; noise: [R, S, K] standard exponential."""
+        """Return the next state under action [R, A], drawn from the prior; noise: [R, S, K] standard exponential."""
         deter = self.core(state, self.embed_action(action))
         return RSSMState(deter, sample_one_hot(self.prior(deter), noise))
 
 
 def gru_gate(reset: Tensor, candidate: Tensor, update: Tensor, h: Tensor) -> Tensor:
-    """One step of the GRU: the reset gate multiplies the candidate before its tanh, and updates start out rare."""
+    """Return u tanh(sigmoid(reset) candidate) + (1 - u) h, with u = sigmoid(update - 1); all [..., D].
+
+    The reset gate multiplies the candidate before its tanh, and the -1 makes updates rare at first.
+    """
     u = torch.sigmoid(update - 1)
     return torch.lerp(h.to(u.dtype), torch.tanh(torch.sigmoid(reset) * candidate), u)
 
 
 def sample_one_hot(log_probs: Tensor, noise: Tensor) -> Tensor:
-    """A categorical draw as one-hot [..., K], with the gradient of the probabilities (straight-through).
+    """Draw one-hot samples [..., K], with the gradient of the probabilities (straight-through).
 
     noise: [..., K] standard exponential.
     """
     probs = log_probs.exp()
-    return fn.draw_one_hot(probs, noise) + (probs - probs.detach())  # what is added is exactly zero
+    return fn.draw_one_hot(probs, noise) + (probs - probs.detach())  # the added term is exactly zero

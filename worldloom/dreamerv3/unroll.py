@@ -1,9 +1,9 @@
-"""Weights that a loop uses at every step, with one product for the gradient of each after the loop.
+"""Gradients of the weights of a loop: one product for each weight, after all steps.
 
-Differentiating a loop step by step forms every weight's gradient once a step, each from a product over B rows only, and
-adds them up: T times a write of the whole gradient. Here the steps use weights without gradient. What each linear map
-reads is kept, and what reaches its output in the backward pass arrives as the gradient of the array that it adds to
-(its bias, as [T, B, O]); when all steps are done, the weight's gradient is one product over T B rows.
+Ordinary differentiation of a loop forms every weight's gradient once per step, from a product over only B rows, and
+adds these up: T writes of the whole gradient. Here the steps use weights without gradient. A tape keeps the inputs of
+each linear map, and the gradient of its outputs arrives as the gradient of the array that it adds (its bias, as
+[T, B, O]). When all steps are done, the weight's gradient is one product over T B rows.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Product = Callable[[Tensor, Tensor], Tensor]  # (inputs [N, I], gradients of out
 
 
 class Tape:
-    """What one linear map reads at every step, filled while the loop runs: [n, B, I] each, in order."""
+    """The inputs of one linear map at every step, filled while the loop runs: [n, B, I] each, in order."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
 
     def rows(self) -> Tensor:
-        """[T B, I]"""
+        """Return the inputs of all steps, [T B, I]."""
         joined = self.inputs[0] if len(self.inputs) == 1 else torch.cat(self.inputs)
         return joined.flatten(0, 1)
 
 
 class _Addend(torch.autograd.Function):
-    """Passes on what a linear map adds to; its backward pass knows the gradient of every step's output."""
+    """The identity on the array that a linear map adds; its backward pass forms the gradient of the map's weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, addend: Tensor, tape: Tape, product: Product) -> Tensor:
@@ -46,11 +46,11 @@ class _Addend(torch.autograd.Function):
 
 
 def addend(weight: Tensor, rows: Tensor, tape: Tape, product: Product) -> Tensor:
-    """rows [T, B, O], what the map with this weight adds to at each step; brings the weight its gradient."""
+    """Return `rows` [T, B, O], the terms that a map adds at each step, so that `weight` gets its gradient from them."""
     added: Tensor = _Addend.apply(weight, rows, tape, product)  # type: ignore[no-untyped-call]
     return added
 
 
 def linear_product(inputs: Tensor, gradients: Tensor) -> Tensor:
-    """For weights [O, I]."""
+    """Return the gradient of a weight [O, I], from inputs [N, I] and gradients of outputs [N, O]."""
     return gradients.mT @ inputs

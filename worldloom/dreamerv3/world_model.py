@@ -24,7 +24,7 @@ VECTOR = "obs"  # the key of an observation that is not a mapping
 
 
 class Head(nn.Module):
-    """An MLP on features with one linear output; scale multiplies its initial kernel."""
+    """An MLP on features [..., D + S K] with a linear output [..., outputs]; scale multiplies its initial kernel."""
 
     def __init__(self, inputs: int, units: int, layers: int, outputs: int, scale: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class WorldLosses:
-    """Means over the batch, and the filtered states for everything that follows."""
+    """The world model's losses, means over the batch, and the filtered states."""
 
     parts: dict[str, Tensor]  # scalars, unscaled
     total: Tensor
@@ -45,11 +45,11 @@ class WorldLosses:
 
 
 class DreamerV3WorldModel(nn.Module):
-    """obs_shape: one shape, or a mapping of them; (C, H, W) are images, everything else vectors.
+    """DreamerV3's world model. obs_shape: one shape, or a mapping of them; (C, H, W) are images, all others vectors.
 
-    obs_classes: how many classes there are, by key, where observations are class indices. In numbers -inf marks what
-    was not observed, in class indices -1. Raises ValueError for images whose sides cannot be halved four times to
-    3..16, and for class counts without an observation.
+    obs_classes: the class count, by key, of observations that are class indices. A number -inf or a class index -1
+    marks what was not observed. Raises ValueError for images whose sides cannot be halved four times to 3..16, and for
+    class counts without an observation.
     """
 
     bins: Tensor
@@ -92,21 +92,18 @@ class DreamerV3WorldModel(nn.Module):
     # Heads on features [..., D + S K]
 
     def predict_reward(self, features: Tensor) -> Tensor:
-        """[...], of the step that arrived here."""
+        """Return the reward [...] of the step that arrived at these features."""
         return fn.antisymmetric_mean(self.reward(features).float(), self.bins)
 
     def predict_continue(self, features: Tensor) -> Tensor:
-        """[...], discounted chance that the episode goes on from here; the discount lives inside the head."""
+        """Return the chance [...] that the episode goes on from here, times the discount, which the head learns too."""
         return torch.sigmoid(self.continues(features).float()).squeeze(-1)
 
     # WorldModel
 
     def encode(self, obs: Obs) -> LatentState:
-        """The posterior after seeing only obs [B, *obs_shape], as at the start of an episode.
-
-        Images are uint8, or floats in [0, 1]; a mapping of observations is given by key. Raises ValueError that names
-        the key of what is missing or of another shape or kind.
-        """
+        """Return the posterior after seeing only obs [B, *obs_shape]; images are uint8, or floats in [0, 1].
+        Raises ValueError that names the key of a missing or wrong observation."""
         tokens = self.encoder(self.as_mapping(obs, "encode", 1))
         state = self.rssm.initial(len(tokens))
         return self._observe(state, torch.zeros(len(tokens), self.action_dim, device=tokens.device), tokens)
@@ -119,7 +116,7 @@ class DreamerV3WorldModel(nn.Module):
         self._check_action("observe", action, (state.batch_size,))
         tokens = self.encoder(self.as_mapping(obs, "observe", 1))
         if len(tokens) != state.batch_size:
-            raise ValueError(f"observe: {len(tokens)} observations of {state.batch_size} states.")
+            raise ValueError(f"observe: {len(tokens)} observations, expected {state.batch_size}: one for each state.")
         return self._observe(self.as_rssm(state), action, tokens)
 
     def _observe(self, state: RSSMState, action: Tensor, tokens: Tensor) -> LatentState:
@@ -130,7 +127,7 @@ class DreamerV3WorldModel(nn.Module):
         return as_latent(posterior)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
-        """`obs` (numbers in their units, class indices, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""
+        """Return `obs` (numbers in their units, classes, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""
         assert state.stochastic is not None
         decoded = self.decoder(state.deterministic, state.stochastic)
         shown = {name: self.decoder.shown(name, value) for name, value in decoded.items()}
@@ -141,7 +138,7 @@ class DreamerV3WorldModel(nn.Module):
         }
 
     def continue_probability(self, features: Tensor) -> Tensor:
-        """[...] in [0, 1]: the head's output without the discount that it was trained to include."""
+        """Return the chance [...] that the episode goes on: the head's output without the discount in it."""
         return (self.predict_continue(features) / self.config.discount).clamp(max=1.0)
 
     def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
@@ -157,8 +154,8 @@ class DreamerV3WorldModel(nn.Module):
         return as_latent(self.rssm.initial(batch_size))
 
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` and its parts: `kl_loss` (dynamics and representation, scaled), `reconstruction_loss`, `reward_loss`,
-        `continue_loss`, and the finer `dynamics_loss`, `representation_loss`, `reconstruction/<key>`."""
+        """Return `loss` and its parts: `kl_loss` (`dynamics_loss` and `representation_loss`, scaled and added),
+        `reconstruction_loss` (and `reconstruction/<key>`), `reward_loss` and `continue_loss`, all scalars."""
         shape = batch["actions"].shape[:2]
         found = self.losses(batch, self.rssm.initial(shape[0]), self.draw_noise(shape[1], shape[0]))
         c, parts = self.config, found.parts
@@ -185,12 +182,12 @@ class DreamerV3WorldModel(nn.Module):
     # Learning
 
     def draw_noise(self, steps: int, rows: int, generator: Generator | None = None) -> Tensor:
-        """[T, R, S, K] standard exponential, for categorical draws."""
+        """Draw noise [T, R, S, K], standard exponential, for categorical draws."""
         shape = (steps, rows, self.config.stoch, self.config.classes)
         return fn.exponential_noise(shape, generator, self.bins.device)
 
     def losses(self, batch: Batch, state: RSSMState, noise: Tensor) -> WorldLosses:
-        """The world model loss (eq. 5) of T rows from the state before the first; noise: [T, B, S, K]."""
+        """Return the losses of rows [B, T, ...] after `state`; noise [T, B, S, K]. Raises ValueError for bad shapes."""
         obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
         lead = (batch["actions"].shape[0], batch["actions"].shape[1])
         for name, value in obs.items():
@@ -203,14 +200,16 @@ class DreamerV3WorldModel(nn.Module):
         return WorldLosses(parts, total, posterior)
 
     def embed(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Tokens [T, B, E]: the encoder, as losses use it; an agent that learns compiles it."""
+        """Return tokens [T, B, E] of observations [T, B, *shape]; may be replaced by its compiled form."""
         tokens: Tensor = self.encoder(obs)
         return tokens
 
     def posterior_losses(
         self, posterior: Posterior, obs: Mapping[str, Tensor], rewards: Tensor, terminated: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts, of T filtered rows at once; everything [T, B, ...]."""
+        """Return the loss and its parts, scalars, of T filtered rows [T, B, ...] (paper: "World model learning"):
+        reconstruction + reward + continue losses + dynamics_scale max(free_nats, KL(sg(posterior) || prior))
+        + representation_scale max(free_nats, KL(posterior || sg(prior)))."""
         c = self.config
         log_q, log_p = posterior.log_probs, self.rssm.prior(posterior.states.deter)
         features = posterior.states.features
@@ -239,7 +238,7 @@ class DreamerV3WorldModel(nn.Module):
         return total, parts
 
     def _rows(self, batch: Batch, lead: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """actions [T, B, A], rewards, is_first and terminated [T, B], time-first."""
+        """Return actions [T, B, A], rewards, is_first and terminated [T, B], time-first."""
         self._check_action("batch['actions']", batch["actions"], lead)
         rewards = batch["rewards"]
         if tuple(rewards.shape) != lead:
@@ -259,7 +258,7 @@ class DreamerV3WorldModel(nn.Module):
     # Conversions
 
     def as_mapping(self, obs: Obs, where: str, lead: int) -> dict[str, Tensor]:
-        """Every observation by key. Raises ValueError that names a missing key or a wrong shape."""
+        """Return every observation by key. Raises ValueError that names a missing key, a wrong shape or kind."""
         given = dict(obs) if isinstance(obs, Mapping) else {VECTOR: obs}
         shapes = self.encoder.vectors | self.encoder.images
         for name, shape in shapes.items():
@@ -274,7 +273,7 @@ class DreamerV3WorldModel(nn.Module):
         return {name: given[name] for name in shapes}
 
     def _check_kind(self, where: str, name: str, value: Tensor) -> None:
-        """Class indices and numbers are not mistaken for one another."""
+        """Raise ValueError where class indices are given for numbers or images, or numbers for class indices."""
         indices = not value.is_floating_point()
         if name in self.encoder.images and indices and value.dtype != torch.uint8:
             shape = tuple(value.shape)
@@ -288,8 +287,9 @@ class DreamerV3WorldModel(nn.Module):
             )
 
     def as_rssm(self, state: LatentState) -> RSSMState:
+        """Return a `LatentState` as this model's. Raises ValueError for a state of another kind of model."""
         if state.stochastic is None:
-            raise ValueError("the state has no stochastic part: it is another model's.")
+            raise ValueError("the state has no stochastic part, expected a state that this model made.")
         return RSSMState(state.deterministic, state.stochastic.unflatten(-1, (self.config.stoch, self.config.classes)))
 
     def _noise(self, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Environments: ids, factories and suites, one at a time or as a vector of them."""
+"""Environments: from ids, factories and suites, one at a time or as a vector."""
 
 from worldloom.envs.environment import Environment
 from worldloom.envs.make import make_env, make_environment

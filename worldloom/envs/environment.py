@@ -1,4 +1,4 @@
-"""One environment behind one contract: its actions in [-1, 1] or one-hot, its images channel-first."""
+"""A Gymnasium environment in the form that agents expect: actions in [-1, 1] or one-hot, images channel-first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worldloom.types import Array, ObsArray
 
 
 class Environment:
-    """One Gymnasium environment under the contract; actions are [A], observations [*obs_shape] or a mapping of them.
+    """Wraps one Gymnasium environment; actions are [A], observations [*obs_shape] or a mapping of them.
 
     observation_space: images uint8 (C, H, W), vectors float32, class indices; or a Dict of these. action_space: Box in
     [-1, 1] of shape (A,), or Discrete and MultiDiscrete, whose actions are given one-hot (see `worldloom.spaces`).
@@ -44,7 +44,7 @@ class Environment:
         return self._observations(obs, first=True)
 
     def step(self, action: Array) -> tuple[ObsArray, float, bool, bool]:
-        """Repeat `action` [A] and sum the rewards: (obs, reward, terminated, truncated)."""
+        """Repeat `action` [A] and sum the rewards; return (obs, reward, terminated, truncated)."""
         native, total, terminated, truncated = self._actions.native(action), 0.0, False, False
         for _ in range(self._repeat):
             obs, reward, terminated, truncated, _ = self._env.step(native)
@@ -56,18 +56,18 @@ class Environment:
         return self._observations(obs), total, bool(terminated), bool(truncated)
 
     def step_once(self) -> None:
-        """Reset and take one step in the middle of the action space: what is broken shows here, before a run starts."""
+        """Reset and take one step with the middle action, so that a broken environment fails before a run starts."""
         self.reset(seed=0)
         middle = np.zeros(self.action_dim, np.float32)
         self.step(middle)
 
     def render(self) -> Array:
-        """An RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
+        """Return an RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
         return np.asarray(self._env.render())
 
     @property
     def frames_per_second(self) -> float:
-        """Steps a second in the environment's own time; 30 where it does not say."""
+        """Agent steps per second in the environment's own time; 30 frames per second if it gives no rate."""
         return float(self._env.metadata.get("render_fps") or 30) / self._repeat
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Environments by name: any Gymnasium id, factory or suite, behind one contract."""
+"""Environments by name: from any Gymnasium id, factory or suite."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def make_environment(
     frame_stack: int = 1,
     image_size: int | None = None,
 ) -> Environment:
-    """One environment. Raises ValueError for an unknown id, naming the nearest; see `make_env` for several."""
+    """Make one environment; see `make_env` for several. Raises ValueError for an unknown id, with the nearest ids."""
     try:
-        if env_id.startswith("ALE/"):  # frames are repeated and pooled together
+        if env_id.startswith("ALE/"):  # make_atari repeats the actions
             game = make_atari(env_id, atari or AtariConfig(), action_repeat, render_mode)
             length = (atari or AtariConfig()).max_frames // action_repeat
             return Environment(game, episode_length=length, frame_stack=frame_stack, image_size=image_size)
@@ -51,7 +51,7 @@ def make_environment(
 
 
 def _factory(env_id: str) -> Callable[..., Any] | None:
-    """What "module:name" names; None for ids, of which "module:Name-v0" says where they are registered."""
+    """Return the function or class that "module:name" names; None for ids, "module:Name-v0" included."""
     module, _, name = env_id.partition(":")
     if not name or re.search(r"-v\d+$", name):
         return None
@@ -65,7 +65,7 @@ def _factory(env_id: str) -> Callable[..., Any] | None:
 
 
 def _call(factory: Callable[..., Any], env_id: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
-    """factory(), with render_mode where it takes one."""
+    """Call the factory, with render_mode if it takes one. Raises TypeError if the result is no gymnasium.Env."""
     taken = {name: value for name, value in options.items() if name in inspect.signature(factory).parameters}
     made = factory(**taken)
     if not isinstance(made, gymnasium.Env):
@@ -84,13 +84,13 @@ def make_env(
     frame_stack: int = 1,
     image_size: int | None = None,
 ) -> VectorEnv:
-    """num_envs environments of a Gymnasium id ("Pendulum-v1", "module:Name-v0"), of a function or class that makes
-    one ("module:factory"), of Atari ("ALE/Pong-v5") or of DeepMind Control ("dm_control/walker-walk-v0"; atari and dmc
-    say how these look).
+    """Make num_envs environments.
 
-    Rewards are summed over action_repeat; images come with the frame_stack - 1 before them, the oldest first, resized
-    to squares of side image_size. Raises ValueError for an unknown id, TypeError for spaces that `worldloom.spaces`
-    cannot convert.
+    env_id: a Gymnasium id ("Pendulum-v1", "module:Name-v0"), a function or class that makes an environment
+    ("module:factory"), an Atari game ("ALE/Pong-v5", with settings `atari`) or a task of DeepMind Control
+    ("dm_control/walker-walk-v0", with settings `dmc`). action_repeat: frames per step; their rewards are summed.
+    frame_stack: images per observation, the oldest first. image_size: side of the square to which images are resized.
+    Raises ValueError for an unknown id, TypeError for spaces that `worldloom.spaces` cannot convert.
     """
     return VectorEnv(
         lambda: make_environment(env_id, action_repeat, render_mode, atari, dmc, frame_stack, image_size),

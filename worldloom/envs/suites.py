@@ -1,4 +1,4 @@
-"""Suites behind Gymnasium ids that need more than gymnasium.make: Atari and DeepMind Control."""
+"""Suites that need more than gymnasium.make: Atari and DeepMind Control."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class AtariConfig:
     Args:
         image_size: side of the square image
         grayscale: one channel instead of three
-        sticky: chance that a frame repeats the action before
-        noops: at most so many random no-ops after a reset
-        full_actions: all 18 actions instead of those that the game reads
-        max_frames: an episode is cut after so many frames
+        sticky: probability that a frame repeats the previous action
+        noops: largest number of no-ops after a reset; the number is drawn at random
+        full_actions: all 18 actions instead of those that have an effect in the game
+        max_frames: frames after which an episode is cut
     """
 
     image_size: int = 64
@@ -48,12 +48,12 @@ class AtariConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DMCConfig:
-    """What DeepMind Control shows.
+    """Observations of DeepMind Control.
 
     Args:
         observations: states (one vector), pixels (an image), or both (a mapping of the states by name and the image)
         image_size: side of the square image
-        camera: number of the camera; null takes 0, for quadrupeds 2
+        camera: number of the camera; null takes 0, or 2 for quadrupeds
     """
 
     observations: Literal["states", "pixels", "both"] = "states"
@@ -66,9 +66,9 @@ class DMCConfig:
 
 
 class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Repeats actions, takes the brighter of the last two frames, resizes; starts with random no-ops.
+    """Repeats actions, takes the pixel-wise maximum of the last two frames, resizes it; starts with random no-ops.
 
-    The pooled frames never reach over a reset. True ends are the game's own; the frame limit only cuts short.
+    The two frames never come from different episodes. `terminated` is the game's own end; the frame limit truncates.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], config: AtariConfig, repeat: int) -> None:
@@ -106,7 +106,7 @@ class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self._image(), total, bool(terminated), bool(truncated and not terminated), info
 
     def _image(self) -> Array:
-        """[C, side, side] uint8, bilinear with antialiasing."""
+        """Return the image [C, side, side] uint8, resized bilinearly with antialiasing."""
         frame = np.maximum.reduce(list(self._frames))
         planes = np.moveaxis(frame if frame.ndim == 3 else frame[..., None], -1, 0)
         return resize_image(np.ascontiguousarray(planes), self._config.image_size)
@@ -115,7 +115,7 @@ class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
 def make_atari(
     env_id: str, config: AtariConfig, action_repeat: int, render_mode: str | None = None
 ) -> gymnasium.Env[Any, Any]:
-    """An "ALE/…-v5" game, by these settings alone: the id's own frame skip and stickiness are switched off."""
+    """Make an "ALE/…-v5" game with these settings alone: the id's own frame skip and stickiness are switched off."""
     import ale_py
 
     gymnasium.register_envs(ale_py)
@@ -132,16 +132,16 @@ def make_atari(
 
 
 class States(gymnasium.ObservationWrapper[Array, Any, Any]):
-    """The states of a dm_control task in one vector [V], in its own order, as checkpoints expect them.
+    """The states of a dm_control task as one vector [V], in dm_control's order, which published checkpoints expect.
 
-    Gymnasium sorts the entries of a Dict space by name: flattening that would put walker's height before its
+    Gymnasium sorts the entries of a Dict space by name: flattening it would put walker's height before its
     orientations.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)
         task: Any = env.unwrapped
-        self._names = list(task._env.observation_spec())  # shimmy keeps it there
+        self._names = list(task._env.observation_spec())  # where shimmy keeps the dm_control task
         spaces: Any = env.observation_space
         size = sum(int(np.prod(spaces[name].shape)) for name in self._names)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
@@ -151,7 +151,7 @@ class States(gymnasium.ObservationWrapper[Array, Any, Any]):
 
 
 def make_dm_control(env_id: str, config: DMCConfig, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
-    """A "dm_control/…-v0" task; its states come as one vector in dm_control's order."""
+    """Make a "dm_control/…-v0" task; its states are one vector in dm_control's order."""
     _render_without_display()
     import shimmy  # noqa: F401 - registers the ids
 
@@ -165,6 +165,6 @@ def make_dm_control(env_id: str, config: DMCConfig, render_mode: str | None = No
 
 
 def _render_without_display() -> None:
-    """Where there is no display, MuJoCo renders through EGL; it reads this when it is first imported."""
+    """Let MuJoCo render through EGL if there is no display. MuJoCo reads the variable when it is first imported."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")

@@ -1,4 +1,4 @@
-"""Several environments stepped together; one that breaks is rebuilt in its place."""
+"""Several environments stepped together; one that fails is rebuilt."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from worldloom.types import Array, ObsArray, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
 
-FAILURES_ALLOWED = 5  # of one environment within FAILURE_WINDOW of its steps, before the run is given up
+FAILURES_ALLOWED = 5  # so many failures of one environment within FAILURE_WINDOW steps end the run
 FAILURE_WINDOW = 100
 
 
 class EnvironmentFailed(RuntimeError):
-    """An environment failed again and again; the last failure is the cause."""
+    """An environment failed in its first step or too often; its last error is the cause."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of E environments gave, in Gymnasium's order: these came out of the actions just taken."""
+    """The result of one step of E environments, in Gymnasium's order: everything follows the actions just taken."""
 
     obs: ObsArray  # [E, *obs_shape] (or a mapping) to act on next: of the new episode where one ended
     final_obs: ObsArray  # [E, *obs_shape] that the action led to; equals obs where no episode ended
     rewards: Array  # [E] float32
     terminated: Array  # [E] bool
     truncated: Array  # [E] bool
-    failed: Array  # [E] bool: the step raised; the environment was rebuilt and its episode cut short before it
+    failed: Array  # [E] bool: the step raised an error; the environment was rebuilt, its episode ends before the step
 
     @property
     def is_first(self) -> Array:
-        """[E] bool: obs starts an episode."""
+        """Flags [E] bool: obs starts an episode."""
         return cast(Array, self.terminated | self.truncated | self.failed)
 
 
 class VectorEnv:
-    """E environments stepped together; those that end are reset in the same step.
+    """E environments stepped together; one whose episode ends is reset in the same step.
 
-    An environment that raises is rebuilt in its place. One that fails over and over ends the run with
-    `EnvironmentFailed`, caused by its last error.
+    An environment that raises an error is rebuilt. One that fails too often ends the run with `EnvironmentFailed`,
+    whose cause is its last error.
     """
 
     def __init__(self, make: Callable[[], Environment], num_envs: int, seed: int) -> None:
@@ -72,7 +72,7 @@ class VectorEnv:
 
     @property
     def action_classes(self) -> tuple[int, ...]:
-        """The number of choices of each part of a one-hot action; () for continuous actions."""
+        """Number of choices of each part of a one-hot action; () for continuous actions."""
         return self._envs[0].action_classes
 
     @property
@@ -81,23 +81,27 @@ class VectorEnv:
 
     @property
     def episode_length(self) -> int | None:
-        """Agent steps after which every episode is cut; None where there is no limit."""
+        """Agent steps after which every episode is cut; None if there is no limit."""
         return self._envs[0].episode_length
 
     def reset(self) -> ObsArray:
-        """Start every environment: obs [E, *obs_shape], or a mapping of such."""
+        """Reset every environment and return obs [E, *obs_shape], or a mapping of such."""
         return _stack([self._reset(index) for index in range(self.num_envs)])
 
     def step(self, actions: Array) -> Step:
-        """actions: [E, A]. Raises ValueError for another shape, EnvironmentFailed for a broken environment."""
+        """Step every environment with actions [E, A].
+
+        Raises ValueError for another shape, FloatingPointError for actions that are not finite, EnvironmentFailed for
+        an environment that fails too often.
+        """
         if actions.shape != (self.num_envs, self.action_dim):
             raise ValueError(
                 f"{self.name}: actions are {actions.shape}, expected {(self.num_envs, self.action_dim)}: [E, A]."
             )
         if not np.isfinite(actions).all():
             raise FloatingPointError(
-                f"{self.name}: the agent gave actions that are NaN or infinite, so its parameters are. Lower agent.lr, "
-                "or go on from the last checkpoint with --resume."
+                f"{self.name}: the agent gave NaN or infinite actions, so its parameters are NaN or infinite. Lower "
+                "agent.lr, or go on from the last checkpoint with --resume."
             )
         self._steps += 1
         obs: list[ObsArray] = []
@@ -119,7 +123,7 @@ class VectorEnv:
         return Step(_stack(obs), _stack(final_obs), rewards, terminated, truncated, failed)
 
     def render(self) -> Array:
-        """The first environment's frame [H, W, 3] uint8."""
+        """Return the first environment's frame [H, W, 3] uint8."""
         return self._envs[0].render()
 
     @property
@@ -138,7 +142,7 @@ class VectorEnv:
                 self._rebuild(index, error)
 
     def _rebuild(self, index: int, error: Exception) -> None:
-        """Replace a broken environment, unless it broke too often."""
+        """Replace an environment that failed. Raises EnvironmentFailed if it failed too often."""
         recent = self._failures[index]
         recent.append(self._steps)
         self.failures += 1
@@ -146,9 +150,9 @@ class VectorEnv:
         if len(recent) == FAILURES_ALLOWED and self._steps - recent[0] < FAILURE_WINDOW:
             raise EnvironmentFailed(
                 f"environment {index} ({self.name}) failed {FAILURES_ALLOWED} times within {FAILURE_WINDOW} steps; "
-                f"the last time: {self.last_failure}. Mend the environment, then --resume."
+                f"the last error: {self.last_failure}. Fix the environment, then go on with --resume."
             ) from error
-        logger.warning("environment %d (%s) raised and was rebuilt: %r", index, self.name, error)
+        logger.warning("environment %d (%s) raised an error and was rebuilt: %r", index, self.name, error)
         try:
             self._envs[index].close()
         except Exception as closing:  # a broken environment may not close either; it is replaced anyway

@@ -1,1 +1,1 @@
-"""Replay: rows in, windows out."""
+"""Replay: stores rows of experience and draws windows of consecutive rows."""

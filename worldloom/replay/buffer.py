@@ -1,4 +1,4 @@
-"""The replay buffer: chunks in, windows out."""
+"""The replay buffer: stores chunks of rows and draws windows of consecutive rows."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ RECORDED = (-1, 0)  # the stream of episodes that a user added
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What replay has accepted so far; every count only grows."""
+    """Counts of what replay has accepted so far."""
 
     rows: int
     steps: int  # environment steps: rows that an action led to
-    episodes: int  # ended, by a true end or cut short
+    episodes: int  # episodes that ended, terminated or truncated
     chunks: int
-    duplicates: int  # chunks that came again and were ignored
-    windows: int  # that can be drawn now; unlike the rest it may shrink
+    duplicates: int  # chunks that arrived again and were ignored
+    windows: int  # windows that can be drawn now; the only count that can also fall
 
 
 class ReplayBuffer:
-    """The last `capacity` rows, and windows of consecutive rows drawn uniformly from them.
+    """Keeps the last `capacity` rows, and draws windows of consecutive rows uniformly from them.
 
     capacity: rows. obs_shape, obs_dtype: of one observation, or mappings of them; obs_dtype None takes uint8 for
     images (three axes) and float32 for vectors. windows: length, context and whether they may cross is_first rows; by
     default single-episode windows of 50 rows (fewer if capacity is smaller). columns: extra columns that an agent
-    declares. Raises MemoryError if the ring would not fit in memory, ValueError if it is shorter than a window.
+    declares. Raises MemoryError if the rows would not fit in memory, ValueError if capacity is less than a window.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class ReplayBuffer:
         dtypes = observation_dtypes(shapes, obs_dtype)
         base = base_columns({name: ColumnSpec(shape, dtypes[name]) for name, shape in shapes.items()}, action_dim)
         if taken := base.keys() & (columns or {}).keys():
-            raise ValueError(f"replay columns {sorted(taken)} are taken. Rename the agent's columns.")
+            raise ValueError(f"replay has columns {sorted(taken)} already. Rename the agent's columns.")
         self.extra_columns = list(columns or {})  # names of the columns that an agent declared
         self.specs: dict[str, ColumnSpec] = {**base, **(columns or {})}
         self._ring = Ring(capacity, self.specs, self.windows)
         self._ledger = Ledger()
         self._rng = np.random.default_rng([seed, 0x5EED])
         self._lengths: dict[int, tuple[int, Array]] = {}  # starts of windows of other lengths
-        self._warned = False  # of actions whose outcome was not recorded
+        self._warned = False  # of dropped last actions
 
     def __len__(self) -> int:
-        """Rows that can be drawn from."""
+        """Return the number of rows that can be drawn from."""
         return len(self._ring)
 
     @property
@@ -93,12 +93,12 @@ class ReplayBuffer:
 
     @property
     def num_windows(self) -> int:
-        """Distinct windows that `sample` draws from."""
+        """Number of distinct windows that `sample` draws from."""
         return self._ring.index.count
 
     @property
     def num_episodes(self) -> int:
-        """Episodes that ended since the start, evicted ones included."""
+        """Number of episodes that ended since the start, evicted ones included."""
         return self._ring.episodes
 
     def accepted(self) -> Acceptance:
@@ -108,7 +108,7 @@ class ReplayBuffer:
     # In
 
     def insert(self, chunk: Chunk) -> Acceptance:
-        """Copy a chunk in. A key that was accepted before, or is older than one that was, changes nothing.
+        """Store a chunk. One whose key was accepted before, or is older than its actor's last one, is ignored.
 
         Raises ValueError for columns of other names, shapes or lengths, before anything is changed.
         """
@@ -130,16 +130,16 @@ class ReplayBuffer:
         actions: Any,
         rewards: Any,
         dones: Any,
-        truncated: bool = False,  # noqa: ARG002 - without a true end it counts as cut short, told or not
+        truncated: bool = False,  # noqa: ARG002 - every episode without a true end is truncated
         **columns: Any,
     ) -> None:
         """Add a recorded episode of L actions in Gymnasium's order: actions[t] was taken at obs[t].
 
-        obs: [L + 1, *obs_shape], or [L, ...] where the outcome of the last action was not recorded: that action is
+        obs: [L + 1, *obs_shape], or [L, ...] if the observation after the last action was not recorded: that action is
         then dropped. actions: [L, A] in [-1, 1] or one-hot, or [L] integers below A, which become one-hot. rewards,
-        dones: [L]; a done may only be the last, and means a true end. truncated: the episode was cut short by a time
-        limit, as is assumed of every one without a true end. columns: values of the agent's extra columns, the same
-        for all rows (task=3); zeros where not given.
+        dones: [L]; only the last done may be set, and it means a true end. truncated: the episode was cut short by a
+        time limit; this is assumed of every episode without a true end. columns: values of the agent's extra columns,
+        the same for all rows (task=3); zeros if not given.
         Raises ValueError before anything is changed.
         """
         if unknown := columns.keys() - set(self.extra_columns):
@@ -168,13 +168,13 @@ class ReplayBuffer:
         action_range: tuple[Any, Any] | None = None,
         **options: Any,
     ) -> ReplayBuffer:
-        """A buffer filled with recorded episodes, of `worldloom.training.read_episodes`, Minari, or your own.
+        """Make a buffer of recorded episodes, from `worldloom.training.read_episodes`, Minari, or your own data.
 
         trajectories: mappings or objects with observations (or obs), actions, rewards, and terminations (or dones)
-        and truncations; see `worldloom.replay.recorded.Episode` for every name that is read. Shapes come from the
-        first episode, the number of choices of integer actions from all. action_range: (low, high) of continuous
-        actions that are to be scaled to [-1, 1]. capacity: rows; None takes what the episodes fill. options: of
-        ReplayBuffer. Raises ValueError, naming the episode.
+        and truncations; `worldloom.replay.recorded.NAMES` lists every name that is read. Shapes come from the first
+        episode, the number of choices of integer actions from all. action_range: (low, high) of continuous actions,
+        which are then scaled to [-1, 1]. capacity: rows; None takes as many as the episodes have. options: further
+        arguments of ReplayBuffer. Raises ValueError that names the episode.
         """
         episodes = read_trajectories(trajectories, action_range)
         shape = obs_shape if obs_shape is not None else episodes[0].obs_shape
@@ -192,12 +192,12 @@ class ReplayBuffer:
     def draw(
         self, batch_size: int, seq_len: int | None = None, rng: np.random.Generator | None = None
     ) -> dict[str, Array]:
-        """One batch as numpy: every column [B, T, ...] (`as_batch` joins those of a mapping), `continues`, and the
-        row numbers `rows`. seq_len: T; None takes that of `windows`. rng: None draws with the buffer's own.
+        """Draw one batch as numpy: every column [B, T, ...] (`as_batch` joins those of a mapping), `continues`, and the
+        row numbers `rows`. seq_len: T; None takes that of `windows`. rng: None takes the buffer's own generator.
 
-        In windows of the agent's own length, columns that it reads in the context rows alone come for those.
+        In windows of the agent's own length, columns that it reads only in the context rows hold only those rows.
 
-        Raises ValueError where no episode holds seq_len rows.
+        Raises ValueError if no complete window of seq_len rows is held.
         """
         if batch_size < 1:
             raise ValueError(f"sample: batch_size is {batch_size}, expected at least 1.")
@@ -216,7 +216,7 @@ class ReplayBuffer:
         return batch
 
     def _draw_starts(self, batch_size: int, length: int, rng: np.random.Generator | None) -> Array:
-        """Ring positions [B]: fresh windows first, each once, then uniform."""
+        """Draw ring positions [B]: windows that were never drawn first, each once, then uniformly."""
         rng = rng or self._rng
         if length != self.windows.length:
             return rng.choice(self._starts_of(length), batch_size)
@@ -228,8 +228,8 @@ class ReplayBuffer:
         return np.concatenate([np.array(fresh, np.int64), self._ring.index.draw(rng, batch_size - len(fresh))])
 
     def draw_sequence(self, longest: int, rng: np.random.Generator | None = None) -> dict[str, Array] | None:
-        """Columns [T, ...] of one sequence within an episode, of `longest` rows or, where no episode has them, of half,
-        a quarter, …; None while no episode has two rows."""
+        """Draw columns [T, ...] of one sequence within an episode, of `longest` rows or, if no episode has so many, of
+        half, a quarter, …; None while no episode has two rows."""
         while longest > 1:
             starts = self._ring.find_starts(longest, crosses=False)
             if len(starts):
@@ -240,7 +240,7 @@ class ReplayBuffer:
         return None
 
     def check_length(self, seq_len: int) -> None:
-        """Raises ValueError where no window of that many rows can be drawn."""
+        """Raise ValueError if no window of seq_len rows can be drawn."""
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}, expected at least 1.")
         if self.num_windows if seq_len == self.windows.length else len(self._starts_of(seq_len)):
@@ -252,7 +252,7 @@ class ReplayBuffer:
         )
 
     def _starts_of(self, length: int) -> Array:
-        """Ring positions that start a window of `length` rows, in order of age; kept until rows arrive."""
+        """Return ring positions that start a window of `length` rows, oldest first; cached until rows arrive."""
         rows, starts = self._lengths.get(length, (-1, np.empty(0, np.int64)))
         if rows != self._ring.rows:
             starts = self._find_starts(length)
@@ -269,14 +269,14 @@ class ReplayBuffer:
         device: torch.device | str = "cpu",
         rng: np.random.Generator | None = None,
     ) -> Batch:
-        """One batch as tensors, [B, T, ...]; see `draw` for the arguments and `worldloom.types.Batch`."""
+        """Draw one batch as tensors [B, T, ...]; see `draw` for the arguments and `worldloom.types.Batch`."""
         columns = self.draw(batch_size, seq_len, rng)
         return as_batch({name: torch.from_numpy(column).to(device) for name, column in columns.items()})
 
     def write_back(self, rows: Array, columns: Mapping[str, Array]) -> int:
-        """Replace entries of extra columns at row numbers [B, T]; evicted rows are skipped. Returns how many.
+        """Replace entries of extra columns at row numbers [B, T]; return how many rows were skipped as evicted.
 
-        columns: [B, T', ...], of the last T' rows of each window.
+        columns: [B, T', ...], for the last T' rows of each window.
         """
         rows = rows[:, -next(iter(columns.values())).shape[1] :]
         gone = rows < self._ring.rows - self.capacity
@@ -287,29 +287,29 @@ class ReplayBuffer:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the rows themselves, which `rows_between` gives."""
+        """Return everything but the rows themselves, which `rows_between` returns."""
         return take_state(self._ring, self._ledger, self._rng)
 
     def rows_between(self, begin: int, end: int, names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Columns of the rows numbered begin to end, and the stream that each came from; or only `names` of them."""
+        """Return the columns of rows begin to end (exclusive) and the stream of each row, or only columns `names`."""
         return self._ring.rows_between(begin, end, names)
 
     def fill_columns(self, columns: Mapping[str, Array]) -> None:
-        """Replace whole columns of every row that is held, in order of age: [rows, ...] each."""
+        """Replace whole columns of every row that is held, oldest first: [rows, ...] each."""
         self._ring.fill(columns)
 
     def load_state_dict(
         self, state: Mapping[str, Any], segments: Iterable[Mapping[str, Array] | None], rows: int, lost: int = 0
     ) -> None:
-        """Restore what `state_dict` gave, from segments of consecutive rows in order, `rows` of them in all.
+        """Restore what `state_dict` returned, from segments of consecutive rows in order, `rows` rows in total.
 
-        None stands for a segment that is lost: its rows (`lost` together) count as evicted, and no window runs over
-        the gap. Raises ValueError if the columns differ or rows are missing.
+        None stands for a lost segment: its rows (`lost` in total) count as evicted, and no window crosses the gap.
+        Raises ValueError if the columns differ or rows are missing.
         """
         restore(self._ring, self._ledger, self._rng, state, segments, rows, lost)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything into one npz file, whole or not at all; no entry is pickled."""
+        """Write everything into one npz file, completely or not at all; no entry is pickled."""
         about = {
             "capacity": self.capacity,
             "action_dim": self.action_dim,
@@ -321,8 +321,8 @@ class ReplayBuffer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReplayBuffer:
-        """A buffer as `save` wrote it: the same draws follow. Raises ValueError for a file of another kind, or cut
-        short; FileNotFoundError without one."""
+        """Load a buffer that `save` wrote; it goes on with the same draws. Raises ValueError for a file of another kind
+        or one that is cut short, FileNotFoundError if there is none."""
         about, columns = read_buffer(path)
         specs = {name: ColumnSpec(tuple(shape), dtype) for name, (shape, dtype) in about["state"]["specs"].items()}
         buffer = cls(
@@ -338,6 +338,6 @@ class ReplayBuffer:
 
 
 def as_batch(columns: Mapping[str, torch.Tensor]) -> Batch:
-    """Columns [B, T, ...] as agents read them: the observation joined, where it is a mapping."""
+    """Return columns [B, T, ...] as agents read them: the columns of a mapping of observations are joined."""
     rest = {name: value for name, value in columns.items() if not name.startswith("obs/")}
     return cast(Batch, {**rest, "obs": join_obs(columns)})

@@ -1,4 +1,4 @@
-"""A chunk: the rows that one actor's environments produced in one collect, ready for replay."""
+"""A chunk: the rows that one actor's environments produced in one call of `collect`, ready for replay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLAGS = ("is_first", "terminated", "truncated")
 
 
 class ChunkKey(NamedTuple):
-    """Names a chunk once and for all, so that inserting it twice changes nothing."""
+    """Identifies a chunk, so that replay ignores one that is inserted twice."""
 
     actor: int
     incarnation: int  # how often the actor was started
@@ -23,7 +23,7 @@ class ChunkKey(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkInfo:
-    """What a chunk tells about itself; small, so that it can travel without the rows."""
+    """Facts about a chunk, small enough to be sent without the rows."""
 
     key: ChunkKey
     steps: int  # environment steps: rows that an action led to
@@ -34,8 +34,8 @@ class ChunkInfo:
     failures: int  # environments rebuilt here after an error
     last_failure: str  # the newest such error, empty if there was none yet
     seconds: float  # spent collecting
-    waited: float  # of these, for actions
-    acting_lost: str  # why nobody acted any more, empty if all went well
+    waited: float  # of these, spent waiting for actions
+    acting_lost: str  # why the backend gave no more actions, empty if it always did
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Chunk:
 
 
 class Ledger:
-    """Which chunks came. A key that came before, or is older than one of its actor's that did, is a duplicate."""
+    """Records the chunks that arrived. A key that is not newer than the last one of its actor is a duplicate."""
 
     def __init__(self) -> None:
         self.chunks = self.duplicates = 0
         self.newest: dict[int, tuple[int, int]] = {}  # actor -> last (incarnation, sequence)
 
     def admit(self, key: ChunkKey) -> bool:
-        """Count a chunk; False for a duplicate."""
+        """Count a chunk; return False for a duplicate."""
         actor, incarnation, sequence = key
         newest = self.newest.get(actor)
         if newest is not None and (incarnation, sequence) <= newest:
@@ -67,7 +67,7 @@ class Ledger:
 
 
 def base_columns(observations: Mapping[str, ColumnSpec], action_dim: int) -> dict[str, ColumnSpec]:
-    """The columns that every replay has; `observations` as `worldloom.types.split_obs` names them."""
+    """Return the columns that every replay has; `observations` are named as by `worldloom.types.split_obs`."""
     return {
         **observations,
         "actions": ColumnSpec((action_dim,), "float32"),
@@ -77,7 +77,7 @@ def base_columns(observations: Mapping[str, ColumnSpec], action_dim: int) -> dic
 
 
 def observation_dtypes(shapes: Mapping[str, Any], given: str | Mapping[str, str] | None) -> dict[str, str]:
-    """The dtype of each observation column: as given, or by its kind."""
+    """Return the dtype of each observation column: as given, else uint8 for images and float32 for others."""
     if isinstance(given, Mapping):
         return split_obs(given)
     return {name: given or ("uint8" if is_image(shape) else "float32") for name, shape in shapes.items()}
@@ -97,14 +97,14 @@ class ChunkBuilder:
         self._count = np.zeros(num_envs, np.int64)
 
     def append(self, envs: Array, **values: Array) -> None:
-        """One more row for each environment in `envs` [E'] (indices); values are [E', ...], zeros where not given."""
+        """Append one row for each environment in `envs` [E'] (indices); values are [E', ...], zeros if not given."""
         at = self._count[envs]
         for name, column in self._columns.items():
             column[envs, at] = values.get(name, 0)
         self._count[envs] += 1
 
     def columns(self) -> dict[str, Array]:
-        """name -> [R, ...], one environment after the other."""
+        """Return name -> [R, ...], one environment after the other."""
         return {
             name: np.concatenate([rows[:count] for rows, count in zip(column, self._count, strict=True)])
             for name, column in self._columns.items()

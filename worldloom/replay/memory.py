@@ -1,4 +1,4 @@
-"""How much memory replay takes, and how much there is."""
+"""Memory: what replay needs and what is available."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from worldloom.types import ColumnSpec
 
 
 def ring_bytes(capacity: int, specs: Mapping[str, ColumnSpec]) -> int:
-    """Bytes of a full ring, its index included."""
+    """Return the bytes of a full ring, its index included."""
     return capacity * (row_bytes(specs) + 8 + 8 + 8 + 8)  # next, origin, start, slot
 
 
 def check_memory(capacity: int, specs: Mapping[str, ColumnSpec]) -> None:
-    """Raises MemoryError if a ring of that capacity exceeds nine tenths of the memory that is free."""
+    """Raise MemoryError if a ring of that capacity needs more than nine tenths of the free memory."""
     needed, free = ring_bytes(capacity, specs), available_memory()
     if needed > 0.9 * free:
         fits = int(0.9 * free * capacity / needed)
@@ -27,7 +27,7 @@ def check_memory(capacity: int, specs: Mapping[str, ColumnSpec]) -> None:
 
 
 def available_memory() -> int:
-    """Bytes free for this process: the machine's, or what its control group leaves."""
+    """Return the bytes that this process can use: the machine's free memory, or less if its control group has less."""
     free = _meminfo_available()
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -44,4 +44,4 @@ def _meminfo_available() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: the machine's whole memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: all memory of the machine

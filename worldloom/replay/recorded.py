@@ -1,4 +1,4 @@
-"""Recorded episodes from elsewhere: Minari and Gymnasium style, D4RL's flat files, HDF5 and npz."""
+"""Recorded episodes from other sources: Minari and Gymnasium style, D4RL's flat files, HDF5 and npz."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 NEXT_OBS = ("next_observations", "next_obs")
 LAST_ACTION_DROPPED = (
-    "add_episode: as many observations as actions, so the outcome of each episode's last action was not observed; that "
-    "action and its reward are dropped. Pass L + 1 observations to keep them."
+    "add_episode: there are as many observations as actions, so the observation after the last action of each episode "
+    "is missing; that action and its reward are dropped. Pass L + 1 observations to keep them."
 )
 
 
 @dataclass(frozen=True)
 class Episode:
-    """L actions in Gymnasium's order; obs [L + 1, …] (or L), or a mapping of such; dones and truncated [L]."""
+    """L actions in Gymnasium's order; obs [L + 1, …] (or L), or a mapping of such; rewards and dones [L]."""
 
     obs: Any
     actions: Array
@@ -39,7 +39,7 @@ class Episode:
 
     @classmethod
     def read(cls, item: Any, number: int = 0, action_range: tuple[Any, Any] | None = None) -> Episode:
-        """From a mapping or an object, by the names in NAMES; ends may be one flag or one for each step.
+        """Read a mapping or an object, by the names in NAMES; dones and truncated may be one flag or one per step.
 
         Raises ValueError for a missing entry, naming the episode by its number.
         """
@@ -68,16 +68,16 @@ class Episode:
 
     @property
     def action_dim(self) -> int:
-        """The width of actions [L, A]; for integers [L] one more than the largest."""
+        """Width of actions [L, A]; for integers [L], the largest plus one."""
         return int(self.actions.max()) + 1 if self.actions.ndim == 1 else self.actions.shape[1]
 
     def fields(self) -> dict[str, Any]:
-        """As `ReplayBuffer.add_episode` takes them."""
+        """Return the arguments of `ReplayBuffer.add_episode`."""
         return dict(vars(self))
 
 
 def read_trajectories(trajectories: Iterable[Any], action_range: tuple[Any, Any] | None) -> list[Episode]:
-    """Raises ValueError where there is none, or one misses an entry."""
+    """Read all episodes. Raises ValueError if there is none, or one lacks an entry."""
     episodes = [Episode.read(item, number, action_range) for number, item in enumerate(trajectories)]
     if not episodes:
         raise ValueError("from_trajectories: no episodes were given, expected at least one.")
@@ -85,11 +85,11 @@ def read_trajectories(trajectories: Iterable[Any], action_range: tuple[Any, Any]
 
 
 def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The episodes of an npz or HDF5 file, or of every npz file in a directory, in order.
+    """Yield the episodes of an npz or HDF5 file, or of every npz file in a directory, in order.
 
-    Understood are one episode's arrays; a flat file of many, cut where a step is terminal or timed out (D4RL; its
-    next_observations give the last observation); and HDF5 groups episode_0, episode_1, … (Minari). HDF5 needs h5py,
-    from worldloom[data]. Raises ValueError for other files, FileNotFoundError without one.
+    A file may hold the arrays of one episode; the arrays of many, cut where a step is terminal or timed out (D4RL; its
+    next_observations give the last observation); or HDF5 groups episode_0, episode_1, … (Minari). HDF5 needs h5py,
+    from worldloom[data]. Raises ValueError for other files, FileNotFoundError if `path` does not exist.
     """
     found = Path(path)
     if not found.exists():
@@ -131,12 +131,12 @@ def _read_hdf5(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _tree(node: Any) -> Any:
-    """A dataset as an array; a group (a mapping of observations) as a dict of them."""
+    """Return a dataset as an array, a group (a mapping of observations) as a dict of arrays."""
     return {key: _tree(value) for key, value in node.items()} if hasattr(node, "items") else np.asarray(node)
 
 
 def _split(columns: Mapping[str, Array], source: str) -> Iterator[dict[str, Any]]:
-    """One episode, or many in a row, each cut after the step that ended it."""
+    """Yield one episode, or many, each cut after the step that ended it."""
     found = {part: next((columns[n] for n in names if n in columns), None) for part, names in NAMES.items()}
     if found["obs"] is None or found["actions"] is None or found["rewards"] is None:
         raise ValueError(
@@ -174,7 +174,7 @@ def _entry(item: Any, part: str, number: int, default: Any = None) -> Any:
 
 
 def _flags(value: Any, length: int) -> Array:
-    """[L]: as given; one flag is that of the last step."""
+    """Return flags [L]; a single flag is that of the last step."""
     flags = np.asarray(value).astype(bool)
     if flags.ndim == 0:
         flags = np.arange(length) == length - 1 if flags else np.zeros(length, bool)
@@ -190,10 +190,10 @@ def _arrays(obs: Any) -> Any:
 def episode_columns(
     obs: Mapping[str, Array], actions: Array, rewards: Array, dones: Array, action_dim: int
 ) -> dict[str, Array]:
-    """Rows that arrive, of an episode in Gymnasium's order: see `ReplayBuffer.add_episode`.
+    """Convert an episode in Gymnasium's order to replay rows; see `ReplayBuffer.add_episode`.
 
-    Of an episode without the last observation the last action is dropped. One without a true end is cut short.
-    Raises ValueError for arrays that are no such episode.
+    If the last observation is missing, the last action is dropped. An episode without a true end ends truncated.
+    Raises ValueError for arrays that are not such an episode.
     """
     length = len(actions)
     counts = [len(part) for part in obs.values()]
@@ -230,7 +230,7 @@ def episode_columns(
 
 
 def constant_columns(specs: Mapping[str, ColumnSpec], values: Mapping[str, Any], rows: int) -> dict[str, Array]:
-    """Columns that hold one value in every row; zero where none is given."""
+    """Return columns that hold one value in every row; zero if none is given."""
     return {
         name: np.zeros((rows, *spec.shape), spec.dtype) + np.asarray(values.get(name, 0), spec.dtype)
         for name, spec in specs.items()
@@ -238,7 +238,7 @@ def constant_columns(specs: Mapping[str, ColumnSpec], values: Mapping[str, Any],
 
 
 def one_hot(choices: Array, count: int) -> Array:
-    """[L, count] float32 of integers [L]. Raises ValueError for integers outside [0, count)."""
+    """Convert integers [L] to one-hot [L, count] float32. Raises ValueError for integers outside [0, count)."""
     if len(choices) and not (choices.min() >= 0 and choices.max() < count):
         raise ValueError(
             f"add_episode: actions run from {choices.min()} to {choices.max()}, expected integers from 0 to "

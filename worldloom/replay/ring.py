@@ -1,4 +1,4 @@
-"""The ring of rows: columns in numpy, the oldest overwritten first, each row linked to the one that follows it."""
+"""The ring of rows: numpy columns, in which new rows replace the oldest and each row links to the next one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from worldloom.types import Array, ColumnSpec, WindowSpec
 class Ring:
     """The last `capacity` rows of all streams, and which of them start a complete window.
 
-    A stream is what one environment of one actor gives, known by (actor, environment). A row's number only grows; it
-    stands at that number modulo the capacity. Raises MemoryError if the ring would not fit in memory.
+    A stream holds the rows of one environment of one actor, and is named (actor, environment). Rows are numbered in
+    order of arrival; a row lies at its number modulo the capacity. Raises MemoryError if the ring would not fit in
+    memory.
     """
 
     def __init__(self, capacity: int, specs: Mapping[str, ColumnSpec], windows: WindowSpec) -> None:
@@ -26,13 +27,13 @@ class Ring:
         self.index = WindowIndex(windows, capacity)
         self.fresh: deque[int] = deque(maxlen=max(capacity // windows.length, 1))  # starts not drawn yet
         self.rows = self.steps = self.episodes = 0  # accepted since the start
-        self.begin = 0  # number of the first row that was ever here; later where a checkpoint had lost rows
+        self.begin = 0  # number of the first row that was ever held; after a restore, of the first restored row
         self._next = np.full(capacity, -1, np.int64)  # ring position of the row that follows, -1 if none yet
         self._origin = np.empty((capacity, 2), np.int32)  # actor, environment
         self._streams: dict[tuple[int, int], Stream] = {}
 
     def __len__(self) -> int:
-        """Rows that are held."""
+        """Return the number of rows that are held."""
         return self.rows - self.oldest
 
     @property
@@ -43,7 +44,7 @@ class Ring:
     # In
 
     def check(self, columns: Mapping[str, Array], rows: int) -> None:
-        """Raises ValueError for columns of other names, shapes or lengths, and for more rows than the ring has."""
+        """Raise ValueError for columns of other names, shapes or lengths, and for more rows than the capacity."""
         if columns.keys() != self.specs.keys():
             raise ValueError(f"replay got columns {sorted(columns)}, expected {sorted(self.specs)}.")
         for name, spec in self.specs.items():
@@ -56,7 +57,7 @@ class Ring:
         """Write consecutive rows of one stream over the oldest rows and link them."""
         stream = self._streams.setdefault(origin, Stream(self.index.spec))
         previous, count = stream.last, len(columns["rewards"])
-        columns = self._cut_at_seams(previous, columns)
+        columns = self._end_interrupted(previous, columns)
         numbers = np.arange(self.rows, self.rows + count)
         positions = numbers % self.capacity
         if self.rows + count > self.capacity:
@@ -77,8 +78,8 @@ class Ring:
         self.steps += int((~columns["is_first"]).sum())
         self.episodes += int((columns["terminated"] | columns["truncated"]).sum())
 
-    def _cut_at_seams(self, previous: int, columns: Mapping[str, Array]) -> Mapping[str, Array]:
-        """An episode that stops without an end (its actor died) ends truncated, never terminated.
+    def _end_interrupted(self, previous: int, columns: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Mark episodes that stop without an end (their actor died) as truncated, never as terminated.
 
         previous: number of the stream's last row, -1 if there is none.
         """
@@ -93,21 +94,21 @@ class Ring:
         return {**columns, "truncated": truncated}
 
     def _truncate(self, row: int) -> None:
-        """End the episode of that row number there, unless it has ended."""
+        """End the episode at that row number, unless it has ended there."""
         at = row % self.capacity
         if not (self.columns["terminated"][at] or self.columns["truncated"][at]):
             self.columns["truncated"][at] = True
             self.episodes += 1
 
     def forget_streams(self) -> None:
-        """What follows belongs to no episode that is open."""
+        """End all open episodes: later rows do not continue them."""
         for stream in self._streams.values():
             if stream.last >= self.oldest:
                 self._truncate(stream.last)
         self._streams.clear()
 
     def fill(self, columns: Mapping[str, Array]) -> None:
-        """Replace whole columns of every row that is held, in order of age: [rows, ...] each."""
+        """Replace whole columns of every row that is held, oldest first: [rows, ...] each."""
         positions = np.arange(self.oldest, self.rows) % self.capacity
         for name, values in columns.items():
             self.columns[name][positions] = values
@@ -115,7 +116,7 @@ class Ring:
     # Out
 
     def follow(self, starts: Array, length: int) -> Array:
-        """Ring positions [B, T] of the windows of `length` rows that begin at the positions [B]."""
+        """Return ring positions [B, T] of the windows of `length` rows that begin at positions [B]."""
         positions = np.empty((len(starts), length), np.int64)
         positions[:, 0] = starts
         for t in range(1, length):
@@ -123,9 +124,9 @@ class Ring:
         return positions
 
     def find_starts(self, length: int, crosses: bool) -> Array:
-        """Ring positions that start a window of `length` rows, in order of age; crosses: over is_first rows too.
+        """Return ring positions that start a window of `length` rows, oldest first; crosses: over is_first rows too.
 
-        By doubling: `hop` leads 1, 2, 4, … rows ahead, or to -1 where the window would end.
+        The search doubles its step: `hop` leads 1, 2, 4, … rows ahead, or to -1 if no window goes that far.
         """
         live = np.arange(self.oldest, self.rows) % self.capacity
         hop = self._next.copy()
@@ -140,14 +141,14 @@ class Ring:
         return live[at >= 0]
 
     def rows_between(self, begin: int, end: int, names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Columns of the rows numbered begin to end, and the stream that each came from; or only `names` of them."""
+        """Return the columns of rows begin to end (exclusive) and the stream of each row, or only columns `names`."""
         positions = np.arange(begin, end) % self.capacity
         if names is not None:
             return {name: self.columns[name][positions] for name in names}
         return {**{n: c[positions] for n, c in self.columns.items()}, "origin": self._origin[positions]}
 
     def held(self) -> dict[str, Array]:
-        """All rows that are held, as `rows_between` gives them; not copied while the ring has never wrapped."""
+        """Return all rows that are held, as `rows_between` does; without a copy while the ring has never wrapped."""
         if self.oldest:
             return self.rows_between(self.oldest, self.rows)
         return {**{n: c[: self.rows] for n, c in self.columns.items()}, "origin": self._origin[: self.rows]}

@@ -1,4 +1,4 @@
-"""Saving replay: its state beside rows that a checkpoint keeps, or all of it in one file."""
+"""Saving replay: its state for a checkpoint that keeps the rows apart, or everything in one file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from worldloom.replay.chunk import Ledger
 from worldloom.replay.ring import Ring
 from worldloom.types import Array
 
-FORMAT = 1  # of saved buffers
+FORMAT = 1  # version of saved buffers
 
 
 def take_state(ring: Ring, ledger: Ledger, rng: np.random.Generator) -> dict[str, Any]:
-    """Everything but the rows themselves."""
+    """Return everything but the rows themselves."""
     return {
         "rows": ring.rows,
         "begin": ring.oldest,
@@ -46,7 +46,7 @@ def restore(
     rows: int,
     lost: int,
 ) -> None:
-    """Put back what `take_state` took, from segments of consecutive rows in order; see `ReplayBuffer.load_state_dict`.
+    """Restore what `take_state` returned, from segments of consecutive rows; see `ReplayBuffer.load_state_dict`.
 
     Raises ValueError if the columns differ or rows are missing.
     """
@@ -57,13 +57,13 @@ def restore(
     if rows + lost < held:
         raise ValueError(f"the checkpoint holds {rows} rows of replay, expected {held}.")
     ring.rows = ring.begin = int(state["rows"]) - rows
-    seamless: set[tuple[int, int]] | None = None  # streams that need no seam any more after a gap
+    restarted: set[tuple[int, int]] | None = None  # streams whose first row after a gap was appended
     for segment in segments:
         if segment is None:
             ring.forget_streams()
-            seamless = set()
+            restarted = set()
         else:
-            _append(ring, segment, seamless)
+            _append(ring, segment, restarted)
     ring.steps, ring.episodes = int(state["steps"]), int(state["episodes"])
     ledger.chunks, ledger.duplicates = int(state["chunks"]), int(state["duplicates"])
     ledger.newest = {actor: (incarnation, sequence) for actor, incarnation, sequence in state["sequence"]}
@@ -72,13 +72,13 @@ def restore(
         ring.index.remove(order)
         ring.index.add(order)
     ring.fresh.clear()
-    ring.fresh.extend(state["online"] if seamless is None else ())
+    ring.fresh.extend(state["online"] if restarted is None else ())
     rng.bit_generator.state = state["rng"]
 
 
-def _append(ring: Ring, segment: Mapping[str, Array], seamless: set[tuple[int, int]] | None) -> None:
-    """Append saved rows, one run of a single stream after the other. After a gap, the first row of each stream
-    becomes a start: what led to it is lost."""
+def _append(ring: Ring, segment: Mapping[str, Array], restarted: set[tuple[int, int]] | None) -> None:
+    """Append saved rows, one run of rows of a single stream after the other. After a gap, the first row of each stream
+    becomes an is_first row, because the row before it is lost."""
     origin = segment["origin"]
     if not len(origin):
         return
@@ -86,15 +86,15 @@ def _append(ring: Ring, segment: Mapping[str, Array], seamless: set[tuple[int, i
     for begin, end in pairwise([0, *cuts.tolist(), len(origin)]):
         run = {name: segment[name][begin:end] for name in ring.specs}
         stream = (int(origin[begin][0]), int(origin[begin][1]))
-        if seamless is not None and stream not in seamless:
+        if restarted is not None and stream not in restarted:
             run = {**run, **{name: run[name].copy() for name in ("is_first", "actions", "rewards")}}
             run["is_first"][0], run["actions"][0], run["rewards"][0] = True, 0, 0
-            seamless.add(stream)
+            restarted.add(stream)
         ring.append(stream, run)
 
 
 def write_buffer(path: str | os.PathLike[str], about: Mapping[str, Any], columns: Mapping[str, Array]) -> None:
-    """One npz file, whole or not at all; no entry is pickled."""
+    """Write one npz file, completely or not at all; no entry is pickled."""
     final = Path(path)
     partial = final.with_name(final.name + ".partial")
     described = np.frombuffer(pack({"format": FORMAT, **about}), np.uint8)
@@ -104,7 +104,7 @@ def write_buffer(path: str | os.PathLike[str], about: Mapping[str, Any], columns
 
 
 def read_buffer(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """What `write_buffer` was given. Raises ValueError for a file of another kind, or cut short."""
+    """Read what `write_buffer` wrote. Raises ValueError for a file of another kind, or one that is cut short."""
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}

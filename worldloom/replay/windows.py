@@ -1,4 +1,4 @@
-"""Which rows of replay may start a window: kept up to date row by row, drawn uniformly in constant time."""
+"""The rows of replay that may start a window: updated row by row, drawn uniformly in constant time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from worldloom.types import Array, WindowSpec
 class WindowIndex:
     """The set of valid window starts, as a dense array with a slot per row: O(1) insertion, removal and draw.
 
-    Rows are known by their ring position. A row becomes a start once the window's last row has arrived, and ceases
-    to be one when it is evicted; windows of evicted rows need no care, since their start is the oldest row.
+    Rows are identified by ring position. A row becomes a start once the last row of its window has arrived, and stops
+    being one when it is evicted. Eviction affects no other start, because the start of a window is its oldest row.
     """
 
     def __init__(self, spec: WindowSpec, capacity: int) -> None:
@@ -21,14 +21,14 @@ class WindowIndex:
         self.count = 0
 
     def add(self, positions: Array) -> None:
-        """These ring positions [n] now start a complete window."""
+        """Add ring positions [n], each of which now starts a complete window."""
         slots = np.arange(self.count, self.count + len(positions))
         self._starts[slots] = positions
         self._slot[positions] = slots
         self.count += len(positions)
 
     def remove(self, positions: Array) -> None:
-        """These ring positions [n] are about to be overwritten; the last starts move into the holes."""
+        """Remove ring positions [n] that are about to be overwritten; the last starts move into the free slots."""
         holes = self._slot[positions]
         holes = holes[holes >= 0]
         if not len(holes):
@@ -42,29 +42,29 @@ class WindowIndex:
         self.count = left
 
     def draw(self, rng: np.random.Generator, batch_size: int) -> Array:
-        """[B] ring positions, uniform and with replacement."""
+        """Draw ring positions [B], uniformly and with replacement."""
         return self._starts[rng.integers(self.count, size=batch_size)]
 
     def starts(self) -> Array:
-        """Every valid start, in the order that draws index."""
+        """Return every valid start, in the order that `draw` indexes."""
         return self._starts[: self.count].copy()
 
 
 class Stream:
-    """What must be remembered of one sequence of rows to know which windows its next rows complete."""
+    """State of one sequence of rows, from which follows which windows its next rows complete."""
 
     def __init__(self, spec: WindowSpec) -> None:
         self._spec = spec
         self.last = -1  # number of the newest row, -1 if there is none
         self._tail = np.empty(0, np.int64)  # row numbers of the last T - 1 rows
-        self._run = 0  # rows since the window could last have begun anew
+        self._run = 0  # newest consecutive rows that one window may hold
         self._rows = 0
 
     def extend(self, numbers: Array, is_first: Array, oldest: int) -> tuple[Array, Array]:
-        """Append rows with consecutive `numbers` [n]; the row numbers that now start a complete window, and those
-        among them whose windows lie end to end in this stream, so that together they cover it once.
+        """Append rows with consecutive `numbers` [n]. Return the row numbers that now start a complete window, and
+        those among them whose windows follow each other without overlap, so that together they cover the stream once.
 
-        oldest: rows with smaller numbers are gone.
+        oldest: rows with smaller numbers are evicted.
         """
         length = self._spec.length
         runs = np.arange(self._run + 1, self._run + 1 + len(numbers))

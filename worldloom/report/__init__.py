@@ -1,1 +1,1 @@
-"""What a run tells: metrics, a display, pictures and a page."""
+"""Reports of a run: metrics, a display, pictures and a page."""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+"""The display of a run in progress: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Standing:
-    """How the run stands."""
+    """Progress of a run at one moment."""
 
     env_steps: int
     updates: int
@@ -21,14 +21,14 @@ class Standing:
 
 
 class Display:
-    """Follows a run of `total` steps that began at step `start`. Without rich it prints plain lines."""
+    """Shows the progress of a run of `total` steps that began at step `start`. Without rich it prints plain lines."""
 
     def __init__(self, total: int, start: int, unit: str = "steps") -> None:
         self._total, self._unit = total, unit
         self._live: Any = _live_line(total, start) if sys.stdout.isatty() and find_spec("rich") else None
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the live line."""
         if self._live is None:
             print(text, flush=True)
         else:
@@ -39,11 +39,11 @@ class Display:
         self._refresh(standing.env_steps, _status(standing))
 
     def line(self, standing: Standing) -> None:
-        """A plain line of progress (does nothing on a terminal)."""
+        """Print a plain line of progress (does nothing on a terminal)."""
         self._print(standing.env_steps, standing.steps_per_second, _status(standing))
 
     def progress(self, done: int, rate: float, status: str) -> None:
-        """The live line on a terminal, a plain one elsewhere; rate: units per second."""
+        """Refresh the live line on a terminal, print a plain line elsewhere; rate: units per second."""
         self._refresh(done, status)
         self._print(done, rate, status)
 

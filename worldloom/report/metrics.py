@@ -1,4 +1,4 @@
-"""The run's bookkeeping: what happened, how fast, what limited it; as metrics, a display and summary.json."""
+"""Records of a run: its events, rates and limits, as metrics, a display and summary.json."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNTERS = ("episodes", "true_ends", *LOSSES)
 
 
 class Limiter(Protocol):
-    """The totals of a run, and the train ratio that they keep."""
+    """The totals of a run and its train ratio."""
 
     env_steps: int
     updates: int
@@ -41,11 +41,11 @@ class Limiter(Protocol):
 
     @property
     def learning(self) -> bool:
-        """Whether the warm-up is over."""
+        """True once the warm-up is over."""
 
     @property
     def actual(self) -> float:
-        """The train ratio so far."""
+        """Train ratio so far."""
 
 
 class LearnerMeans:
@@ -56,13 +56,13 @@ class LearnerMeans:
         self._updates = 0
 
     def add(self, metrics: Metrics, updates: int) -> None:
-        """metrics: means over these updates. Raises ContractBroken for one that is no number."""
+        """Add metrics that are means over `updates` updates. Raises ContractBroken if one is no number."""
         for name, value in as_floats(metrics).items():
             self._sums[name] += value * updates
         self._updates += updates
 
     def take(self) -> dict[str, float]:
-        """Return the means by name, and begin again."""
+        """Return the means by name, and start again from zero."""
         means = {f"learner/{name}": total / self._updates for name, total in self._sums.items()}
         self._sums.clear()
         self._updates = 0
@@ -70,14 +70,14 @@ class LearnerMeans:
 
 
 class Episodes:
-    """The last returns, and a hint to give once when an episode truly ends."""
+    """Keeps the last returns, and a hint that is given once, when the first episode ends terminated."""
 
     def __init__(self, true_ends_hint: str | None) -> None:
         self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._hint = true_ends_hint
 
     def add(self, info: ChunkInfo) -> str | None:
-        """Return the hint if it is due."""
+        """Add the episodes of a chunk; return the hint if it is due."""
         self._returns.extend(info.returns)
         if not info.true_ends:
             return None
@@ -91,7 +91,7 @@ class Episodes:
 class Recorder:
     """Records chunks, updates, evaluations and losses; `limiter` holds the totals of steps and updates.
 
-    before: counters of earlier sessions of the run, as `saved_counters` gave them.
+    before: counters of earlier sessions of the run, as `saved_counters` returned them.
     """
 
     def __init__(
@@ -133,29 +133,29 @@ class Recorder:
             self._staleness.acted(info.version, newest_version)
         if info.failures:
             self.counters["env_failures"] += info.failures
-            raised = f"{info.failures} environment(s) raised and were rebuilt in place"
-            self.say(f"actor {info.key.actor}: {raised}; the last: {info.last_failure}")
+            raised = f"{info.failures} environment(s) raised an error and were rebuilt"
+            self.say(f"actor {info.key.actor}: {raised}; the last error: {info.last_failure}")
         if hint := self._episodes.add(info):
             self.say(hint)
         self._display.show(self._standing())
 
     def updated(self, metrics: Metrics, updates: int, seconds: float, publish_seconds: float = 0.0) -> None:
-        """Record updates that took `seconds`, and publishing weights publish_seconds more; metrics are their means."""
+        """Record updates that took `seconds`, plus publish_seconds for publishing weights; metrics: their means."""
         self.timing.spend("publishing", publish_seconds)
         self.timing.spend("learning", seconds)
         self._learner.add(metrics, updates)
         self._display.show(self._standing())
 
     def gauges(self, values: Mapping[str, float]) -> None:
-        """Keep figures by name for every line of metrics until they are given again."""
+        """Set values by name that every line of metrics shows until they are set again."""
         self._gauges.update(values)
 
     def published(self, version: int) -> None:
-        """Record that newer weights than those of lower versions are there from now on."""
+        """Record that weights of `version` are available from now on."""
         self._staleness.published(version)
 
     def rows_lost(self, count: int) -> None:
-        """Record rows that went with missing or damaged files of a checkpoint."""
+        """Record rows that were lost with missing or damaged files of a checkpoint."""
         self.counters["rows_lost"] += count
         if count:
             self.say(f"warning: {count:,} rows of replay are lost with damaged files; the run goes on without them")
@@ -178,7 +178,7 @@ class Recorder:
         )
 
     def picture(self, image: Array | None) -> None:
-        """What the world model imagines, [H, W, 3] uint8: for TensorBoard, and the newest for the report."""
+        """Record a picture [H, W, 3] uint8 of the model's imagination in TensorBoard; the report shows the newest."""
         if image is None:
             return
         import imageio.v3 as imageio
@@ -190,7 +190,7 @@ class Recorder:
             self.say(f"{PICTURE} was not written: {error}")
 
     def log(self) -> None:
-        """Write a line of metrics over the time since the last."""
+        """Write a line of metrics for the time since the last line."""
         limiter, limited_by = self._limiter, self.limited_by()
         metrics = {**self._rates(), **self._staleness.metrics(), **self._gauges, **self._learner.take()}
         if (mean := self._episodes.mean_return()) is not None:
@@ -230,21 +230,21 @@ class Recorder:
 
     @property
     def wall_seconds(self) -> float:
-        """Of the whole run, earlier sessions included."""
+        """Seconds of the whole run, earlier sessions included."""
         return self.timing.wall_seconds
 
     def limited_by(self) -> str:
-        """What the run waited for since the last log line; see `Timing.limited_by`."""
+        """Return what limited the run since the last log line; see `Timing.limited_by`."""
         return self.timing.limited_by(self._limiter.learning)
 
     def saved_counters(self) -> dict[str, Any]:
-        """Return what a resumed run goes on counting from."""
+        """Return the counters from which a resumed run goes on."""
         return {**self.counters, "wall_seconds": self.wall_seconds}
 
     def summarise(self, status: str, device: str, evaluation: Evaluation | None) -> dict[str, Any]:
-        """Write summary.json and report.html; returns what the former holds."""
+        """Write summary.json and report.html; return the content of summary.json."""
         if self.timing.steps_since_mark(self._limiter.env_steps):
-            self.log()  # what came since the last line
+            self.log()  # the steps since the last line
         limiter, wall = self._limiter, self.wall_seconds
         summary = {
             "status": status,
@@ -277,7 +277,7 @@ class Recorder:
         return summary
 
     def _report(self) -> None:
-        """The page for people; a run that did its work is not failed by its page."""
+        """Write report.html; an error in it does not make the run fail."""
         saved = self._run_dir / "config.yaml"
         try:
             write_report(self._run_dir, self._subject, saved.read_text() if saved.is_file() else "")

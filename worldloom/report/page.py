@@ -1,4 +1,4 @@
-"""report.html: what a run did, in one file that needs nothing else."""
+"""report.html: the results of a run in one file that needs no other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Section:
 
 
 def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
-    """Write report.html from the run's metrics.jsonl, summary.json and imagined.png; settings: its config.yaml.
+    """Write report.html from a run's metrics.jsonl, summary.json and imagined.png; settings: text of its config.yaml.
 
     Needs matplotlib and jinja2. Raises FileNotFoundError for a run without a summary.
     """
@@ -61,7 +61,7 @@ def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line that was cut short is left out."""
+    """Return the lines of metrics.jsonl; a line that was cut short is left out."""
     lines = []
     for text in (run_dir / "metrics.jsonl").read_text().splitlines():
         try:
@@ -73,12 +73,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def _verdict(summary: Mapping[str, Any]) -> str:
     ended = {"completed": "The run is complete", "interrupted": "The run was interrupted; it can be resumed"}
-    told = ended.get(summary["status"], f"The run is {summary['status']}")
+    text = ended.get(summary["status"], f"The run is {summary['status']}")
     shares = summary.get("limited_by") or {}
     if shares:
         most = max(shares, key=lambda name: shares[name])
-        told += f". For {shares[most]:.0%} of its time it was limited by: {most}"
-    return told + "."
+        text += f". For {shares[most]:.0%} of its time it was limited by: {most}"
+    return text + "."
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -133,7 +133,7 @@ def _losses(lines: Sequence[Mapping[str, float]]) -> Section | None:
     names = sorted({name for line in lines for name in line if name.startswith("learner/")})
     if not names:
         return None
-    text = "What the learner reports, mean between two log lines, over environment steps."
+    text = "The learner's metrics over environment steps; each point is the mean since the log line before."
     return Section("Learning", text, _multiples(lines, {name: name.removeprefix("learner/") for name in names}))
 
 
@@ -150,8 +150,8 @@ def _rates(lines: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> 
         return None
     shares = summary.get("limited_by") or {}
     parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda s: -s[1]))
-    limits = f" What the run waited for, by share of its time: {parts}." if parts else ""
-    return Section("Rates", f"How fast the run went.{limits}", _multiples(lines, shown))
+    limits = f" What limited the run, by share of its time: {parts}." if parts else ""
+    return Section("Rates", f"The speed of the run.{limits}", _multiples(lines, shown))
 
 
 def _imagined(run_dir: Path) -> Section | None:
@@ -160,14 +160,14 @@ def _imagined(run_dir: Path) -> Section | None:
         return None
     text = (
         "The world model sees the first steps of a recorded sequence, then predicts the rest from the actions alone. "
-        "The command launch.imagine makes such pictures, and films where observations are images."
+        "The command launch.imagine makes such pictures, and films if observations are images."
     )
     data = base64.b64encode(path.read_bytes()).decode()
     return Section("Imagination", text, f'<img alt="true and predicted" src="data:image/png;base64,{data}">')
 
 
 def _multiples(lines: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> str:
-    """A small plot for each metric over environment steps, as SVG."""
+    """Draw a small plot for each metric over environment steps, as SVG."""
     rows = -(-len(names) // 3)
     figure, axes = _axes(rows, 3, 9.6, 1.9 * rows)
     last = max(line["env_steps"] for line in lines)

@@ -20,17 +20,19 @@ PICTURE_ROWS = 50  # of a sequence from replay
 
 
 def image_keys(loop: OpenLoop) -> list[str]:
-    """The observations that can be shown as images beside their prediction."""
+    """Return the keys of observations that can be shown as images next to their prediction."""
     return [key for key, value in loop.predicted.items() if is_image(value.shape[1:])]
 
 
 def can_draw() -> bool:
-    """Whether the libraries that pictures need are here; they come with worldloom[training]."""
+    """Return True if the libraries that pictures need are installed; they come with worldloom[training]."""
     return all(find_spec(name) for name in ("matplotlib", "imageio"))
 
 
 def sequence_picture(model: WorldModel, sequence: Mapping[str, Array] | None, title: str) -> Array | None:
-    """[H, W, 3] uint8 of one sequence from `ReplayBuffer.draw_sequence`; None of none, and where none can be drawn."""
+    """Draw a picture [H, W, 3] uint8 of one sequence from `ReplayBuffer.draw_sequence`.
+
+    Returns None if there is no sequence, or if the libraries for pictures are missing."""
     if sequence is None or not can_draw():
         return None
     rows = {name: np.array(value) for name, value in sequence.items()}  # what Ray hands over is read-only
@@ -39,8 +41,8 @@ def sequence_picture(model: WorldModel, sequence: Mapping[str, Array] | None, ti
 
 
 def film(loop: OpenLoop, key: str, scale: int = 3) -> Array:
-    """[T, H, W, 3] uint8: truth, prediction and their absolute error side by side; the prediction's border is green
-    while it sees the truth, blue while it imagines."""
+    """Return frames [T, H, W, 3] uint8: truth, prediction and their absolute error side by side. The border of the
+    prediction is green while the model sees the truth, blue while it imagines."""
     truth, predicted = _rgb(loop.truth[key]), _rgb(loop.predicted[key])
     frames = []
     for t, (true, guess) in enumerate(zip(truth, predicted, strict=True)):
@@ -51,7 +53,7 @@ def film(loop: OpenLoop, key: str, scale: int = 3) -> Array:
 
 
 def strip(loop: OpenLoop, key: str) -> tuple[Array, list[int]]:
-    """([3 H, n W, 3] floats, the n steps): truth above prediction above error, at steps spread over the loop."""
+    """Return ([3 H, n W, 3] floats, the n steps): truth above prediction above error, at steps spread over the loop."""
     steps = np.unique(np.linspace(0, loop.steps - 1, STRIP_COLUMNS).round().astype(int))
     truth, predicted = _rgb(loop.truth[key])[steps], _rgb(loop.predicted[key])[steps]
     rows = [[_framed(image, WHITE) for image in row] for row in (truth, predicted, np.abs(truth - predicted))]
@@ -59,7 +61,7 @@ def strip(loop: OpenLoop, key: str) -> tuple[Array, list[int]]:
 
 
 def plot(loop: OpenLoop, title: str = "") -> Array:
-    """[H, W, 3] uint8: image strips, then rewards, then entries of vectors, true and predicted over the steps."""
+    """Draw [H, W, 3] uint8: image strips, then rewards, then entries of vectors, true and predicted over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +79,7 @@ def plot(loop: OpenLoop, title: str = "") -> Array:
         axis.plot(steps, guess, color=PREDICTED, lw=1.6, ls="--", label="predicted")
         axis.set_xlim(-0.5, loop.steps - 0.5)
         low, high = axis.get_ylim()
-        room = max(0.1 * max(abs(low), abs(high), 0.1) - (high - low), 0) / 2  # do not magnify what is but rounding
+        room = max(0.1 * max(abs(low), abs(high), 0.1) - (high - low), 0) / 2  # do not magnify rounding errors
         axis.set_ylim(low - room, high + room)
         axis.set_ylabel(label, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
@@ -104,7 +106,7 @@ def _show_strip(axis: Any, loop: OpenLoop, key: str) -> None:
 
 
 def _numbers(loop: OpenLoop) -> list[tuple[str, Array, Array]]:
-    """(label, true, predicted) of the entries of vectors and class indices, at most MOST_NUMBERS."""
+    """Return (label, true, predicted) of the entries of vectors and class indices, at most MOST_NUMBERS."""
     found = []
     for key, guess in loop.predicted.items():
         if is_image(guess.shape[1:]):
@@ -116,7 +118,7 @@ def _numbers(loop: OpenLoop) -> list[tuple[str, Array, Array]]:
 
 
 def _rgb(images: Array) -> Array:
-    """[T, H, W, 3] in [0, 1] of [T, C, H, W]: the last frame of a stack, grey as it is."""
+    """Convert images [T, C, H, W] to [T, H, W, 3] in [0, 1]: the last frame of a stack; grey stays grey."""
     channels = images[:, -3:] if images.shape[1] % 3 == 0 else images[:, -1:].repeat(3, 1)
     return channels.transpose(0, 2, 3, 1).clip(0, 1)
 

@@ -1,8 +1,8 @@
-"""Published learning curves, to lay beside a run's own.
+"""Published learning curves, for comparison with a run's own.
 
-DreamerV3: the scores that its authors ship (training episodes, mean and population deviation over seeds; Hafner et al.
-2025). TD-MPC2: the results that its authors ship (evaluation episodes, sample deviation over 3 seeds; Hansen et al.
-2024). Frames count action repeats.
+DreamerV3: the scores in the authors' repository (training episodes, mean and population standard deviation over seeds;
+Hafner et al. 2025). TD-MPC2: the results in the authors' repository (evaluation episodes, mean and sample standard
+deviation over 3 seeds; Hansen et al. 2024). Frames count action repeats.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Curve:
 
 
 def published_curve(subject: Subject) -> Curve | None:
-    """What the authors of this algorithm report on this task; None where they report nothing."""
+    """Return the curve that the authors of this algorithm report on this task; None if they report none."""
     suite, task = _suite_and_task(subject)
     family = resolve(subject.algorithm)[0]
     table = (files("worldloom.report") / "published_scores.csv").read_text()
@@ -47,7 +47,8 @@ def published_curve(subject: Subject) -> Curve | None:
 
 
 def _suite_and_task(subject: Subject) -> tuple[str, str]:
-    """("dmc_proprio", "walker_walk") of dm_control/walker-walk-v0, ("atari100k", "ms_pacman") of ALE/MsPacman-v5."""
+    """Return the names in the table: ("dmc_proprio", "walker_walk") for dm_control/walker-walk-v0, ("atari100k",
+    "ms_pacman") for ALE/MsPacman-v5."""
     namespace, _, name = subject.env_id.rpartition("/")
     name = re.sub(r"-v\d+$", "", name)
     if namespace == "dm_control":

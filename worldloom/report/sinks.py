@@ -1,4 +1,4 @@
-"""Metrics in several places at once: metrics.jsonl (a JSON object a line), TensorBoard events, and where else told."""
+"""Metrics in several places at once: metrics.jsonl (one JSON object per line), TensorBoard events, further sinks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Sink = Callable[[Mapping[str, float]], None]
 
 
 class MetricsLogger:
-    """Appends; a run that resumes goes on in the same files. Without tensorboardX no events are written.
+    """Appends metrics to files; a resumed run goes on in the same files. Without tensorboardX no events are written.
 
-    sinks: told of the same metrics, each time.
+    sinks: functions that are called with the same metrics, each time.
     """
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink] = ()) -> None:
@@ -40,41 +40,43 @@ class MetricsLogger:
     def write(
         self, env_steps: int | None, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
     ) -> None:
-        """TensorBoard counts environment steps, or updates where there is no environment (None). words: go to
-        metrics.jsonl alone."""
+        """Write metrics. TensorBoard counts environment steps, or updates if there is no environment (env_steps None).
+        words: texts for metrics.jsonl only."""
         counts = {"updates": updates} if env_steps is None else {"env_steps": env_steps, "updates": updates}
         self._append(json.dumps({**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}) + "\n")
         for sink in self._sinks:
             sink(metrics)
         for name, value in metrics.items():
-            if self._board_lives():
+            if self._board_is_alive():
                 self._board.add_scalar(name, value, updates if env_steps is None else env_steps)
 
     def _append(self, line: str) -> None:
-        """A disk that is full costs lines, not the run; the first is told of."""
+        """Append a line. If the disk is full, lines are lost but the run goes on; the first loss is logged."""
         try:
             self._file.write(line)
         except OSError as error:
             if not self._refused:
-                logger.warning("metrics.jsonl cannot be written (%s): lines are missing from here on.", error)
+                logger.warning("metrics.jsonl cannot be written (%s): lines are missing from now on.", error)
             self._refused = True
 
-    def _board_lives(self) -> bool:
-        """A disk that is full ends tensorboardX's writing thread, whose queue then blocks whoever adds to it."""
+    def _board_is_alive(self) -> bool:
+        """Return True while TensorBoard events can be written.
+
+        A full disk ends tensorboardX's writing thread, whose queue then blocks every caller that adds to it."""
         if self._board is not None and not self._board.file_writer.event_writer._worker.is_alive():
-            logger.warning("TensorBoard's events cannot be written: there are none from here on.")
+            logger.warning("TensorBoard events cannot be written: they are missing from now on.")
             self._board = None
         return self._board is not None
 
     def picture(self, env_steps: int, name: str, image: Array) -> None:
-        """image: [H, W, 3] uint8, for TensorBoard."""
-        if self._board_lives():
+        """Write an image [H, W, 3] uint8 to TensorBoard."""
+        if self._board_is_alive():
             self._board.add_image(name, image, env_steps, dataformats="HWC")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written is told of
+        with contextlib.suppress(OSError):  # the loss is logged already
             self._file.close()
-        if self._board_lives():  # it may die of a full disk even now, and would then be waited for without end
+        if self._board_is_alive():  # a full disk may still end its thread, and close would then wait without end
             closing = threading.Thread(target=self._board.close, daemon=True)
             closing.start()
             closing.join(CLOSE_SECONDS)

@@ -1,4 +1,4 @@
-"""What a report is about."""
+"""The subject of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from worldloom.envs.suites import AtariConfig, DMCConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The facts of a run that its metrics, its page and published curves name."""
+    """The facts about a run that its metrics, its page and published curves need."""
 
     algorithm: str
     env_id: str

@@ -1,4 +1,4 @@
-"""From a configuration to the things it names: environments, an agent, and what each must know of the other."""
+"""The parts of a run, made from its configuration: environments, agent, replay and limiter."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
 
 logger = logging.getLogger(__name__)
 
-EVAL_SEED = 1_000_003  # apart from the seeds that training uses
+EVAL_SEED = 1_000_003  # different from the seeds of training
 
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What an environment offers an agent."""
+    """Facts about an environment that an agent needs."""
 
-    observation_space: Any  # as `worldloom.spaces.ObservationCodec` gives them
-    action_space: Any  # as `worldloom.spaces.ActionCodec` gives them
+    observation_space: Any  # as `worldloom.spaces.ObservationCodec` gives it
+    action_space: Any  # as `worldloom.spaces.ActionCodec` gives it
     action_dim: int
-    episode_length: int | None  # agent steps, where the environment has a limit
+    episode_length: int | None  # agent steps; None if there is no limit
 
 
 @dataclass(frozen=True)
 class AgentSpec:
-    """What replay, limiter and rollouts must know of an agent, without holding it."""
+    """Facts about an agent that replay, limiter and rollouts need."""
 
     description: dict[str, Any]
     batch_size: int
@@ -58,7 +58,7 @@ class AgentSpec:
 
 
 def probe_env(config: RunConfig) -> EnvSpec:
-    """Make one environment to see its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
+    """Make one environment and read its spaces. Raises ValueError, TypeError or EnvironmentFailed."""
     c = config.env
     env = make_environment(c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
     try:
@@ -74,13 +74,13 @@ def _try_out(env: Environment) -> None:
     except Exception as error:
         raise EnvironmentFailed(
             f"{env.name} failed in its first step: {type(error).__name__}: {str(error).rstrip('.')}. "
-            "Mend the environment first."
+            "Fix the environment first."
         ) from error
 
 
 def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> Agent:
-    """An agent that is ready to learn. Raises ValueError or TypeError, naming the environment, where the algorithm
-    cannot take its spaces."""
+    """Make an agent that is ready to learn. Raises ValueError or TypeError, naming the environment, if the algorithm
+    does not support its spaces."""
     try:
         agent = create_agent(
             config.algorithm,
@@ -99,7 +99,7 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
 
 
 def _check_contract(agent: Agent, env: EnvSpec) -> None:
-    """What a family lacks shows here, and not after hours of training."""
+    """Check the agent against the contract, so that an error in its family shows before the training starts."""
     check_agent(agent, observation_shape(env.observation_space), env.action_dim)
     columns = observation_columns(env.observation_space)
     nothing = join_obs({name: np.zeros((1, *column.shape), column.dtype) for name, column in columns.items()})
@@ -107,9 +107,9 @@ def _check_contract(agent: Agent, env: EnvSpec) -> None:
 
 
 def configure_agent(agent: Agent, train: TrainConfig, device: str) -> None:
-    """Let the agent compute as `train` asks: precision, compilation, CUDA graphs.
+    """Set the agent's precision, compilation and CUDA graphs as `train` says.
 
-    Raises ValueError for what it cannot do."""
+    Raises ValueError for a setting that the agent does not support."""
     cuda = torch.device(device).type == "cuda"
     auto = agent.default_precision if cuda else "float32"
     precision: Precision = auto if train.precision == "auto" else train.precision
@@ -122,7 +122,7 @@ def configure_agent(agent: Agent, train: TrainConfig, device: str) -> None:
 
 
 def _can_compile(device: str) -> bool:
-    """On a CPU torch.compile needs a C++ compiler; without one updates run as they are."""
+    """Return True if torch.compile works: on a CPU it needs a C++ compiler. Warns if there is none."""
     if torch.device(device).type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return True
     logger.warning("train.compile is true, but no C++ compiler (g++ or clang++) was found: updates are not compiled.")
@@ -136,7 +136,7 @@ def make_run_env(env: EnvConfig, num_envs: int, seed: int, render_mode: str | No
 
 
 def start_run_evaluation(config: RunConfig, agent: Player) -> Evaluator:
-    """An evaluation that is about to begin; the same seed and weights play the same episodes."""
+    """Return an Evaluator that has not played yet; the same seed and weights play the same episodes."""
 
     def make(num_envs: int) -> VectorEnv:
         return make_run_env(config.env, num_envs, EVAL_SEED + config.train.seed)
@@ -145,7 +145,7 @@ def start_run_evaluation(config: RunConfig, agent: Player) -> Evaluator:
 
 
 def actor_seed(config: RunConfig, actor: int, incarnation: int, lane: int = 0) -> int:
-    """A seed for the environments of one lane of one start of one actor; no two of them share it."""
+    """Return a seed for the environments of one lane of one incarnation of one actor, different from all others."""
     entropy = [config.train.seed, actor, incarnation, *([lane] if lane else [])]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -169,13 +169,13 @@ def agent_spec(agent: Agent) -> AgentSpec:
 
 
 def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
-    """Every column of a replay row."""
+    """Return every column of a replay row."""
     return {**base_columns(observation_columns(env.observation_space), env.action_dim), **spec.columns}
 
 
 def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0) -> ReplayBuffer:
-    """One shard of replay. Raises MemoryError if it does not fit, ValueError if it, or an episode, is shorter than a
-    window."""
+    """Make one shard of replay. Raises MemoryError if it does not fit in memory, ValueError if it, or an episode, is
+    shorter than a window."""
     windows, longest = spec.windows, env.episode_length
     if not windows.crosses_episodes and longest is not None and longest + 1 < windows.length:
         raise ValueError(
@@ -196,7 +196,7 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
 
 
 def subject_of(config: RunConfig) -> Subject:
-    """What reports of this run name."""
+    """Return the facts about the run that its reports need."""
     c = config.env
     return Subject(
         algorithm=config.algorithm,
@@ -217,7 +217,7 @@ def make_limiter(config: RunConfig, spec: AgentSpec) -> RateLimiter:
 
 
 def choose_device(name: str) -> str:
-    """auto takes a GPU if there is one. Raises ValueError for a device that is absent."""
+    """Return the device; auto takes a GPU if there is one. Raises ValueError for a device that is absent."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -227,14 +227,14 @@ def choose_device(name: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"train.device is {name!r}, but there is no CUDA device here. Use auto or cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices.")
+        raise ValueError(f"train.device is {name!r}, but the last CUDA device is cuda:{torch.cuda.device_count() - 1}.")
     return name
 
 
 def check_config(config: RunConfig) -> None:
-    """Everything that can be refused before anything starts. Raises ValueError or TypeError.
+    """Check everything that can be checked before anything starts. Raises ValueError or TypeError.
 
-    On Ray the learner may run on another machine, so there the cluster is asked for GPUs instead (`cluster.share`).
+    With Ray the learner may run on another machine, so `cluster.share` checks the cluster's GPUs instead.
     """
     build_config(config.algorithm, config.agent)
     if config.runtime.kind == "inline":

@@ -1,10 +1,10 @@
-"""Checkpoints: rows are written once, then the agent, then a manifest; a folder renamed into place makes it valid.
+"""Checkpoints: rows are written once, then the agent, then a manifest; renaming the folder makes it valid.
 
     checkpoints/rows/0-000000000000-000000005000.msgpack    consecutive rows of a replay shard, shared by checkpoints
     checkpoints/step-000000005000/agent/{config.json, model.safetensors}
     checkpoints/step-000000005000/{learner.msgpack, replay-0.msgpack, manifest.json}
 
-A folder without its final name is never picked up, so a crash while saving leaves the previous checkpoint in force.
+A folder without its final name is never loaded, so after a crash while saving the previous checkpoint is the newest.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from worldloom.types import Agent, Array
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # 1 knew no shards
-PARTIAL = ".partial"  # of folders and files that are not complete
-ZLIB_MARK = b"x"  # the first byte of what zlib compressed; a msgpack mapping never starts with it
-SEGMENT_BYTES = 256 * 2**20  # rows files are cut at about this size
+FORMAT = 2  # version 1 had no shards
+PARTIAL = ".partial"  # suffix of folders and files that are not complete
+ZLIB_MARK = b"x"  # first byte of data that zlib compressed; a msgpack mapping never starts with it
+SEGMENT_BYTES = 256 * 2**20  # approximate size of a file of rows
 
 
 def checkpoint_folder(run_dir: Path, env_steps: int) -> Path:
@@ -41,7 +41,7 @@ def checkpoint_folder(run_dir: Path, env_steps: int) -> Path:
 
 
 def begin_checkpoint(run_dir: Path, env_steps: int) -> Path:
-    """An empty folder to save parts into; `commit_checkpoint` makes it valid."""
+    """Make an empty folder to save parts into; `commit_checkpoint` makes it valid."""
     partial = checkpoint_folder(run_dir, env_steps).with_suffix(PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -49,7 +49,7 @@ def begin_checkpoint(run_dir: Path, env_steps: int) -> Path:
 
 
 def drop_partial(run_dir: Path) -> None:
-    """Remove what failed or died while it was written."""
+    """Remove checkpoints that were not written completely."""
     for partial in run_dir.glob(f"checkpoints/step-*{PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -61,7 +61,7 @@ def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> 
         file.flush()
         os.fsync(file.fileno())
     final, before = partial.with_suffix(""), partial.with_suffix(".old")
-    if final.exists():  # of the same step
+    if final.exists():  # a checkpoint of the same step
         shutil.rmtree(before, ignore_errors=True)
         final.rename(before)
     partial.rename(final)
@@ -81,14 +81,14 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def checkpoint_to_resume(run_dir: str | os.PathLike[str], shards: int) -> Path:
-    """The newest. Raises CheckpointError if there is none, or a replay of so many shards cannot go on from it."""
+    """Return the newest checkpoint. Raises CheckpointError if there is none, or if its number of shards differs."""
     folder = newest_checkpoint(run_dir)
     check_shards(folder, read_manifest(folder), shards)
     return folder
 
 
 def check_shards(folder: Path, manifest: Mapping[str, Any], shards: int) -> None:
-    """Rows stay in the shard of their env actor. Raises CheckpointError for another number of shards."""
+    """Raise CheckpointError for another number of shards, because rows stay in the shard of their env actor."""
     if (saved := len(manifest["rows"])) != shards:
         through = "" if saved == 1 else " --runtime.kind ray"
         raise CheckpointError(
@@ -97,12 +97,12 @@ def check_shards(folder: Path, manifest: Mapping[str, Any], shards: int) -> None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError if it is damaged or newer than this library."""
+    """Read the manifest. Raises CheckpointError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            f"{folder} has no readable manifest ({error}). Delete the folder to use the one before."
+            f"{folder} has no readable manifest ({error}). Delete the folder to use the checkpoint before it."
         ) from error
     if manifest["format"] != FORMAT:
         remedy = "Update WorldLoom" if manifest["format"] > FORMAT else "Go on with the version that wrote it"
@@ -110,11 +110,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return cast(dict[str, Any], manifest)
 
 
-# The parts; each is written by whoever holds it
+# The parts; each is written by the process that holds it
 
 
 def check_finite(modules: Sequence[nn.Module]) -> None:
-    """Raises FloatingPointError rather than let parameters be saved that are NaN or infinite."""
+    """Raise FloatingPointError if parameters are NaN or infinite, so that they are not saved."""
     if not all(p.isfinite().all() for module in modules for p in module.parameters()):
         raise FloatingPointError(
             "parameters are NaN or infinite, so no checkpoint was written. Lower the learning rate (agent.lr), or go "
@@ -124,7 +124,7 @@ def check_finite(modules: Sequence[nn.Module]) -> None:
 
 @dataclass(frozen=True)
 class AgentSnapshot:
-    """What a checkpoint holds of an agent."""
+    """The agent's part of a checkpoint."""
 
     description: dict[str, Any]
     model: Mapping[str, torch.Tensor]
@@ -133,7 +133,7 @@ class AgentSnapshot:
 
 
 def take_agent(agent: Agent) -> AgentSnapshot:
-    """Views of everything. Raises FloatingPointError rather than let NaN or infinite parameters be saved."""
+    """Return views of the agent's state. Raises FloatingPointError if parameters are NaN or infinite."""
     behaviour = agent.behaviour
     check_finite([agent.world_model, *([] if behaviour is None else [behaviour])])
     own = None if behaviour is None else behaviour.state_dict()
@@ -141,11 +141,13 @@ def take_agent(agent: Agent) -> AgentSnapshot:
 
 
 def copy_agent(agent: Agent) -> AgentSnapshot:
-    """Copies in this machine's memory, for `write_agent` while the agent goes on learning. Raises as `take_agent`."""
+    """Copy the agent's state to CPU memory, for `write_agent` while the agent goes on learning.
+
+    Raises the errors of `take_agent`."""
     taken, copies = take_agent(agent), {}
 
     def copied(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):  # parameters stand in several places
+        if isinstance(value, torch.Tensor):  # a parameter may occur several times
             key = (value.data_ptr(), tuple(value.shape), value.dtype)
             if key not in copies:
                 copies[key] = value.detach().to("cpu", copy=True)
@@ -166,7 +168,7 @@ def write_agent(folder: Path, snapshot: AgentSnapshot) -> None:
 
 
 def load_agent_state(folder: Path, agent: Agent) -> None:
-    """Settings that shape no parameter, such as the learning rate, are the agent's own and may differ.
+    """Load the agent's state. Settings that change no parameter shape, such as the learning rate, may differ.
 
     Raises CheckpointError if the checkpoint is of another model.
     """
@@ -194,16 +196,16 @@ def _difference(saved: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
 
 @dataclass(frozen=True)
 class ReplaySnapshot:
-    """What a checkpoint holds of replay. Its rows may be drawn lazily, while nothing else changes replay."""
+    """Replay's part of a checkpoint. Its rows may be read lazily; then replay must not change meanwhile."""
 
     oldest: int  # number of the oldest row that is held
     segments: Iterable[tuple[int, int, dict[str, Array]]]  # first and last row number (exclusive), columns
     state: dict[str, Any]
-    extra: dict[str, Array] | None  # columns that are written back, of every row
+    extra: dict[str, Array] | None  # columns that the agent writes back, for every row
 
 
 class ReplayStore:
-    """Writes replay's rows once each, into files of consecutive rows named by their numbers."""
+    """Writes each row of replay once, into files of consecutive rows that are named by row numbers."""
 
     def __init__(self, run_dir: Path, shard: int = 0, shards: int = 1, compress: bool = False) -> None:
         self._folder = run_dir / "checkpoints" / "rows"
@@ -211,13 +213,13 @@ class ReplayStore:
         self._saved: list[tuple[int, int, str]] = []  # first and last row, file
 
     def save(self, folder: Path, replay: ReplayBuffer, exact: bool = False) -> list[str]:
-        """Snapshot and write in one, without a copy of everything; nothing may change replay meanwhile."""
+        """Snapshot and write at once, without a copy of everything; replay must not change meanwhile."""
         return self.write(folder, self._take(replay, exact))
 
     def snapshot(self, replay: ReplayBuffer, exact: bool = False) -> ReplaySnapshot:
-        """A copy of what was not saved yet, for `write`, while replay goes on.
+        """Copy the rows that were not saved yet, for `write`; replay may change afterwards.
 
-        Columns that an agent writes back change after their rows were saved; exact: they are saved whole each time.
+        Columns that an agent writes back change after their rows were saved; exact: save them for all rows each time.
         """
         taken = self._take(replay, exact)
         return replace(taken, segments=list(taken.segments))
@@ -233,7 +235,7 @@ class ReplayStore:
         return ReplaySnapshot(oldest, segments, replay.state_dict(), extra)
 
     def write(self, folder: Path, snapshot: ReplaySnapshot) -> list[str]:
-        """Returns the files that hold every row of the snapshot. Raises OSError; what is written by then counts."""
+        """Write a snapshot; return the files that hold its rows. Raises OSError; files written before it stay valid."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._saved = [(first, last, name) for first, last, name in self._saved if last > snapshot.oldest]
         for first, last, columns in snapshot.segments:
@@ -246,9 +248,9 @@ class ReplayStore:
         return [name for *_, name in self._saved]
 
     def load(self, folder: Path, replay: ReplayBuffer) -> int:
-        """Fill `replay` from a checkpoint; returns how many rows are lost with files that are missing or damaged.
+        """Fill `replay` from a checkpoint; return how many rows are lost with files that are missing or damaged.
 
-        Raises CheckpointError if it is of another replay, or what says how the rows hang together cannot be read.
+        Raises CheckpointError if it is of another replay, or if the state of replay or all rows cannot be read.
         """
         manifest = read_manifest(folder)
         check_shards(folder, manifest, self._shards)
@@ -256,7 +258,7 @@ class ReplayStore:
         damaged = self._damaged(names)
         if damaged and len(damaged) == len(names):
             raise CheckpointError(
-                f"{folder}: its rows files {', '.join(names)} cannot be read. Delete it to use the one before."
+                f"{folder}: its files of rows {', '.join(names)} cannot be read. Delete it to use the one before it."
             )
         counts = {name: last - first for name in names for first, last in [self._numbers(name)]}
         lost = sum(counts[name] for name in damaged)
@@ -272,8 +274,8 @@ class ReplayStore:
         return lost
 
     def _damaged(self, names: Sequence[str]) -> set[str]:
-        """Files that are missing or cannot be read; each is looked at by itself, since together they may be as large
-        as replay."""
+        """Return the files that are missing or cannot be read. Only one is read at a time, because together they may be
+        as large as replay."""
         found = set()
         for name in names:
             try:
@@ -285,7 +287,7 @@ class ReplayStore:
         return found
 
     def _free_name(self, first: int, last: int) -> str:
-        """A file that another checkpoint may stand on is never written again."""
+        """Return a file name that is free, because another checkpoint may need the existing files."""
         attempts = (
             f"{self._shard}-{first:012d}-{last:012d}{again}.msgpack"
             for again in chain([""], map("-{}".format, count(1)))
@@ -299,7 +301,7 @@ class ReplayStore:
 
 
 def write_msgpack(path: Path, value: Any, compress: bool = False) -> None:
-    """Whole or not at all. compress: losslessly (zlib), which `read_msgpack` sees by itself."""
+    """Write a file completely or not at all. compress: losslessly (zlib); `read_msgpack` detects it."""
     partial = path.with_suffix(PARTIAL)
     packed = zlib.compress(pack(value), level=1) if compress else pack(value)
     try:
@@ -314,11 +316,11 @@ def write_msgpack(path: Path, value: Any, compress: bool = False) -> None:
 
 
 def read_msgpack(path: Path) -> Any:
-    """Raises CheckpointError, naming a file that is missing, cut short or of another kind."""
+    """Read a file. Raises CheckpointError, naming the file, if it is missing, cut short or of another kind."""
     try:
         data = path.read_bytes()
         return unpack(zlib.decompress(data) if data[:1] == ZLIB_MARK else data)
     except (OSError, ValueError, zlib.error) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}. Delete its checkpoint to use the one before."
+            f"{path} cannot be read: {error}. Delete its checkpoint to use the one before it."
         ) from error

@@ -1,4 +1,4 @@
-"""The compiler's cache on disk, which a process that is killed while it compiles leaves half-written."""
+"""The cache of torch.compile on disk, in which a process that is killed while it compiles leaves incomplete files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ HEADER = 64  # bytes of a 64-bit ELF header
 
 
 def compiler_cache() -> Path:
-    """Where torch.compile keeps what it compiled: TORCHINDUCTOR_CACHE_DIR, or a folder of the user's."""
+    """Return the folder of torch.compile's cache: TORCHINDUCTOR_CACHE_DIR, or a folder of the user."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second to import
 
     return Path(cache_dir())
 
 
 def drop_damaged_libraries(folder: Path) -> list[Path]:
-    """Delete compiled libraries in `folder` that were cut short, so that they are compiled again; return them.
+    """Delete compiled libraries in `folder` that are incomplete, so that they are compiled again; return their paths.
 
-    torch.compile writes them in place and takes whatever lies there: one that is cut short would end every later run
-    that needs it.
+    torch.compile writes them in place and does not check them: an incomplete one would end every later run that needs
+    it.
     """
     damaged = [path for path in folder.rglob("*.so") if _is_cut_short(path)]
     for path in damaged:
@@ -28,7 +28,7 @@ def drop_damaged_libraries(folder: Path) -> list[Path]:
 
 
 def _is_cut_short(path: Path) -> bool:
-    """A linker writes the table of sections last; the header says where it ends."""
+    """Return True if a library is incomplete. Its header says where the section table, which is written last, ends."""
     try:
         with path.open("rb") as file:
             header = file.read(HEADER)
@@ -38,4 +38,4 @@ def _is_cut_short(path: Path) -> bool:
         entry_size, entries = struct.unpack_from("<HH", header, 58)
         return bool(path.stat().st_size < max(table, 1) + entry_size * entries)
     except OSError:
-        return False  # gone meanwhile, or not ours to read
+        return False  # deleted meanwhile, or not readable

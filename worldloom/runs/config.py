@@ -15,14 +15,14 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
-    """The task.
+    """The environment.
 
     Args:
         id: Gymnasium id, module:id, or module:factory, a function or class that makes the environment
         num_envs: environments per env actor
         action_repeat: environment frames per agent step; rewards are summed
-        frame_stack: images carry so many frames in their channels, the oldest first
-        image_size: images are resized to squares of that side; null leaves them (atari and dmc have their own)
+        frame_stack: frames that an image holds in its channels, the oldest first
+        image_size: side of the square to which images are resized; null keeps their size (atari and dmc have their own)
         atari: frames and actions of ALE/ ids; others ignore it
         dmc: observations of dm_control/ ids; others ignore it
     """
@@ -46,8 +46,8 @@ class ReplayConfig:
     """The replay buffer.
 
     Args:
-        capacity: rows kept, of all shards together; the oldest go first
-        shards: replay actors that share the rows; env actors are told apart, so take no more shards than env actors
+        capacity: rows kept in all shards together; new rows replace the oldest
+        shards: replay actors that share the rows; each env actor writes to one, so there may be at most one per actor
     """
 
     capacity: int = 1_000_000
@@ -60,19 +60,19 @@ class ReplayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how hard to train.
+    """The training: its length, its train ratio and how the learner computes.
 
     Args:
         total_steps: environment (agent) steps
         train_ratio: replayed steps per environment step; null takes the algorithm's own
         learning_starts: environment steps before the first update
-        seed: of everything random
-        device: of the learner: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
-        precision: of the learner's matrix products; auto takes what the algorithm's authors use on that device
+        seed: seed of all random numbers
+        device: device of the learner: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+        precision: precision of the learner's matrix products; auto takes that of the algorithm's authors on the device
         compile: run updates through torch.compile: the first takes about a minute longer, the rest are faster; auto
             does so on a GPU
-        capture: on a GPU, run each update and each plan as one CUDA graph, so that it waits for no launches; auto
-            does so
+        capture: on a GPU, run each update and each plan as one CUDA graph, which avoids waiting for kernel launches;
+            auto does so
     """
 
     total_steps: int = 100_000
@@ -95,21 +95,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """Where the parts run.
+    """The parts of a run: where they run, and how often they exchange data.
 
     Args:
         kind: ray, or inline for one process without Ray
-        sync: one vector step, then every update that is due, in turn: on Ray the same numbers as inline, and --resume
-            goes on as if the run had never stopped (open episodes are cut short at each checkpoint for that)
+        sync: alternate one vector step and every update that is due: with Ray this gives the same numbers as inline,
+            and --resume goes on as if the run had never stopped (for this, open episodes are cut at each checkpoint)
         env_actors: remote actors, each with env.num_envs environments; 0 acts in the coordinator
         acting: local: env actors hold a copy of the weights; server: they send observations, and one batched call acts
-            for all; auto takes server for agents that plan, where the learner has a GPU
+            for all; auto takes server for agents that plan, if the learner has a GPU
         acting_server: where the server runs: in the learner's process, or in an actor of its own
-        acting_deadline: seconds after the first observation in which a batch of the server closes at the latest
+        acting_deadline: longest time in seconds from the first observation of a server's batch until the batch closes
         chunk_steps: vector steps per collect; a collect ends earlier after chunk_seconds
-        chunk_seconds: seconds
+        chunk_seconds: longest time of a collect in seconds
         publish_interval: updates between two versions of the weights
-        learner_threads: CPU threads of the learner; 0 takes what the env actors leave (inline: torch's own choice)
+        learner_threads: CPU threads of the learner; 0 takes those that the env actors leave (inline: torch's default)
         collect_timeout: seconds without an answer after which an env actor is replaced
     """
 
@@ -147,7 +147,7 @@ class EvalConfig:
 
     Args:
         interval: environment steps between two evaluations; 0 evaluates at the end only
-        episodes: episodes each time
+        episodes: episodes per evaluation
     """
 
     interval: int = 10_000
@@ -160,14 +160,14 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Saving.
+    """Checkpoints.
 
     Args:
         interval: environment steps between two checkpoints; 0 saves at the end only
-        keep: newest checkpoints kept
-        compress: rows of replay losslessly (zlib): images take a fraction of the room, and longer to write
-        on_error: what follows when the disk is full or cannot be written: continue, and try again at the next interval,
-            or stop the run
+        keep: number of newest checkpoints to keep
+        compress: compress the rows of replay losslessly (zlib): images take less space, but longer to write
+        on_error: when the disk is full or cannot be written: continue, and try again at the next interval, or stop the
+            run
     """
 
     interval: int = 10_000
@@ -186,7 +186,7 @@ class LogConfig:
 
     Args:
         interval: environment steps between two lines of metrics
-        picture_interval: environment steps between two pictures of imagination in TensorBoard; 0 draws the last only
+        picture_interval: environment steps between two pictures of imagination in TensorBoard; 0 draws one at the end
     """
 
     interval: int = 1_000
@@ -199,13 +199,13 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run.
+    """The configuration of a whole run.
 
     Args:
         algorithm: a preset such as tdmpc2:5m, an alias, or module:size of a family of your own
-        agent: single fields of the preset's config to replace
-        protocol: paper, the published hyper-parameters, or head, those of the authors' present code, where a preset
-            tells them apart
+        agent: fields that replace those of the preset's config
+        protocol: paper: the published hyper-parameters; head: those of the authors' current code, if the preset has
+            them
     """
 
     algorithm: str = "tdmpc2:5m"
@@ -230,11 +230,11 @@ class RunConfig:
             self.runtime.kind == "ray" or self.replay.shards == 1,
             "replay.shards",
             self.replay.shards,
-            "1 with runtime.kind inline: several are for Ray, where a run that began with them goes on",
+            "1 with runtime.kind inline: several are for Ray, and a run that began with several goes on with Ray",
         )
         _require(
             self.replay.shards <= max(self.runtime.env_actors, 1),
             "replay.shards",
             self.replay.shards,
-            f"at most runtime.env_actors={max(self.runtime.env_actors, 1)}, each of which fills one",
+            f"at most runtime.env_actors={max(self.runtime.env_actors, 1)}, each of which writes to one shard",
         )

@@ -38,7 +38,7 @@ from worldloom.runs.interrupt import GracefulStop
 from worldloom.runs.run import Run
 from worldloom.types import Array, FreshColumns
 
-COLLECT_EVERY = 100  # updates on a GPU: reading metrics waits for it
+COLLECT_EVERY = 100  # updates on a GPU, because reading metrics waits for the GPU
 
 
 class InlineTrainer:
@@ -73,7 +73,7 @@ class InlineTrainer:
         return Rollout([lane], config.train.seed, incarnation=incarnation)
 
     def train(self) -> dict[str, Any]:
-        """Run to total_steps, or to the first Ctrl-C. Returns what summary.json holds."""
+        """Run to total_steps, or to the first Ctrl-C. Return the content of summary.json."""
         run, limiter = self.run, self.run.limiter
         with GracefulStop() as stop:
             try:
@@ -91,26 +91,26 @@ class InlineTrainer:
                         run.recorder.evaluated(limiter.env_steps, self._evaluate())
                     if run.checkpoint_clock.due(limiter.env_steps) and not run.finished:
                         self.save()
-                        if self.config.runtime.sync:  # start all episodes anew, as a resumed run would
+                        if self.config.runtime.sync:  # restart all episodes, as a resumed run would
                             self.rollout.close()
                             run.incarnation += 1
                             self.rollout = self._new_rollout()
                 return self._finish(stop.requested and not run.finished)
             except EnvironmentFailed:
-                self.save()  # what was accepted is kept for --resume
+                self.save()  # keep the accepted rows for --resume
                 raise
             finally:
                 run.recorder.close()
                 self.rollout.close()
 
     def _learn(self, stop: GracefulStop) -> None:
-        """Do the updates that are due; write back the replay columns that they refreshed."""
+        """Make the updates that are due; write back the replay columns that they computed."""
         limiter = self.run.limiter
         while limiter.updates_due() and not stop.requested:
             begun = time.monotonic()
             batch = self.replay.sample(self.agent.batch_size)
             fresh = (batch["rows"].numpy(), self.agent.learn(batch))
-            if self._on_gpu:  # the columns of the update before are there by now
+            if self._on_gpu:  # the columns of the previous update are ready by now
                 self._write_back()
             self._fresh = fresh
             if not self._on_gpu:
@@ -122,7 +122,7 @@ class InlineTrainer:
                 self._collect()
 
     def _write_back(self) -> None:
-        """Give replay the columns that the last update made, if they were not given yet."""
+        """Write the columns of the last update to replay, if that was not done yet."""
         if self._fresh is not None:
             rows, fresh = self._fresh
             if columns := fresh.arrays():
@@ -130,7 +130,7 @@ class InlineTrainer:
             self._fresh = None
 
     def _collect(self) -> None:
-        """Record the metrics of the updates since the last time; waits for the device."""
+        """Record the metrics of the updates since the last call; waits for the device."""
         if not self._uncollected:
             return
         begun = time.monotonic()
@@ -147,7 +147,7 @@ class InlineTrainer:
         self.run.recorder.picture(sequence_picture(self.agent.world_model, sequence, self.run.title()))
 
     def save(self) -> None:
-        """Write a checkpoint of everything; a disk that refuses it is told of, and ends the run where that is asked."""
+        """Write a checkpoint of everything; a disk error ends the run only if checkpoint.on_error is stop."""
         self._collect()
         self._write_back()
         snapshot = take_agent(self.agent)

@@ -1,4 +1,4 @@
-"""Ctrl-C once: finish what is under way, save, end cleanly. Twice: stop at once."""
+"""Ctrl-C: pressed once, the run finishes its work in progress, saves and ends; pressed twice, it stops at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class GracefulStop:
-    """Within this context SIGINT and SIGTERM set `requested`; a second SIGINT raises KeyboardInterrupt."""
+    """A context in which SIGINT and SIGTERM set `requested`; a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.requested = False

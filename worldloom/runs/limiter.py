@@ -1,4 +1,4 @@
-"""When things are due: updates against environment steps, and everything that happens at intervals."""
+"""Schedules: updates in proportion to environment steps, and everything that happens at intervals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SETTINGS = ("train_ratio", "replayed_per_update", "learning_starts", "pretrain")
 class RateLimiter:
     """Keeps the train ratio: replayed steps per environment (policy) step.
 
-    Both sides are counted where they are settled: environment steps when replay accepted them, updates when the
-    learner finished them. replayed_per_update: B times the trained steps of a window. The warm-up's own steps are
-    replayed too if `pretrain` (one burst when learning starts, as TD-MPC2 does), and never otherwise.
+    Environment steps count once replay has accepted them, updates once the learner has finished them.
+    replayed_per_update: B times the trained steps of a window. pretrain: updates are also owed for the steps of the
+    warm-up, in one burst when learning starts, as TD-MPC2 does.
     """
 
     def __init__(self, train_ratio: float, replayed_per_update: int, learning_starts: int, pretrain: bool) -> None:
@@ -22,7 +22,7 @@ class RateLimiter:
         self.learning_starts, self.pretrain = learning_starts, pretrain
         self.env_steps = 0
         self.updates = 0
-        self._ahead = 0.0  # updates made under other settings, beyond what these would have owed by then
+        self._ahead = 0.0  # updates made under earlier settings, minus those that the present settings would owe
 
     @property
     def updates_per_step(self) -> float:
@@ -38,17 +38,17 @@ class RateLimiter:
         return self.env_steps if self.pretrain else max(self.env_steps - self.learning_starts, 0)
 
     def updates_due(self) -> int:
-        """Updates owed now; 0 until learning starts."""
+        """Return the updates owed now; 0 until learning starts."""
         if not self.learning:
             return 0
         return max(math.floor(self.owed() + 1e-9) - self.updates, 0)
 
     def owed(self) -> float:
-        """Updates that are owed for all steps so far."""
+        """Return the updates that are owed for all steps so far."""
         return self.counted_steps * self.train_ratio / self.replayed_per_update + self._ahead
 
     def steps_ahead(self) -> float:
-        """How many environment steps the collecting side is ahead of the learner; 0 until learning starts."""
+        """Return how many environment steps collecting is ahead of the learner; 0 until learning starts."""
         if not self.learning:
             return 0.0
         return max(self.counted_steps - (self.updates - self._ahead) / self.updates_per_step, 0.0)
@@ -59,7 +59,7 @@ class RateLimiter:
         return (self.updates - self._ahead) * self.replayed_per_update / max(self.counted_steps, 1)
 
     def describe(self) -> str:
-        """The ratio in all the usual units."""
+        """Describe the ratio in all the usual units."""
         per_step = self.updates_per_step
         updates = f"{per_step:g} updates a step" if per_step >= 1 else f"1 update every {1 / per_step:g} steps"
         return (
@@ -68,7 +68,7 @@ class RateLimiter:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Both totals, and what they are kept by."""
+        """Return both totals and the settings."""
         return {
             "env_steps": self.env_steps,
             "updates": self.updates,
@@ -80,8 +80,8 @@ class RateLimiter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Both totals together, so that nothing is owed after a resume that was not owed before, also where the
-        settings have changed: they hold for the steps that follow."""
+        """Load both totals, so that a resume owes no update that was not owed before. Changed settings apply only to
+        the steps that follow."""
         self.env_steps, self.updates = int(state["env_steps"]), int(state["updates"])
         self._ahead = float(state["ahead"])
         kept_by = {name: value for name, value in self.state_dict().items() if name in SETTINGS}
@@ -91,7 +91,7 @@ class RateLimiter:
 
 
 class Every:
-    """Due once whenever another multiple of `interval` steps has been reached; never if the interval is 0."""
+    """A schedule that is due once for each multiple of `interval` steps that is reached; never if the interval is 0."""
 
     def __init__(self, interval: int, start: int = 0) -> None:
         self._interval = interval

@@ -1,4 +1,4 @@
-"""One run, whatever its runtime: its directory, limiter, intervals, bookkeeping and manifest."""
+"""One run, inline or with Ray: its directory, limiter, intervals, records and manifest."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from worldloom.types import ObsShape
 
 
 class Run:
-    """What the in-process trainer and the Ray coordinator share. Counters go on where they stood at `checkpoint`.
+    """State that the in-process trainer and the Ray coordinator share. Counters go on from those of `checkpoint`.
 
-    Nothing is written before; make it once all else is restored, so that a resume that fails leaves no trace.
+    It writes the first files of a run. Make it after everything else is restored, so that a failed resume changes no
+    file.
     """
 
     def __init__(
@@ -43,16 +44,16 @@ class Run:
             self.limiter.load_state_dict(manifest["limiter"])
         self.incarnation = (
             int(manifest.get("incarnation", -1)) + 1
-        )  # actors started now are told apart from earlier ones
+        )  # it distinguishes actors started now from earlier ones
         counters = manifest.get("counters", {})
         self.recorder = Recorder(run_dir, subject_of(config), self.limiter, counters, spec.true_ends_hint, sinks)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.picture_clock = Every(config.log.picture_interval, self.limiter.env_steps)
         self.log_clock = Every(config.log.interval, self.limiter.env_steps)
-        self._introduce(env)
+        self._print_header(env)
 
-    def _introduce(self, env: EnvSpec) -> None:
+    def _print_header(self, env: EnvSpec) -> None:
         spec, config, say = self.spec, self.config, self.recorder.say
         say(f"run directory: {self.dir.resolve()}")
         shape = _shown(observation_shape(env.observation_space))
@@ -76,11 +77,11 @@ class Run:
 
     @property
     def random_actions(self) -> bool:
-        """Whether to act at random now: the warm-up of agents that ask for one."""
+        """True during the warm-up of an agent that asks for random actions."""
         return self.spec.random_warmup and not self.limiter.learning
 
     def manifest(self, incarnation: int) -> dict[str, Any]:
-        """What a checkpoint tells of now, but for the files that hold its rows."""
+        """Return the manifest of a checkpoint made now, without the files that hold its rows."""
         return {
             "algorithm": self.config.algorithm,
             "env_id": self.config.env.id,
@@ -91,8 +92,8 @@ class Run:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around what writes a checkpoint: tells of a disk that refuses, and goes on unless checkpoint.on_error says
-        stop. Earlier checkpoints stand."""
+        """Wrap the writing of a checkpoint: report a disk error, and raise it if checkpoint.on_error is stop. Earlier
+        checkpoints stay valid."""
         try:
             yield
         except OSError as error:
@@ -100,11 +101,11 @@ class Run:
             self.recorder.counters["checkpoints_failed"] += 1
             text = f"no checkpoint could be written at step {self.limiter.env_steps:,} ({error})"
             if self.config.checkpoint.on_error == "stop":
-                raise OSError(f"{text}. Free or mend the disk, then go on with: {self.resume_command()}") from error
-            self.recorder.say(f"warning: {text}; earlier ones stand, and the next interval tries again")
+                raise OSError(f"{text}. Free or repair the disk, then go on with: {self.resume_command()}") from error
+            self.recorder.say(f"warning: {text}; earlier ones stay valid, and the next interval tries again")
 
     def title(self) -> str:
-        """Of a picture made now."""
+        """Return the title of a picture made now."""
         return f"{self.config.algorithm} on {self.config.env.id}, step {self.limiter.env_steps:,}"
 
     def resume_command(self) -> str:

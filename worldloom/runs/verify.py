@@ -1,4 +1,4 @@
-"""Does a run's last checkpoint tell the truth: the invariants that every fault must leave standing."""
+"""Verification of a run's newest checkpoint: the invariants that must hold after every fault."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FLAGS = ("is_first", "terminated", "truncated", "rewards", "actions")
 
 
 def verify(run_dir: str | os.PathLike[str]) -> list[str]:
-    """What is broken in the newest checkpoint, a sentence each that begins with the invariant's name; [] if all hold.
+    """Return a sentence for each invariant that the newest checkpoint breaks, starting with its name; [] if all hold.
 
-    I1 the steps that are reported are the steps that replay holds or has evicted. I2 no chunk was accepted twice. I3
-    rows are contiguous: every start has a seam before it, an interrupted episode ends truncated, and actions and
-    rewards of starts are zero. I4 no more was delivered to the learner than the train ratio allows. I6 learner and
-    manifest agree on their updates. No file can tell of the other two: that weights never go back (I5;
-    `worldloom.acting.local` refuses), and that nothing is left running (I7).
+    I1: the reported steps are the steps that replay holds or has evicted. I2: no chunk was accepted twice. I3: rows
+    are contiguous: an episode starts only after the end of the one before, an interrupted episode ends truncated, and
+    action and reward of a first row are zero. I4: the learner made no more updates than the train ratio allows. I6:
+    learner and manifest agree on the number of updates. Two invariants do not show in files: acting weights are never
+    replaced by older ones (I5, see `worldloom.acting.local`), and no process is left running (I7).
 
     Raises CheckpointError if there is no checkpoint or it cannot be read.
     """
@@ -33,19 +33,19 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
     if limiter["env_steps"] != (steps := sum(replay["steps"] for replay in shards)):
         broken.append(f"I1: {limiter['env_steps']:,} steps are reported, but replay accepted {steps:,}.")
     for replay, names in zip(shards, manifest["rows"], strict=True):
-        broken += _rows(replay, [read_msgpack(folder.parent / "rows" / name) for name in names])
+        broken += _check_rows(replay, [read_msgpack(folder.parent / "rows" / name) for name in names])
     actors = [entry[0] for replay in shards for entry in replay["sequence"]]
     if len(actors) != len(set(actors)):
         broken.append("I2: an actor has two last chunks in replay.")
-    broken += _ratio(limiter, counters["env_steps_discarded"])
+    broken += _check_ratio(limiter, counters["env_steps_discarded"])
     kept = limiter["updates"] - counters["updates_lost"]
     if learner["updates"] != kept:
         broken.append(f"I6: the learner made {learner['updates']:,} updates, the manifest counts {kept:,}.")
     return broken
 
 
-def _rows(replay: dict[str, Any], segments: list[dict[str, Array]]) -> list[str]:
-    """Of one shard."""
+def _check_rows(replay: dict[str, Any], segments: list[dict[str, Array]]) -> list[str]:
+    """Return what is broken in the rows of one shard."""
     if not segments:
         return []
     rows = {name: np.concatenate([segment[name] for segment in segments]) for name in (*FLAGS, "origin")}
@@ -54,14 +54,14 @@ def _rows(replay: dict[str, Any], segments: list[dict[str, Array]]) -> list[str]
     held = int((~rows["is_first"]).sum())
     if replay["rows"] <= len(rows["is_first"]) and held != replay["steps"]:  # else some were evicted
         broken.append(f"I1: replay counts {replay['steps']:,} steps, but its rows hold {held:,}.")
-    return broken + [f"I3: {text}" for text in _seams(rows)]
+    return broken + [f"I3: {text}" for text in _check_episodes(rows)]
 
 
-def _seams(rows: dict[str, Array]) -> list[str]:
-    """Each stream by itself, in order of age; the oldest row of a ring that wrapped may lie within an episode.
+def _check_episodes(rows: dict[str, Array]) -> list[str]:
+    """Return what is broken where episodes meet, stream by stream. The oldest row may lie within an episode.
 
-    Files are written once: the last row of a stream in one does not know yet that its episode was to be cut short. It
-    is marked when the rows are loaded.
+    Files are written once: in the last row of a stream in a file, the flag of an episode that was cut short later is
+    still missing. It is set when the rows are loaded.
     """
     broken = []
     for origin in np.unique(rows["origin"], axis=0):
@@ -80,8 +80,8 @@ def _seams(rows: dict[str, Array]) -> list[str]:
     return broken
 
 
-def _ratio(limiter: dict[str, Any], discarded: int) -> list[str]:
-    """Steps that were learned from and then lost with replay count as well."""
+def _check_ratio(limiter: dict[str, Any], discarded: int) -> list[str]:
+    """Check the train ratio; steps that were learned from and then lost with replay also count."""
     steps, starts = limiter["env_steps"] + discarded, limiter["learning_starts"]
     counted = 0 if steps < starts else steps if limiter["pretrain"] else steps - starts
     owed = counted * limiter["train_ratio"] / limiter["replayed_per_update"] + limiter["ahead"]

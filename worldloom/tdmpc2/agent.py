@@ -1,4 +1,4 @@
-"""The TD-MPC2 agent: plans to act, and learns model, values and policy in one update."""
+"""The TD-MPC2 agent: it plans to act, and learns model, values and policy in one update."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ NOT_EPISODIC = (
 
 
 class TDMPC2Agent:
-    """Acts on vectors or images with continuous or one-hot actions; see `worldloom.types.Agent` for the protocol."""
+    """An agent for vectors or images, with continuous or one-hot actions; `worldloom.types.Agent` explains its methods.
+
+    Raises ValueError for action classes that are not the model's.
+    """
 
     behaviour = None  # the world model holds policy and values
     random_warmup = True
@@ -33,14 +36,14 @@ class TDMPC2Agent:
 
     def __init__(self, model: TDMPC2WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
         if tuple(action_classes) != model.action_classes:
-            raise ValueError(f"the agent has action classes {action_classes}, its model {model.action_classes}.")
+            raise ValueError(f"action_classes is {action_classes}, expected the model's, {model.action_classes}.")
         self.world_model, self.planner, self.device = model, Planner(model), model.bins.device
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._act = Captured(self._choose, self.device, self.acting_generator)
         self.learning = TDMPC2Learning(model, seed + 1)
         self._learner = Learner(self.learning, self.device)
 
-    # What a run must know
+    # Facts that a run needs
 
     @property
     def config(self) -> TDMPC2Config:
@@ -60,7 +63,7 @@ class TDMPC2Agent:
 
     @property
     def train_ratio(self) -> float:
-        """One update for each environment step, as published."""
+        """Replayed steps per environment step: one update for each environment step, as published."""
         return float(self.config.batch_size * self.config.horizon)
 
     @property
@@ -80,8 +83,8 @@ class TDMPC2Agent:
         return self._learner.updates
 
     def configure_learning(self, precision: Precision, compiled: bool, capture: bool = True) -> None:
-        """Compiled, the losses of the model and of the policy are a graph each, and on a GPU an iteration of the
-        planner (on a CPU that gains nothing)."""
+        """Compile, if `compiled`, the losses of model and policy, and on a GPU an iteration of the planner (on a CPU
+        that gains nothing); capture makes each call one CUDA graph. Raises ValueError unless precision is float32."""
         if precision != "float32":
             raise ValueError(f"train.precision is {precision!r}, but TD-MPC2 learns in float32, as published.")
         cuda = self.device.type == "cuda"
@@ -102,9 +105,10 @@ class TDMPC2Agent:
         explore: bool = True,
         task: Array | None = None,
     ) -> tuple[Array, ActState]:
-        """Actions [E, A] in [-1, 1] or one-hot for obs [E, *obs_shape]; act_state holds every environment's last plan.
+        """Return actions [E, A] in [-1, 1] or one-hot for obs [E, *obs_shape], and the new act_state, the last plans.
 
-        task: [E] numbers of the tasks, for a multi-task model; actions beyond a task's own are zero.
+        task: [E] task numbers, for a multi-task model; action dimensions that a task does not use are zero. Raises
+        ValueError for obs, task or act_state of other shapes.
         """
         numbers = None if task is None else torch.as_tensor(task).long()
         shown = self.world_model.check_observation("act", torch.as_tensor(obs), numbers)
@@ -118,7 +122,7 @@ class TDMPC2Agent:
         return found["action"].cpu().numpy(), {"mean": mean}
 
     def _choose(self, given: Tensors, explore: bool) -> Tensors:
-        """On the device alone: actions and plans for these observations."""
+        """Return actions and plans for these observations; runs on the device alone."""
         model, task = self.world_model, given.get("task")
         z = model.latent(given["obs"], task, model.draw_eval_shifts(len(given["obs"]), self.acting_generator))
         noise = self.planner.draw_noise(len(z), self.acting_generator)
@@ -141,12 +145,13 @@ class TDMPC2Agent:
         return act_state["mean"]
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
+        """Return {}: acting makes nothing for replay to store."""
         return {}
 
     # Learning
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """One update: world model, then policy, then target values (algorithm 2 of the paper).
+        """Make one update: world model, then policy, then target values (Hansen et al. 2024, algorithm 2).
 
         An update with a loss or gradient that is not finite changes nothing. Raises FloatingPointError after several of
         them in a row, ValueError for a batch of other keys or shapes.
@@ -155,11 +160,11 @@ class TDMPC2Agent:
         return self.collect(), columns.arrays()
 
     def learn(self, batch: Batch) -> Columns:
-        """`update` without waiting for the device; `collect` reads its metrics."""
+        """Make an update without waiting for the device; the returned columns are empty."""
         return self._learner.learn(batch)
 
     def collect(self) -> Metrics:
-        """Means over the updates since the last call. Waits for the device. Raises FloatingPointError as `update`."""
+        """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
         return self._learner.collect()
 
     # Exchange

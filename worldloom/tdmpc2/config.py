@@ -15,24 +15,24 @@ SIZES: dict[str, dict[str, int]] = {  # paper, table 8
 
 @dataclass(frozen=True, kw_only=True)
 class TDMPC2Config:
-    """Defaults are the reference's for single-task control from states (Hansen et al. 2024, table 9)."""
+    """The settings of TD-MPC2; defaults are the reference's for one task with states (Hansen et al. 2024, table 9)."""
 
     # Networks
     encoder_dim: int = 256  # width of the encoder's hidden layers
     mlp_dim: int = 512  # width of every other hidden layer
-    latent_dim: int = 512  # D, a multiple of simnorm_dim
-    encoder_layers: int = 2  # the last one included
+    latent_dim: int = 512  # D, size of a latent, a multiple of simnorm_dim
+    encoder_layers: int = 2  # layers of the encoder, the last one included
     num_q: int = 5  # N, value heads
     simnorm_dim: int = 8  # entries per softmax group
     num_bins: int = 101  # K, two-hot bins
     bin_limit: float = 10.0  # bins span [-bin_limit, bin_limit] in symlog space
-    dropout: float = 0.01  # first layer of each value head, in training
-    log_std_min: float = -10.0  # of the policy
-    log_std_max: float = 2.0  # of the policy
+    dropout: float = 0.01  # probability of dropout in the first layer of each value head, in training
+    log_std_min: float = -10.0  # lower bound of the policy's log standard deviation
+    log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
     episodic: bool = False  # learn a termination head, for tasks with true ends
-    task_dim: int = 0  # T, of the task embedding; 0 for a single task
+    task_dim: int = 0  # T, size of the task embedding; 0 for a single task
     augment_eval: bool = True  # shift images at random in acting and evaluation too, as the authors' code does
-    symlog_obs: bool = False  # as in the authors' files from before their code was public
+    symlog_obs: bool = False  # take symlog of vectors first, as in the authors' files from before their code was public
 
     # Learning
     batch_size: int = 256  # B, windows per update
@@ -43,25 +43,25 @@ class TDMPC2Config:
     value_coef: float = 0.1  # weight of the value loss
     termination_coef: float = 1.0  # weight of the termination loss
     entropy_coef: float = 1e-4  # weight of the entropy bonus in the policy loss
-    lr: float = 3e-4  # Adam
+    lr: float = 3e-4  # learning rate of Adam
     encoder_lr_scale: float = 0.3  # the encoder learns at lr times this
-    grad_clip: float = 20.0  # global norm
-    tau: float = 0.01  # per update, of the target value heads and of the value scale
-    discount: float | None = None  # None derives it from the episode length
+    grad_clip: float = 20.0  # limit of the gradient's global norm
+    tau: float = 0.01  # share of the way that target value heads and value scale move per update
+    discount: float | None = None  # gamma; null derives it from the episode length
     discount_denominator: float = 5.0  # an episode is this many effective horizons long
-    discount_min: float = 0.95  # bounds of the derived discount
-    discount_max: float = 0.995  # and the discount where no episode length is known
+    discount_min: float = 0.95  # lower bound of the derived discount
+    discount_max: float = 0.995  # its upper bound, and the discount if no episode length is known
     pretrain: bool = True  # one update per warm-up step when learning starts
 
     # Planning (MPPI)
     mpc: bool = True  # plan; otherwise act with the policy
-    iterations: int = 6  # plus 2 where there are 20 or more action dimensions
+    iterations: int = 6  # iterations per plan; 2 more with 20 or more action dimensions
     num_samples: int = 512  # sequences per iteration, the policy's included
     num_elites: int = 64  # best sequences that the next iteration is fitted to
     num_pi_trajs: int = 24  # sequences from the policy
-    temperature: float = 0.5  # multiplies values
-    min_std: float = 0.05  # least deviation of sampled actions
-    max_std: float = 2.0  # largest, and that of the first iteration
+    temperature: float = 0.5  # factor of values in the weights of elites, exp(temperature * value)
+    min_std: float = 0.05  # smallest standard deviation of sampled actions
+    max_std: float = 2.0  # largest one, and that of the first iteration
     min_probability: float = 0.1  # share of discrete plans that stays uniform (an extension, not published)
 
     def __post_init__(self) -> None:
@@ -104,7 +104,10 @@ class TDMPC2Config:
         require(0 < self.min_std <= self.max_std, "min_std", f"a positive number up to max_std={self.max_std}")
 
     def discount_for(self, episode_length: int | None) -> float:
-        """gamma for episodes of that many agent steps (section 4.1 of the paper); the largest where unknown."""
+        """Return gamma for episodes of that many agent steps (Hansen et al. 2024); the largest if not known.
+
+        gamma = (h - 1) / h between discount_min and discount_max, with h = episode_length / discount_denominator.
+        """
         if self.discount is not None:
             return self.discount
         if episode_length is None:

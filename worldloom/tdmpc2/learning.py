@@ -21,7 +21,7 @@ ROWS = ("obs", "actions", "rewards", "terminated", "continues", "task")  # what 
 
 
 class TDMPC2Learning:
-    """The two optimisers, the scale of values and the generator of everything random in an update."""
+    """TD-MPC2's update: its two optimisers, the scale of values and the generator of its random numbers."""
 
     def __init__(self, model: TDMPC2WorldModel, seed: int) -> None:
         c, device = model.config, model.bins.device
@@ -33,14 +33,15 @@ class TDMPC2Learning:
         groups: list[dict[str, Any]] = [{"params": encoder, "lr": c.lr * c.encoder_lr_scale}, {"params": rest}]
         self.model_optimizer = GuardedAdam(groups, c.lr, 1e-8, c.grad_clip)
         self.policy_optimizer = GuardedAdam([{"params": policy}], c.lr, 1e-5, c.grad_clip)
-        self.joint_loss = joint_loss  # compiled where an agent is told to
+        self.joint_loss = joint_loss  # `compile` replaces it
 
     def compile(self) -> None:
+        """Replace the two losses by their compiled forms."""
         compile_part(self, "joint_loss")
         compile_part(self, "policy_loss")
 
     def stage(self, batch: Batch) -> Tensors:
-        """What the update reads of a batch, by name. Raises ValueError for a batch of other keys or shapes."""
+        """Return what the update reads of a batch, by name. Raises ValueError for another length or wrong tasks."""
         given: Tensors = {name: torch.as_tensor(batch[name]) for name in ROWS if name in batch}  # type: ignore[literal-required]
         length = self.model.config.horizon + 1
         if given["actions"].shape[1] != length:
@@ -53,7 +54,7 @@ class TDMPC2Learning:
         return rest if task is None else {**rest, "task": task}
 
     def core(self, given: Tensors) -> Tensors:
-        """The update on the device alone; see `worldloom.learner.Update`. TD-MPC2 has no columns for replay."""
+        """Make the update on the device alone; return no columns for replay. See `worldloom.learner.Update`."""
         model, batch = self.model, cast(Batch, given)
         noise = draw_loss_noise(model, batch["actions"].shape[0], batch["actions"].shape[1], self.generator)
         found = self.joint_loss(model, batch, noise)
@@ -76,7 +77,7 @@ class TDMPC2Learning:
         return {}
 
     def update_policy(self, z: Tensor, mask: Tensor | None, allowed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Maximise scaled values plus entropy on z [B, H+1, D + T]; value heads and task embeddings are frozen.
+        """Maximise scaled values plus entropy of the policy on z [B, H+1, D + T]; heads and embeddings are frozen.
 
         mask: [B, A], for a multi-task model. allowed: bool scalar. Returns scalars, and whether the step was made.
         """
@@ -93,7 +94,10 @@ class TDMPC2Learning:
     def policy_loss(
         self, z: Tensor, noise: Tensor, heads: Tensor, dropped: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss (eq. 4), means of value and entropy, and the scale of values that it is computed with."""
+        """Return the loss, means of value and entropy, and the new scale S of values: all scalars.
+
+        The loss is the mean over t of rho^t times the mean over B of `sample.loss` (Hansen et al. 2024, eq. 4).
+        """
         c = self.model.config
         sample = self.model.policy.sample(z, noise, mask)
 
@@ -104,7 +108,7 @@ class TDMPC2Learning:
         return loss, expected.mean(), -sample.log_prob.mean(), scale
 
     def frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, dropped: Tensor | None) -> Tensor:
-        """The mean of two value heads, [...], whose parameters get no gradient; action: [..., A]."""
+        """Return the mean value [...] of two heads, whose parameters get no gradient; action: [..., A]."""
         model, lead = self.model, action.shape[:-1]
         joint = torch.cat([z.expand(*lead, -1), action], -1)
         wide = None if dropped is None else dropped.expand(*lead, *dropped.shape[-2:])

@@ -1,4 +1,4 @@
-"""What TD-MPC2 minimises: the joint loss of its world model and values, and the scale of the policy's values.
+"""TD-MPC2's joint loss of world model and values, and the scale of the policy's values.
 
 Hansen, Su & Wang 2024, section 3.1.
 """
@@ -20,12 +20,12 @@ from worldloom.types import Batch
 
 @dataclass(frozen=True)
 class LossNoise:
-    """Everything random in `joint_loss`, drawn beforehand, so that the loss is a pure function."""
+    """All random numbers of `joint_loss`, drawn beforehand, so that the loss is a pure function."""
 
     target_action: Tensor  # [B, H, A] standard normal
     target_heads: Tensor  # [2] distinct head indices
     dropped: Tensor | None  # [B, H, N, M] True where dropout leaves out an entry of the value heads' first layer
-    shifts: Tensor | None = None  # [B, H + 1, 2], of images
+    shifts: Tensor | None = None  # [B, H + 1, 2] shifts of images, see `draw_shifts`
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Transitions:
     actions: Tensor  # [B, H, A]
     rewards: Tensor  # [B, H]
     terminated: Tensor  # [B, H]
-    task: Tensor | None  # [B] numbers
+    task: Tensor | None  # [B] task numbers
 
 
 def draw_loss_noise(
     networks: TDMPC2Networks, batch_size: int, length: int, generator: Generator | None = None
 ) -> LossNoise:
-    """Draw the noise for a batch of [B, T] rows."""
+    """Draw the noise for a batch of [B, T] rows, T = length."""
     device, steps = networks.bins.device, length - 1
     dropped = networks.draw_dropped((batch_size, steps, networks.config.num_q), generator)
     actions = torch.randn(batch_size, steps, networks.action_dim, device=device, generator=generator)
@@ -63,9 +63,11 @@ def draw_loss_noise(
 
 
 def joint_loss(networks: TDMPC2Networks, batch: Batch, noise: LossNoise) -> Losses:
-    """The sum over t of rho^t (consistency + reward + value) (eq. 3), plus termination.
+    """Return the loss of world model and values, and its parts (Hansen et al. 2024, eq. 3).
 
-    Gradients run through the whole latent rollout; the policy gets none.
+    loss = mean over t of rho^t (c_c |z' - h(s')|^2 + c_r CE(R, r) + c_v CE(Q, target)) + c_t BCE(termination), where c
+    are the config's coefficients and the squared error is a mean over D. Gradients run through the whole latent
+    rollout; the policy gets none. Raises ValueError as `transitions`.
     """
     rows = transitions(networks, batch)
     c, steps, task, actions = networks.config, rows.actions.shape[1], rows.task, rows.actions
@@ -102,15 +104,15 @@ def joint_loss(networks: TDMPC2Networks, batch: Batch, noise: LossNoise) -> Loss
 
 
 def cross_entropy(logits: Tensor, x: Tensor, bins: Tensor) -> Tensor:
-    """[...]: of logits [..., K] with the two-hot encoding of symlog(x) [...] (section 3.1, "soft cross-entropy")."""
+    """Return the cross-entropy [...] of logits [..., K] with two-hot symlog(x), x [...] (section 3.1)."""
     return fn.soft_cross_entropy(logits, fn.two_hot(fn.symlog(x), bins))
 
 
 @torch.no_grad()
 def td_target(networks: TDMPC2Networks, next_z: Tensor, rows: Transitions, noise: LossNoise) -> Tensor:
-    """r + gamma (1 - terminated) min over two random target heads of Q(z', a' ~ policy): [B, H].
+    """Return r + gamma (1 - terminated) min Q(z', a'), [B, H], over two random target heads, with a' ~ policy(z').
 
-    next_z: [B, H, D + T], of the observations that the actions led to.
+    next_z: [B, H, D + T], z' of the observations that the actions led to (Hansen et al. 2024, section 3.1).
     """
     task = None if rows.task is None else rows.task[:, None]
     policy = networks.policy.sample(next_z, noise.target_action, networks.action_mask(task))
@@ -124,7 +126,7 @@ def td_target(networks: TDMPC2Networks, next_z: Tensor, rows: Transitions, noise
 
 
 def transitions(networks: TDMPC2Networks, batch: Batch) -> Transitions:
-    """Check a batch and read it as transitions. Raises ValueError for other shapes, or fewer than two rows."""
+    """Check a batch [B, H+1, ...] and return its transitions. Raises ValueError for other shapes or a single row."""
     obs, actions, rewards = batch["obs"], batch["actions"], batch["rewards"]
     if not isinstance(obs, Tensor) or tuple(obs.shape[2:]) != networks.obs_shape:
         found = tuple(obs.shape) if isinstance(obs, Tensor) else f"a mapping of {sorted(obs)}"
@@ -145,7 +147,7 @@ def transitions(networks: TDMPC2Networks, batch: Batch) -> Transitions:
 
 
 def batch_task(networks: TDMPC2Networks, batch: Batch) -> Tensor | None:
-    """[B] task numbers out of batch["task"], [B] or [B, T]; None for a single task. Raises ValueError."""
+    """Return task numbers [B] of batch["task"], [B] or [B, T]; None for a single task. Raises ValueError for others."""
     task = batch.get("task")
     if task is not None and networks.tasks:
         task = (task if task.ndim == 1 else task[:, 0]).long()
@@ -154,9 +156,10 @@ def batch_task(networks: TDMPC2Networks, batch: Batch) -> Tensor | None:
 
 
 def cut_windows(batch: Batch, horizon: int) -> Batch:
-    """[B, T, ...] as [B W, horizon + 1, ...]: W = (T - 1) // horizon windows, as they are where T <= horizon + 1.
+    """Cut a batch [B, T, ...] into [B W, horizon + 1, ...], W = (T - 1) // horizon; a short one stays as it is.
 
-    Rows that fill no window are left out. A window whose steps cross into another episode keeps its flags.
+    Windows share their end rows; rows that fill no window are left out. A window that crosses into another episode
+    keeps its flags.
     """
     rows = batch["actions"].shape[1]
     if rows <= horizon + 1:
@@ -165,26 +168,29 @@ def cut_windows(batch: Batch, horizon: int) -> Batch:
 
     def cut(value: Tensor) -> Tensor:
         if value.ndim < 2 or value.shape[1] != rows:
-            return value.repeat_interleave(len(index), 0)  # one entry for a sequence, such as its task
+            return value.repeat_interleave(len(index), 0)  # one entry per sequence, such as its task
         return value[:, index.to(value.device)].flatten(0, 1)
 
     return cast(Batch, {name: cut(cast(Tensor, value)) for name, value in batch.items()})
 
 
 def discounted_mean(loss: Tensor, rho: float) -> Tensor:
-    """Mean over t of rho^t times the mean over B, of [B, T]."""
+    """Return the mean over t of rho^t times the mean over B, a scalar, of a loss [B, T]."""
     weight = rho ** torch.arange(loss.shape[1], device=loss.device)
     return (loss.mean(0) * weight).mean()
 
 
 class RunningScale:
-    """S, the running distance of the 5th and 95th percentiles, at least 1: values are divided by it (eq. 4)."""
+    """S, which divides values (Hansen et al. 2024, eq. 4): the running distance of their 5th and 95th percentiles.
+
+    It starts at 1, and each step moves a share tau of the way to max(1, P95 - P5).
+    """
 
     def __init__(self, tau: float, device: torch.device | None = None) -> None:
         self.tau = tau
         self.value = torch.ones((), device=device)
 
     def after(self, x: Tensor) -> Tensor:
-        """Where `value` moves to with these values; whoever makes the update takes it there."""
+        """Return S after the values x, S + tau (max(1, P95 - P5) - S), a scalar; the caller stores it in `value`."""
         low, high = fn.percentile_range(x)
         return self.value.lerp((high - low).clamp(min=1.0), self.tau)

@@ -1,7 +1,7 @@
 """TD-MPC2's networks (Hansen, Su & Wang 2024, https://arxiv.org/abs/2310.16828, section 3 and table 7).
 
-They work on latents z [..., D + T] and actions [..., A]; one latent [E, 1, D + T] may serve [E, S, A]. In a multi-task
-model a latent carries the embedding of its task in its last T entries, as every network reads it; else T is 0.
+They read latents z [..., D + T] and actions [..., A]; one latent [E, 1, D + T] may serve [E, S, A]. In a multi-task
+model, the last T entries of a latent are the embedding of its task, which every network reads; else T is 0.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from worldloom.tdmpc2.policy import CategoricalPolicy, GaussianPolicy
 from worldloom.tdmpc2.tasks import Task, TaskEmbedding
 from worldloom.types import Obs, ObsShape
 
-BRIGHT = 16.0  # no float image in [0, 1] reaches this, noisy ones included
+BRIGHT = 16.0  # no float image in [0, 1] reaches this, not even a noisy one
 
 
 class TDMPC2Networks(nn.Module):
     """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
 
-    See `TDMPC2WorldModel` for the arguments. Raises ValueError where they do not fit.
+    See `TDMPC2WorldModel` for the arguments. Raises ValueError if they do not fit.
     """
 
     bins: Tensor
@@ -69,9 +69,9 @@ class TDMPC2Networks(nn.Module):
         self.register_buffer("bins", torch.linspace(-c.bin_limit, c.bin_limit, c.num_bins), persistent=False)
 
     def _initialise(self) -> None:
-        """N(0, 0.02) weights, zero biases; the last layers of reward and values start at exactly zero."""
+        """Draw weights from N(0, 0.02^2), set biases and the last weights of reward and values to zero."""
         for name, parameter in self.named_parameters():
-            if ".ln." in name or ".convs." in name:  # convolutions keep torch's own initialisation
+            if ".ln." in name or ".convs." in name:  # norms and convolutions keep torch's own initialisation
                 continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -85,6 +85,7 @@ class TDMPC2Networks(nn.Module):
 
     @property
     def pixels(self) -> bool:
+        """True if observations are images."""
         return len(self.obs_shape) == 3
 
     @property
@@ -98,25 +99,25 @@ class TDMPC2Networks(nn.Module):
 
     @property
     def discount(self) -> float:
-        """gamma of a single task (section 3.2: from the length of its episodes)."""
+        """gamma of a single task, from the length of its episodes; see `TDMPC2Config.discount_for`."""
         return self.config.discount_for(self.episode_length)
 
     def discounts(self, task: Tensor | None) -> Tensor | float:
-        """gamma of each task [...]."""
+        """Return gamma of each task [...]: [...], or a number for a single task."""
         if self.task_embedding is None or task is None:
             return self.discount
         return self.task_embedding.discounts[task]
 
     def action_mask(self, task: Tensor | None) -> Tensor | None:
-        """[..., A], 1 for the action dimensions that each task [...] uses; None for a single task."""
+        """Return [..., A], 1 for the action dimensions that each task [...] uses; None for a single task."""
         if self.task_embedding is None or task is None:
             return None
         return self.task_embedding.action_masks[task]
 
     def latent(self, obs: Tensor, task: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """z = h(s, e), [..., D + T], of observations [..., *obs_shape] and task numbers [...].
+        """Return z = h(s, e), [..., D + T], of observations [..., *obs_shape] and task numbers [...].
 
-        shift: [..., 2] moves images.
+        shift: [..., 2] moves images, see `draw_shifts`.
         """
         if self.pixels:
             return cast(Tensor, self.encoder(obs, shift))
@@ -128,56 +129,56 @@ class TDMPC2Networks(nn.Module):
         return torch.cat([self.encoder(torch.cat([x, embedded], -1)), embedded], -1)
 
     def with_task_embedding(self, z: Tensor, task: Tensor | None) -> Tensor:
-        """Latents [B, T, D + T] with their tasks' embeddings looked up again, as the policy's update sees them."""
+        """Return latents [B, H+1, D + T] with their tasks' current embeddings, detached, for the policy's update."""
         if task is None or self.task_embedding is None:
             return z
         embedded = self.task_embedding(task).detach()[:, None].expand(-1, z.shape[1], -1)
         return torch.cat([z[..., : self.config.latent_dim], embedded], -1)
 
     def next_latent(self, z: Tensor, action: Tensor) -> Tensor:
-        """z' = d(z, a, e), [..., D + T]."""
+        """Return z' = d(z, a, e), [..., D + T]."""
         new = mlp_of_pair(self.dynamics, z, action)
         if self.task_embedding is None:
             return new
         return torch.cat([new, z[..., self.config.latent_dim :].expand(*new.shape[:-1], -1)], -1)
 
     def predict_reward(self, z: Tensor, action: Tensor) -> Tensor:
-        """r = R(z, a, e), [...], of the move out of z."""
+        """Return r = R(z, a, e), [...], the reward of the move out of z."""
         return fn.symlog_mean(mlp_of_pair(self.reward, z, action), self.bins)
 
     def values(self, z: Tensor, action: Tensor, heads: Tensor | None = None) -> Tensor:
-        """q = Q(z, a, e), [N, ...], of the online heads without dropout; only `heads` [N'] where given."""
+        """Return q = Q(z, a, e), [N, ...], of the online heads without dropout, or [N', ...] of `heads` [N'] only."""
         return fn.symlog_mean(self.q(torch.cat([z, action], -1), heads), self.bins)
 
     def terminates(self, z: Tensor) -> Tensor:
-        """[...], chance that the episode truly ends on arriving at z; zeros without a termination head."""
+        """Return the chance [...] that the episode truly ends on arriving at z; zeros without a termination head."""
         if self.termination is None:
             return torch.zeros(z.shape[:-1], device=z.device)
         return torch.sigmoid(self.termination(z)).squeeze(-1)
 
-    # Drawing what is random in losses and plans
+    # Random numbers of losses and plans
 
     def draw_dropped(self, lead: tuple[int, ...], generator: Generator | None = None) -> Tensor | None:
-        """[*lead, M], of the value heads' first layer; None without dropout."""
+        """Draw bools [*lead, M], True where dropout zeroes the heads' first layer of M; None without dropout."""
         c = self.config
         return fn.random_mask((*lead, c.mlp_dim), c.dropout, generator, self.bins.device) if c.dropout > 0 else None
 
     def draw_heads(self, count: int, generator: Generator | None = None) -> Tensor:
-        """[count, 2]: two distinct value heads for each of `count` uses."""
+        """Draw [count, 2]: two distinct value heads for each of `count` uses."""
         return torch.rand(count, self.config.num_q, device=self.bins.device, generator=generator).argsort(1)[:, :2]
 
     def draw_eval_shifts(self, count: int, generator: Generator | None = None) -> Tensor | None:
-        """[B, 2] of images that are acted on; None where they stay as they are."""
+        """Draw shifts [count, 2] for images in acting and evaluation; None if these stay as they are."""
         if not (self.pixels and self.config.augment_eval):
             return None
         return draw_shifts((count,), self.bins.device, generator)
 
-    # Checking what comes from outside
+    # Checks of inputs
 
     def check_observation(self, where: str, obs: Obs, task: Tensor | None) -> Tensor:
-        """obs [B, *obs_shape], padded with zeros where a model of several tasks is given fewer numbers.
+        """Return obs [B, *obs_shape], padded with zeros if a model of several tasks is given fewer numbers.
 
-        Raises ValueError for another shape, and where task [B] does not fit.
+        Raises ValueError for another shape or range, or a task [B] that does not fit.
         """
         if self.tasks and isinstance(obs, Tensor) and obs.ndim == 2 and obs.shape[1] < self.obs_shape[0]:
             obs = F.pad(obs, (0, self.obs_shape[0] - obs.shape[1]))
@@ -190,16 +191,16 @@ class TDMPC2Networks(nn.Module):
         return obs
 
     def check_task(self, where: str, task: Tensor | None, count: int) -> None:
-        """Raises ValueError unless task is [count] for a multi-task model, None for others."""
+        """Check that task is [count] for a multi-task model, else None. Raises ValueError otherwise."""
         if self.tasks and task is None:
             raise ValueError(f"{where}: this model knows {len(self.tasks)} tasks, expected their numbers, task [B].")
         if task is not None and not self.tasks:
-            raise ValueError(f"{where}: task was given, but this model knows a single task.")
+            raise ValueError(f"{where}: task was given, but this model knows a single task. Leave it out.")
         if task is not None and tuple(task.shape) != (count,):
             raise ValueError(f"{where}: task is {tuple(task.shape)}, expected ({count},).")
 
     def check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
-        """Raises ValueError unless action is [*lead, A]."""
+        """Check that action is [*lead, A]. Raises ValueError otherwise."""
         expected = (*lead, self.action_dim)
         if tuple(action.shape) != expected:
             raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")

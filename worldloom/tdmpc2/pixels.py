@@ -13,10 +13,11 @@ PAD = 3  # pixels that an image may shift by
 
 
 class PixelEncoder(nn.Module):
-    """Images [..., C, h, w] to simplices [..., D].
+    """An encoder of images [..., C, h, w] to simplices [..., D].
 
-    64x64 images flatten to 512 numbers, which is D in the published sizes that take images. Where it is not, a linear
-    layer of ours projects them: such a model is not the reference's. Raises ValueError for images that are too small.
+    64x64 images flatten to 512 numbers, which is D in the published sizes that take images. For another number a linear
+    layer of ours projects them to D: such a model is not the reference's. Raises ValueError for images that are too
+    small.
     """
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int, simnorm_dim: int, channels: int = 32) -> None:
@@ -40,7 +41,7 @@ class PixelEncoder(nn.Module):
         self.norm = SimNorm(simnorm_dim)
 
     def forward(self, image: Tensor, shift: Tensor | None = None) -> Tensor:
-        """uint8 images, or floats in [0, 1]; shift: [..., 2], see `draw_shifts`."""
+        """Return simplices [..., D] of images, uint8 or floats in [0, 1]; shift: [..., 2], see `draw_shifts`."""
         lead = image.shape[:-3]
         x = fn.unit_pixels(image.reshape(-1, *image.shape[-3:]))
         if shift is not None:
@@ -56,12 +57,12 @@ class PixelEncoder(nn.Module):
 
 
 def draw_shifts(lead: tuple[int, ...], device: torch.device, generator: Generator | None = None) -> Tensor:
-    """[*lead, 2] right and down, uniform in 0..6; 3 leaves an image where it is."""
+    """Draw shifts [*lead, 2], right and down, uniform in 0..6 pixels; 3 leaves an image where it is."""
     return torch.randint(2 * PAD + 1, (*lead, 2), device=device, generator=generator)
 
 
 def shifted(images: Tensor, shift: Tensor) -> Tensor:
-    """Each image [N, C, h, w] moved by 3 - shift pixels (shift [N, 2]: right, down), its border repeated."""
+    """Move each image [N, C, h, w] by 3 - shift pixels (shift [N, 2]: right, down), with its border repeated."""
     count, _, height, width = images.shape
     padded = F.pad(images, (PAD, PAD, PAD, PAD), mode="replicate")
     rows = shift[:, 1, None] + torch.arange(height, device=images.device)

@@ -17,7 +17,7 @@ from worldloom.tdmpc2.policy import choose, likeliest_choice
 
 @dataclass(frozen=True)
 class PlanNoise:
-    """Everything random in one plan. I iterations, H steps, E environments, P policy and S sampled sequences."""
+    """All random numbers of one plan: I iterations, H steps, E environments, P policy and S sampled sequences."""
 
     policy: Tensor  # [H, E, P, A] standard normal, the policy's sequences
     samples: Tensor  # [I, H, E, S, A] standard normal, the sampled sequences
@@ -28,7 +28,7 @@ class PlanNoise:
 
 
 class Planner:
-    """Plans with a world model; holds no state of its own."""
+    """Plans with a world model; it holds no state of its own."""
 
     def __init__(self, model: TDMPC2Networks) -> None:
         self.model = model
@@ -36,10 +36,12 @@ class Planner:
         self.iterations = c.iterations + 2 * int(model.action_dim >= 20)
 
     def compile(self) -> None:
+        """Replace the functions that do the work by their compiled forms."""
         compile_part(self, "iterate")
         compile_part(self, "policy_sequences")
 
     def draw_noise(self, envs: int, generator: Generator | None = None) -> PlanNoise:
+        """Draw all random numbers of one plan for `envs` environments."""
         c, model = self.model.config, self.model
         device, size, sampled = model.bins.device, model.action_dim, c.num_samples - c.num_pi_trajs
 
@@ -59,9 +61,10 @@ class Planner:
     def plan(
         self, z: Tensor, previous: Tensor, noise: PlanNoise, explore: bool, task: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Actions [E, A] for latents z [E, D + T], and the plan [E, H, A] to pass in at the next step.
+        """Return actions [E, A] for latents z [E, D + T], and the plan [E, H, A] to pass in at the next step.
 
-        previous: [E, H, A]; zeros start a row afresh. task: [E], for a multi-task model.
+        previous: the last plan [E, H, A], zeros at the start of an episode. task: [E], for a multi-task model. explore
+        adds noise to the actions, as in training.
         """
         mask = self.model.action_mask(task)
         discount = self._discount(task, len(z))
@@ -85,9 +88,9 @@ class Planner:
         discount: Tensor,
         mask: Tensor | None,
     ) -> tuple[Gaussian | Categorical, Tensor, Tensor]:
-        """One iteration: the next proposal, the elites' weights [E, K] and the elites [H, E, K, A].
+        """Make one iteration; return the next proposal, the elites' weights [E, K] and the elites [H, E, K, A].
 
-        draws: samples, terminal and heads of `PlanNoise`, those of this iteration.
+        policy_actions: [H, E, P, A]; draws: this iteration's samples, terminal, heads of `PlanNoise`; discount: [E].
         """
         c, (samples, terminal, heads) = self.model.config, draws
         actions = torch.cat([policy_actions, proposal.sample(samples)], 2)  # [H, E, P + S, A]
@@ -99,14 +102,14 @@ class Planner:
         return proposal.refit(weight, elite_actions), weight, elite_actions
 
     def _first_proposal(self, shifted: Tensor, mask: Tensor | None) -> Gaussian | Categorical:
-        """shifted: [H, E, A], the previous plan moved on by a step."""
+        """Return the proposal of the first iteration. shifted: [H, E, A], the previous plan moved on by a step."""
         c, classes = self.model.config, self.model.action_classes
         if classes:
             return Categorical.around(shifted, classes, c.min_probability)
         return Gaussian(shifted, torch.full_like(shifted, c.max_std), mask, c.min_std, c.max_std)
 
     def _discount(self, task: Tensor | None, envs: int) -> Tensor:
-        """[E]"""
+        """Return gamma of each environment, [E]."""
         found = self.model.discounts(task)
         return found if isinstance(found, Tensor) else torch.full((envs,), found, device=self.model.bins.device)
 
@@ -119,10 +122,10 @@ class Planner:
         discount: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Predicted rewards, discounted by `discount` [E], plus the value at the horizon: [E, S] for actions
-        [H, E, S, A]. mask: [E, A].
+        """Return sum over t < H of gamma^t r(z_t, a_t), plus gamma^H Q(z_H, policy): [E, S] for actions [H, E, S, A].
 
-        After a predicted end (chance over one half) later rewards and the value no longer count.
+        z: [E, D + T]; discount: gamma [E]; mask: [E, A]; Q is the mean of two heads. After a predicted end (chance over
+        one half) later rewards and the value no longer count.
         """
         model = self.model
         latent = z.unsqueeze(1)  # [E, 1, D + T], one for all samples until they part
@@ -142,7 +145,7 @@ class Planner:
         return total + rate ** len(actions) * alive * value
 
     def policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
-        """The policy's own actions along its own rollout: [H, E, P, A]."""
+        """Draw the policy's own actions along its own rollout, [H, E, P, A]; noise: the same shape, standard normal."""
         latent = z.unsqueeze(1).expand(-1, noise.shape[2], -1)
         actions = []
         for step_noise in noise:
@@ -153,7 +156,7 @@ class Planner:
 
 
 def elite_weights(value: Tensor, temperature: float) -> Tensor:
-    """[E, K] weights that sum to one, of values [E, K]."""
+    """Return weights [E, K] that sum to one, proportional to exp(temperature * value), of values [E, K]."""
     weight = torch.exp(temperature * (value - value.amax(1, keepdim=True)))
     return weight / weight.sum(1, keepdim=True)
 
@@ -169,12 +172,12 @@ class Gaussian:
     max_std: float
 
     def sample(self, noise: Tensor) -> Tensor:
-        """[H, E, S, A] in [-1, 1]; noise: [H, E, S, A] standard normal."""
+        """Draw actions [H, E, S, A] in [-1, 1]; noise: [H, E, S, A] standard normal."""
         drawn = (self.mean.unsqueeze(2) + self.std.unsqueeze(2) * noise).clamp(-1, 1)
         return drawn if self.mask is None else drawn * self.mask[:, None]
 
     def refit(self, weight: Tensor, actions: Tensor) -> Gaussian:
-        """Mean and std of the elites: weight [E, K], actions [H, E, K, A]."""
+        """Return the normals with the elites' weighted mean and std: weight [E, K], actions [H, E, K, A]."""
         share, total = weight[None, :, :, None], weight.sum(1)[None, :, None] + 1e-9
         mean = (share * actions).sum(2) / total
         variance = (share * (actions - mean.unsqueeze(2)).square()).sum(2) / total
@@ -184,16 +187,16 @@ class Gaussian:
         return Gaussian(mean, std, self.mask, self.min_std, self.max_std)
 
     def explore(self, action: Tensor, noise: Tensor) -> Tensor:
-        """[E, A]"""
+        """Return action [E, A] plus std times noise [E, A], in [-1, 1]."""
         return (action + self.std[0] * noise).clamp(-1, 1)
 
     def settle(self, action: Tensor) -> Tensor:
-        """The action of the elite that was drawn, [E, A]."""
+        """Return the action [E, A] of the elite that was drawn, unchanged."""
         return action
 
     @property
     def plan(self) -> Tensor:
-        """[E, H, A], what the next step starts from."""
+        """The mean [E, H, A], from which the next step starts."""
         return self.mean.movedim(0, 1)
 
 
@@ -201,7 +204,7 @@ class Gaussian:
 class Categorical:
     """Independent choices over sequences of one-hot actions: probs [H, E, A], every part of `classes` sums to one.
 
-    An extension of ours: MPPI with elites averaged into probabilities, none of which falls below `least`.
+    An extension of ours: MPPI with elites averaged into probabilities, mixed with a share `least` of uniform ones.
     """
 
     probs: Tensor
@@ -210,7 +213,7 @@ class Categorical:
 
     @classmethod
     def around(cls, previous: Tensor, classes: tuple[int, ...], least: float) -> Categorical:
-        """Halfway between the previous plan and the uniform distribution; uniform where there was none (zeros)."""
+        """Return the mean of the previous plan [H, E, A] and uniform choices; the latter alone for zeros (no plan)."""
         parts = []
         for part in previous.split(classes, -1):
             uniform = torch.full_like(part, 1 / part.shape[-1])
@@ -218,24 +221,24 @@ class Categorical:
         return cls(torch.cat(parts, -1), classes, least)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """One-hot actions [H, E, S, A]; noise: [H, E, S, A] standard normal."""
+        """Draw one-hot actions [H, E, S, A]; noise: [H, E, S, A] standard normal."""
         return choose(self.probs.log().unsqueeze(2), noise, self.classes)
 
     def refit(self, weight: Tensor, actions: Tensor) -> Categorical:
-        """Shares of the elites: weight [E, K], actions [H, E, K, A]."""
+        """Return the choices' weighted shares among the elites: weight [E, K], actions [H, E, K, A]."""
         share = (weight[None, :, :, None] * actions).sum(2)
         parts = [(1 - self.least) * p + self.least / p.shape[-1] for p in share.split(self.classes, -1)]
         return Categorical(torch.cat(parts, -1), self.classes, self.least)
 
-    def explore(self, action: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - drawn anew
-        """[E, A], drawn from the first step's probabilities."""
+    def explore(self, action: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - `Gaussian`'s argument
+        """Draw actions [E, A] from the first step's probabilities; noise: [E, A] standard normal."""
         return choose(self.probs[0].log(), noise, self.classes)
 
     def settle(self, action: Tensor) -> Tensor:  # noqa: ARG002 - a drawn elite may differ where values are close
-        """[E, A], the likeliest choice of each part in the first step."""
+        """Return the likeliest choice of each part in the first step, [E, A]."""
         return likeliest_choice(self.probs[0], self.classes).to(self.probs.dtype)
 
     @property
     def plan(self) -> Tensor:
-        """[E, H, A], what the next step starts from."""
+        """The probabilities [E, H, A], from which the next step starts."""
         return self.probs.movedim(0, 1)

@@ -1,6 +1,6 @@
 """TD-MPC2's policy prior: a squashed normal for continuous actions, independent choices for one-hot ones.
 
-Both have one interface: `policy.sample(z, noise, mask)` draws, and the sample knows its value and its loss.
+Both have one interface: `policy.sample(z, noise, mask)` draws a sample, which has methods for its value and loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from worldloom.nets import mlp
 
 HALF_LOG_TAU = 0.9189385175704956  # log(2 pi) / 2, as the reference writes it
 
-ValueOf = Callable[[Tensor], Tensor]  # of actions [..., A]: [...]
+ValueOf = Callable[[Tensor], Tensor]  # values [...] of actions [..., A]
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class GaussianSample:
     scaled_entropy: Tensor  # the bonus in the policy loss
 
     def values(self, value: ValueOf) -> Tensor:
-        """The values that `expected` and `loss` take: of the drawn actions, [...]."""
+        """Return the values [...] of the drawn actions, for `expected` and `loss`."""
         return value(self.action)
 
     def expected(self, values: Tensor) -> Tensor:
-        """What the policy is worth, [...]: the value of the drawn action."""
+        """Return an estimate of the policy's value, [...]: the value of the drawn action."""
         return values
 
     def loss(self, values: Tensor, scale: Tensor, entropy_coef: float) -> Tensor:
-        """-(Q / S + entropy bonus), [...] (Hansen et al. 2024, eq. 4)."""
+        """Return -(Q / S + entropy_coef * scaled_entropy), [...] (Hansen et al. 2024, eq. 4). scale: S."""
         return -(values / scale + entropy_coef * self.scaled_entropy)
 
 
@@ -56,16 +56,16 @@ class CategoricalSample:
 
     @torch.no_grad()
     def values(self, value: ValueOf) -> Tensor:
-        """The values that `expected` and `loss` take: of every choice of every part, the other parts as drawn,
-        [..., A]. They carry no gradient."""
+        """Return the values [..., A], without gradient, of every choice of every part, with the other parts as drawn;
+        for `expected` and `loss`."""
         return value(alternatives(self.action, self.classes)).movedim(0, -1)
 
     def expected(self, values: Tensor) -> Tensor:
-        """What the policy is worth, [...]: the expected value over the choices of each part, averaged over parts."""
+        """Return the policy's value, [...]: its expectation over the choices of each part, averaged over parts."""
         return (self.log_probs.exp() * values).sum(-1).detach() / len(self.classes)
 
     def loss(self, values: Tensor, scale: Tensor, entropy_coef: float) -> Tensor:
-        """Cross-entropy with the best policy under these values, [...]; see `boltzmann`."""
+        """Return the cross-entropy [...] with the best policy under these values; see `boltzmann`."""
         target = boltzmann(values, scale * entropy_coef, self.classes)
         return -(target * self.log_probs).sum(-1)
 
@@ -80,7 +80,7 @@ class GaussianPolicy(nn.Sequential):
         self.log_std_bounds = log_std_bounds
 
     def sample(self, z: Tensor, noise: Tensor, mask: Tensor | None = None) -> GaussianSample:
-        """z: [..., D + T], noise: [..., A] standard normal, mask: [..., A], 1 for dimensions that the tasks use."""
+        """Draw actions at z [..., D + T]. noise: [..., A] standard normal; mask: [..., A], 1 where a task uses it."""
         mean, raw = self(z).chunk(2, -1)
         log_std = bounded(raw, *self.log_std_bounds)
         if mask is not None:
@@ -96,20 +96,21 @@ class CategoricalPolicy(nn.Sequential):
         self.classes = tuple(classes)
 
     def sample(self, z: Tensor, noise: Tensor, mask: Tensor | None = None) -> CategoricalSample:  # noqa: ARG002
-        """z: [..., D], noise: [..., A] standard normal; there is no mask, since there are no tasks."""
+        """Draw actions at z [..., D]. noise: [..., A] standard normal; no mask is read, since there are no tasks."""
         return categorical_sample(self(z), noise, self.classes)
 
 
 def bounded(raw: Tensor, low: float, high: float) -> Tensor:
-    """low + (high - low) (tanh(raw) + 1) / 2."""
+    """Return low + (high - low) (tanh(raw) + 1) / 2, elementwise: [...] to [...]."""
     return low + 0.5 * (high - low) * (torch.tanh(raw) + 1)
 
 
 def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor, mask: Tensor | None = None) -> GaussianSample:
-    """a = tanh(mean + noise exp(log_std)), with its log-probability; all [..., A].
+    """Return a = tanh(mean + noise exp(log_std)) [..., A] with its log probability and entropy [...]; inputs [..., A].
 
-    The scaled entropy is the reference's: -log_prob * A g / log_prob, that is -A g with g the log-density before
-    squashing (its issue #76). mask: [..., A]; A then counts the dimensions that a task uses.
+    log_prob = g - sum ln(relu(1 - a^2) + 1e-6), with g the log density before squashing. The scaled entropy is the
+    reference's: -log_prob * A g / log_prob = -A g, without a correction for tanh (its issue #76). mask: [..., A]; A
+    then counts the dimensions that a task uses.
     """
     action = torch.tanh(mean + noise * log_std.exp())
     gaussian = (-0.5 * noise.square() - log_std - HALF_LOG_TAU).sum(-1)
@@ -129,19 +130,19 @@ def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) ->
 
 
 def choose(log_probs: Tensor, noise: Tensor, classes: Sequence[int]) -> Tensor:
-    """One-hot draws [..., A], part by part; noise: [..., A] standard normal, made Gumbel by its quantiles."""
+    """Draw one-hot choices [..., A], part by part; noise: [..., A] standard normal, turned into Gumbel by quantiles."""
     uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
     return likeliest_choice(log_probs - torch.log(-torch.log(uniform)), classes).to(noise.dtype)
 
 
 def likeliest_choice(scores: Tensor, classes: Sequence[int]) -> Tensor:
-    """One-hot [..., A]: the largest of the scores [..., A] in each part."""
+    """Return the largest of the scores [..., A] in each part, as one-hot bools [..., A]."""
     parts = [fn.one_hot(part.argmax(-1), part.shape[-1]) for part in scores.split(tuple(classes), -1)]
     return torch.cat(parts, -1)
 
 
 def alternatives(action: Tensor, classes: Sequence[int]) -> Tensor:
-    """[A, ..., A]: for every choice of every part of one-hot actions [..., A], the action with that choice instead."""
+    """Return [A, ..., A]: for every choice of every part of one-hot actions [..., A], the action with that choice."""
     made, begin = [], 0
     for count in classes:
         for choice in torch.eye(count, device=action.device, dtype=action.dtype):
@@ -152,10 +153,10 @@ def alternatives(action: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def boltzmann(values: Tensor, temperature: Tensor, classes: Sequence[int]) -> Tensor:
-    """[..., A]: probabilities of the choices of each part, softmax(values / temperature), of values [..., A].
+    """Return softmax(values / temperature) over each part: probabilities [..., A] of values [..., A].
 
-    Of all categorical policies these maximise expected value plus temperature times entropy; a policy that follows
-    them by cross-entropy finds back from a wrong certainty, where the gradient of its own expected value is zero.
+    Of all categorical policies these maximise expected value plus temperature times entropy. Cross-entropy with them
+    also moves a policy that is certain and wrong, where the gradient of its own expected value is zero.
     """
     parts = (values / temperature).split(tuple(classes), -1)
     return torch.cat([part.softmax(-1) for part in parts], -1)

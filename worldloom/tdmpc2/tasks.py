@@ -1,4 +1,7 @@
-"""The tasks of TD-MPC2's multi-task models. Their order fixes the rows of the task embedding (paper, appendix C)."""
+"""The tasks of TD-MPC2's multi-task models; their order fixes the rows of the task embedding.
+
+Hansen et al. 2024, appendix C.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from worldloom import functional as fn
 from worldloom.tdmpc2.config import TDMPC2Config
 
-DM_CONTROL_STEPS, META_WORLD_STEPS = 500, 100  # agent steps of an episode
+DM_CONTROL_STEPS, META_WORLD_STEPS = 500, 100  # agent steps per episode
 
 _DM_CONTROL = """
 walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup
@@ -40,9 +43,10 @@ _ACTIONS = {  # by family, the longest matching name first
 
 @dataclass(frozen=True)
 class Task:
-    """One task of several that a model knows.
+    """One of the tasks of a multi-task model.
 
-    action_dim: how many of the model's action dimensions it uses. episode_length: agent steps, sets its discount.
+    action_dim: the number of the model's action dimensions that it uses, the first ones. episode_length: agent steps,
+    which set its discount.
     """
 
     name: str
@@ -51,7 +55,7 @@ class Task:
 
 
 class TaskEmbedding(nn.Embedding):
-    """What tells the networks which task they work on: T learned numbers each, of length at most 1 (section 3.1)."""
+    """A learned vector for each task, an input of every network: T numbers of L2 norm at most 1 (section 3.1)."""
 
     action_masks: Tensor  # [tasks, A], 1 for the action dimensions that a task uses
     discounts: Tensor  # [tasks]
@@ -65,8 +69,8 @@ class TaskEmbedding(nn.Embedding):
         self.register_buffer("discounts", discounts, persistent=False)
 
     def forward(self, task: Tensor) -> Tensor:
-        """[..., T], of task numbers [...]. Embeddings that are looked up and longer than 1 are first cut to that
-        length, in place, as `nn.Embedding(max_norm=1)` does, which on a GPU waits for the host."""
+        """Return embeddings [..., T] of task numbers [...]. Those of them with a norm above 1 are first scaled to 1, in
+        place, as `nn.Embedding(max_norm=1)` does, which on a GPU would wait for the host."""
         with torch.no_grad():
             asked = fn.one_hot(task.flatten(), len(self.weight)).any(0)
             norm = torch.linalg.vector_norm(self.weight, dim=1)
@@ -84,15 +88,15 @@ TASK_SETS = {"mt30": MT30, "mt80": MT80}
 
 
 def multitask_sizes(size: str, task_set: str) -> dict[str, int]:
-    """The fields in which a published multi-task model of that size differs from the single-task one."""
+    """Return the config fields in which a published multi-task model differs from the single-task one of its size."""
     if task_set == "mt30" and size in ("5m", "19m", "48m"):
         return {"task_dim": 64, **({"latent_dim": 512} if size == "19m" else {})}
     return {"task_dim": 96}
 
 
 def read_tasks(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ...]:
-    """The tasks of a published set, or these, which may be as a description holds them. Raises ValueError for other
-    sets."""
+    """Return the tasks of a published set, or of a list of tasks or of mappings of their fields. Raises ValueError for
+    an unknown set."""
     if isinstance(tasks, str):
         if tasks not in TASK_SETS:
             sets = " or ".join(TASK_SETS)
@@ -102,7 +106,7 @@ def read_tasks(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, .
 
 
 def read_options(size: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config fields that the options of a model of this size set, and the options as the model takes them."""
+    """Return the config fields that these options set for a model of that size, and the options as it takes them."""
     if "tasks" not in options:
         return {}, dict(options)
     tasks, given = read_tasks(options["tasks"]), options["tasks"]

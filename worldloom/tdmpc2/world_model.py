@@ -23,10 +23,10 @@ class TDMPC2WorldModel(TDMPC2Networks):
     """Encoder, latent dynamics, reward, policy prior, value ensemble and, if episodic, termination.
 
     obs_shape: (V,) float32 vectors, or (C, H, W) images, published as 9x64x64: three frames, the oldest first. Actions
-    are continuous, in [-1, 1], or one-hot: action_classes then says how many choices each part has (an extension of
-    ours). episode_length: agent steps, sets gamma.
-    tasks: what a multi-task model knows, in the order of their numbers; what observations of smaller tasks lack of
-    obs_shape is filled with zeros, and so are actions beyond a task's own. Raises ValueError for other observations.
+    are continuous, in [-1, 1], or one-hot, where action_classes is the number of choices of each part (an extension of
+    ours). episode_length: agent steps, which set gamma.
+    tasks: those of a multi-task model, in the order of their numbers; observations of smaller tasks are filled up with
+    zeros, and so are actions. Raises ValueError for other observations, and for arguments that contradict each other.
     """
 
     def __init__(
@@ -41,7 +41,10 @@ class TDMPC2WorldModel(TDMPC2Networks):
         super().__init__(obs_shape, action_dim, config or TDMPC2Config(), episode_length, tasks, action_classes)
 
     def encode(self, obs: Obs, task: Tensor | None = None) -> LatentState:
-        """obs: [B, V] or [B, C, H, W] (uint8, or floats in [0, 1]); task: [B] numbers, for a multi-task model."""
+        """Return z of obs [B, V], or [B, C, H, W] (uint8, or floats in [0, 1]).
+
+        task: [B] task numbers, for a multi-task model. Raises ValueError for other shapes.
+        """
         shown = self.check_observation("encode", obs, task)
         return LatentState(self.latent(shown, task, self.draw_eval_shifts(len(shown))), task=task)
 
@@ -55,8 +58,8 @@ class TDMPC2WorldModel(TDMPC2Networks):
         return self.encode(obs, state.task)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
-        """`obs` None, `action` [B, A] (the policy's mean), `reward` [B, 1] and `q_values` [B, N] of that action,
-        `continue` [B, 1]."""
+        """Return `obs` (None: there is no decoder), `action` [B, A] (the policy's mean), `reward` [B, 1] and `q_values`
+        [B, N] of that action, and `continue` [B, 1], a probability."""
         z = state.deterministic
         zeros = torch.zeros(len(z), self.action_dim, device=z.device)
         action = self.policy.sample(z, zeros, self.action_mask(state.task)).mean_action
@@ -79,18 +82,18 @@ class TDMPC2WorldModel(TDMPC2Networks):
         return Trajectory(tuple(states), torch.stack(rewards).unsqueeze(-1), torch.stack(continues).unsqueeze(-1))
 
     def initial_state(self, batch_size: int) -> LatentState:
-        """Uniform simplices: what SimNorm makes of zeros. Raises ValueError for a multi-task model (use `encode`)."""
+        """Return uniform simplices, SimNorm of zeros. Raises ValueError for a multi-task model (use `encode`)."""
         if self.tasks:
             raise ValueError("initial_state: this model knows several tasks. Use encode(obs, task).")
         z = torch.full((batch_size, self.config.latent_dim), 1 / self.config.simnorm_dim)
         return LatentState(z.to(self.bins.device))
 
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` and its parts `consistency_loss`, `reward_loss`, `value_loss`, `termination_loss`.
+        """Return `loss` and its parts `consistency_loss`, `reward_loss`, `value_loss`, `termination_loss`: scalars.
 
-        batch: T >= 2 rows of one episode each; more than horizon + 1 are cut into windows of that many, which share
-        their end rows. The policy has a loss of its own (`TDMPC2Agent.update`); after a step of an optimiser on this
-        one, call `update_targets`.
+        batch: T >= 2 rows of one episode each; more than horizon + 1 rows are cut into windows of that length, which
+        share their end rows. The policy has a loss of its own (`TDMPC2Agent.update`). After a step of an optimiser on
+        this loss, call `update_targets`. Raises ValueError for other shapes.
         """
         batch = cut_windows(batch, self.config.horizon)
         found = joint_loss(self, batch, draw_loss_noise(self, *batch["actions"].shape[:2]))
@@ -98,13 +101,13 @@ class TDMPC2WorldModel(TDMPC2Networks):
         return {name: getattr(found, name) for name in names}
 
     def update_targets(self, made: Tensor | None = None) -> None:
-        """Move the target value heads towards the online ones, by config.tau; made: bool scalar, False leaves them."""
+        """Move target value heads: target += tau (online - target); made: bool scalar, where False leaves them."""
         rate = torch.full((), self.config.tau, device=self.bins.device)
         rate = rate if made is None else rate * made
         move_towards(self.target_q.parameters(), self.q.parameters(), rate)
 
     def with_task(self, task: Task, like: str) -> TDMPC2WorldModel:
-        """A copy of this multi-task model that knows one task more, with the embedding of the task named `like`.
+        """Return a copy of this multi-task model with one more task, whose embedding is that of the task named `like`.
 
         A start for fine-tuning. Raises ValueError for an unknown `like`, a taken name or too many action dimensions.
         """

@@ -1,4 +1,4 @@
-"""Hold a family of models to everything that the library asks of one: `check_family("my_package.my_family:tiny")`."""
+"""Tests of a family of models against the library's contract: `check_family("my_package.my_family:tiny")`."""
 
 from worldloom.testing.checks import Check, check_family
 

@@ -1,4 +1,4 @@
-"""What the library asks of a family of models, check by check."""
+"""The checks that a family of models has to pass."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table."""
+    """One check's line of the table."""
 
     name: str
-    wrong: str = ""  # a sentence; empty where all is well
+    wrong: str = ""  # what is wrong, as a sentence; empty if the check passed
     note: str = ""
 
 
@@ -58,12 +58,12 @@ def parameters(agent: Agent) -> Tensor:
 
 
 def act(agent: Agent, obs: Any, state: Any = None, first: Any = True, explore: bool = True) -> tuple[Array, Any]:
-    """`act` with the same draws each time."""
+    """Call the agent's `act` with the same random draws each time."""
     agent.acting_generator.manual_seed(0)
     return agent.act(obs, state, np.broadcast_to(first, (ENVS,)).copy(), explore=explore)
 
 
-# What is asked. Each returns a note, often empty, or raises ContractBroken with a sentence
+# The checks. Each returns a note, often empty, or raises ContractBroken with a sentence
 
 
 def is_a_world_model(subject: Subject) -> str:
@@ -82,7 +82,7 @@ def describes_itself(subject: Subject) -> str:
     found = subject.agent().describe()
     check_description(found)
     again = agent_from_description(json.loads(json.dumps(found))).describe()
-    require(again == found, "an agent made from describe() describes itself otherwise.")
+    require(again == found, "an agent made from describe() returns another description, expected the same.")
     return f"family {found['family']}"
 
 
@@ -112,7 +112,7 @@ def decodes_and_imagines(subject: Subject) -> str:
     state, steps = model.encode(obs), 4
     decoded = model.decode(state)
     dream = model.imagine(state, torch.zeros(steps, ENVS, subject.environments().action_dim))
-    require(len(dream.states) == steps + 1, f"imagine: {len(dream.states)} states of 4 actions, expected 5.")
+    require(len(dream.states) == steps + 1, f"imagine: {len(dream.states)} states for 4 actions, expected 5.")
     for name, value, shape in [
         ("decode: reward", decoded.get("reward"), (ENVS, 1)),
         ("decode: continue", decoded.get("continue"), (ENVS, 1)),
@@ -123,7 +123,7 @@ def decodes_and_imagines(subject: Subject) -> str:
         require(found == shape, f"{name} is {found}, expected {shape}.")
         if "continue" in name and isinstance(value, Tensor):
             require(bool(((value >= 0) & (value <= 1)).all()), f"{name} leaves [0, 1], expected a probability.")
-    require("obs" in decoded, 'decode: there is no "obs", expected it, or None without a decoder.')
+    require("obs" in decoded, 'decode: "obs" is missing, expected the observation, or None without a decoder.')
     if decoded["obs"] is None:
         return "no decoder"
     for name, value in split_obs(decoded["obs"]).items():
@@ -140,7 +140,7 @@ def has_a_loss(subject: Subject) -> str:
     wrong = [name for name, value in losses.items() if value.shape != () or not torch.isfinite(value)]
     require(not wrong, f"compute_loss: {', '.join(wrong)} is no finite scalar.")
     losses["loss"].backward()
-    require(any(p.grad is not None and p.grad.any() for p in model.parameters()), "the loss moves no parameter.")
+    require(any(p.grad is not None and p.grad.any() for p in model.parameters()), "no parameter has a gradient.")
     return ", ".join(name for name in losses if name != "loss")
 
 
@@ -160,7 +160,7 @@ def acts(subject: Subject) -> str:
 
 
 def keeps_environments_apart(subject: Subject) -> str:
-    """What one environment shows changes nothing for the others; is_first forgets."""
+    """Check that no environment affects another, and that is_first resets the acting state."""
     agent = subject.agent()
     obs, others = split_obs(subject.obs()), split_obs(subject.obs(1))
     changed = {name: np.concatenate([value[:1], others[name][1:2], value[2:]]) for name, value in obs.items()}
@@ -171,9 +171,9 @@ def keeps_environments_apart(subject: Subject) -> str:
     (a, state_a), (b, state_b) = results
     parts = {"actions": (a, b), **{name: (state_a[name], state_b[name]) for name in state_a}}
     for name, (one, two) in parts.items():
-        require(near(one[::2], two[::2]), f"{name} of an environment change with what another one shows.")
-    anew, again = act(agent, join_obs(obs)), act(agent, join_obs(obs), state_b, True)
-    require(near(anew[0], again[0]), "act on is_first rows remembers what was before, expected a fresh start.")
+        require(near(one[::2], two[::2]), f"{name} of an environment depend on the observation of another one.")
+    fresh, again = act(agent, join_obs(obs)), act(agent, join_obs(obs), state_b, True)
+    require(near(fresh[0], again[0]), "act on is_first rows depends on the earlier acting state, expected a reset.")
     return ""
 
 
@@ -186,7 +186,7 @@ def follows_its_seed(subject: Subject) -> str:
         agent.update(subject.batch(agent))
         outcomes.append((acted, parameters(agent)))
     (acted, a), (again, b) = outcomes
-    require(near(acted, again), "two agents of one seed act otherwise: draw from acting_generator alone.")
+    require(near(acted, again), "two agents of one seed act differently: draw from acting_generator alone.")
     require(near(a, b), "two agents of one seed differ after an update: draw from generators of the agent's own.")
     return ""
 
@@ -198,7 +198,7 @@ def learns_in_updates(subject: Subject) -> str:
     require(agent.updates == updates + 1, f"updates went from {updates} to {agent.updates}, expected one more.")
     wrong = [name for name, value in as_floats(metrics).items() if not math.isfinite(value)]
     require(not wrong, f"metrics {', '.join(wrong)} are not finite.")
-    require(columns.keys() <= agent.columns.keys(), f"update gives columns {sorted(columns)} that it did not declare.")
+    require(columns.keys() <= agent.columns.keys(), f"update gives columns {sorted(columns)}, expected declared ones.")
     require(hasattr(agent.learn(batch), "arrays"), "learn gives no columns: return worldloom.staging.Columns({}).")
     require(bool(agent.collect()), "collect after learn gives no metrics.")
     same = torch.equal(before, parameters(agent))  # the first update may change nothing: learning rates warm up
@@ -212,7 +212,7 @@ def saves_and_loads_its_model(subject: Subject) -> str:
     with tempfile.TemporaryDirectory() as folder:
         agent.world_model.save_pretrained(folder)
         again = create_world_model(folder)
-    require(again.__class__ is agent.world_model.__class__, f"what is loaded is a {type(again).__name__}.")
+    require(again.__class__ is agent.world_model.__class__, f"the loaded model is a {type(again).__name__}.")
     found, expected = cast(nn.Module, again).state_dict(), agent.world_model.state_dict()
     same = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     require(same, "save_pretrained and create_world_model(directory) change parameters.")
@@ -247,7 +247,7 @@ def hands_on_its_acting_weights(subject: Subject) -> str:
     other.load_acting_weights(flat.copy())
     for explore in (False, True):
         same = near(act(agent, obs, explore=explore)[0], act(other, obs, explore=explore)[0])
-        require(same, "another agent acts otherwise with this one's acting_weights: something is left out of them.")
+        require(same, "another agent with these acting_weights acts differently: something is left out of them.")
     _refuses(lambda: other.load_acting_weights(flat[1:]), "load_acting_weights takes weights of another length")
     return f"{flat.nbytes / 2**20:.2f} MB"
 
@@ -261,7 +261,7 @@ def _refuses(call: Callable[[], Any], sentence: str) -> None:
 
 
 def beats_chance(subject: Subject, updates: int) -> str:
-    """After so many updates on random steps of `Mirror`, where chance is worth 0 and the best is 1."""
+    """Check that updates on random steps of `Mirror` lead to more than 0.3 a step; chance gives 0, the best is 1."""
     agent = subject.agent()
     replay, env = subject.replay(agent, 300, random=True), subject.environments()
     for _ in range(updates):
@@ -305,14 +305,15 @@ def check_family(
     updates: int = 0,
     **overrides: Any,
 ) -> list[Check]:
-    """Print a table of what holds for a family, such as "my_package.my_family:tiny", and return it.
+    """Check a family, such as "my_package.my_family:tiny"; print a table of the results and return it.
 
-    Spaces are Gymnasium's, of an environment that it has to take. updates: if any, it has to beat chance at a task of
-    two states after so many; a planner does in some hundreds. overrides: fields of its config; take small ones, and it
-    is a matter of seconds. Raises AssertionError with a sentence for each thing that is missing.
+    observation_space, action_space: Gymnasium spaces that the family has to support. updates: if above 0, the family
+    also has to beat chance on a task of two states after so many updates; a planner needs some hundreds. overrides:
+    fields of its config; with a small model the checks take seconds. Raises AssertionError with a sentence for each
+    check that fails.
     """
     subject = Subject(model, observation_space, action_space, overrides)
-    subject.agent()  # what cannot be made at all says so itself
+    subject.agent()  # raises its own error if the agent cannot be made
     found = []
     asked = dict(CHECKS)
     if updates:
@@ -322,7 +323,7 @@ def check_family(
             found.append(Check(name, note=check(subject)))
         except ContractBroken as error:
             found.append(Check(name, str(error)))
-        except Exception as error:  # of the family's code: the other checks have their say all the same
+        except Exception as error:  # in the family's code; the other checks still run
             found.append(Check(name, f"{type(error).__name__}: {error}"))
     for line in found:
         print(f"{'FAILS' if line.wrong else 'ok':6}{line.name:30}{line.wrong or line.note}")

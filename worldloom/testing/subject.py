@@ -1,4 +1,4 @@
-"""A task with two states, and a family on it: what `check_family` tries things out with."""
+"""The subject of `check_family`: a family of models on a task with two states."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ ENVS = 3
 
 
 class Mirror(gymnasium.Env[Any, Any]):
-    """Two states, drawn anew at each step: all of the observation is high or low. What pays is an action like it.
+    """A task with two states, one of which is drawn at each step: all of the observation is high or low.
 
-    The reward is the mean over the action's entries: of an entry in [-1, 1] with the state's sign, or 1 for the last of
-    the choices in the high state and for the first in the low one, else -1. An episode has 12 steps.
+    The reward is the mean over the action's entries. An entry in [-1, 1] gives its value in the high state and minus
+    its value in the low one. A choice gives 1 if it is the last in the high state or the first in the low one, else -1.
+    An episode has 12 steps.
     """
 
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
@@ -64,7 +65,7 @@ def _shown(space: spaces.Space[Any], high: bool) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """The family under test, on environments that it has to take."""
+    """The family under test, with the spaces of environments that it has to support."""
 
     name: str
     observation_space: spaces.Space[Any]
@@ -81,7 +82,7 @@ class Subject:
         )
 
     def replay(self, agent: Agent, steps: int = 24, random: bool = False) -> ReplayBuffer:
-        """Rows that this agent has collected; random: without it."""
+        """Return replay with rows that this agent collected; random: with random actions instead."""
         env = self.environments()
         columns = observation_columns(env.observation_space)
         replay = ReplayBuffer(
@@ -100,7 +101,7 @@ class Subject:
         return self.replay(agent).sample(agent.batch_size)
 
     def obs(self, seed: int = 0) -> Any:
-        """Observations [ENVS, ...], drawn at random."""
+        """Draw observations [ENVS, ...] at random."""
         space = self.environments().observation_space
         generator = np.random.default_rng(seed)
         drawn = {}

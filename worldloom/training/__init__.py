@@ -1,4 +1,4 @@
-"""Training from recorded data; needs no cluster."""
+"""Training from recorded data, without a cluster."""
 
 from worldloom.pretrained import CheckpointError
 from worldloom.replay.buffer import ReplayBuffer

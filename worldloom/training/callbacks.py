@@ -1,4 +1,4 @@
-"""What goes on beside offline training: logging, checkpoints, early stopping."""
+"""Callbacks of offline training: logging, checkpoints, early stopping."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worldloom.training.trainer import Callback, Trainer
 
 
 class LoggingCallback(Callback):
-    """Metrics as plain lines (console) and into a directory: metrics.jsonl, metrics.csv and TensorBoard events.
+    """Writes metrics as plain lines (console) and into a directory: metrics.jsonl, metrics.csv, TensorBoard events.
 
     directory: None writes no files. TensorBoard events need tensorboardX, from worldloom[training].
     """
@@ -52,7 +52,7 @@ class LoggingCallback(Callback):
 
 
 def append_csv(path: Path, row: Mapping[str, float]) -> None:
-    """Add a row; columns that are new widen the table, and cells without a value stay empty."""
+    """Append a row; new columns are added to the table, and cells without a value stay empty."""
     rows: list[Mapping[str, object]] = []
     header: list[str] = []
     if path.exists():
@@ -75,10 +75,11 @@ def append_csv(path: Path, row: Mapping[str, float]) -> None:
 
 
 class CheckpointCallback(Callback):
-    """Saves every `interval` updates and at the end: directory/step-N, the newest `keep` of them, and directory/best.
+    """Saves every `interval` updates and at the end to directory/step-N, of which the newest `keep` stay, and the best
+    model to directory/best.
 
     interval: None takes config.save_interval. best: the lowest `monitor` of all evaluations, or of all logged means
-    where there is no validation data ("eval/loss" falls back to "loss").
+    if there is no validation data ("eval/loss" falls back to "loss").
     """
 
     def __init__(

@@ -13,22 +13,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a world model learns from recorded data. Intervals and steps count gradient updates.
+    """Settings of training from recorded data. Intervals and steps count gradient updates.
 
     Args:
         total_steps: updates
         batch_size: B, sequences per update
         sequence_length: T, rows per sequence
-        learning_rate: of AdamW
+        learning_rate: learning rate of AdamW
         grad_clip: largest global norm of the gradient
-        weight_decay: of AdamW, decoupled
+        weight_decay: decoupled weight decay of AdamW
         warmup_steps: updates in which the learning rate rises linearly from zero
         log_interval: updates between two logs, whose metrics are means over them
-        eval_interval: updates between two evaluations on validation data; 0 evaluates none
+        eval_interval: updates between two evaluations on validation data; 0 evaluates at the end only
         eval_batches: batches that an evaluation averages over
         save_interval: updates between two checkpoints of a CheckpointCallback; 0 saves at the end only
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
-        seed: of the drawn sequences and of the model's noise
+        seed: seed of the drawn sequences and of the model's noise
     """
 
     total_steps: int = 50_000
@@ -63,12 +63,12 @@ class TrainingConfig:
                 raise ValueError(f"TrainingConfig.{name} is {value!r}, expected {expected}.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON."""
+        """Write the settings as JSON."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainingConfig:
-        """Read JSON. Raises ValueError or TypeError, naming the field, FileNotFoundError without a file."""
+        """Read JSON. Raises ValueError or TypeError, naming the field, and FileNotFoundError if there is no file."""
         try:
             found = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:

@@ -30,36 +30,37 @@ EVENTS = ("on_train_begin", "on_step", "on_log", "on_evaluate", "on_checkpoint",
 
 
 class CallbackError(RuntimeError):
-    """A callback raised; its own error is the cause."""
+    """A callback raised an error, which is the cause of this one."""
 
 
 class Callback:
-    """Override what you need. Metrics are means since the last log (`on_log`) or of one update (`on_step`).
+    """Reacts to events of a training; override the methods that you need.
 
-    A callback may end the training with `trainer.stop()`. What it raises ends the training as `CallbackError`.
+    Metrics are means since the last log (`on_log`) or of one update (`on_step`). A callback may end the training with
+    `trainer.stop()`. An error that it raises ends the training as `CallbackError`.
     """
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Before the first update of `Trainer.train`."""
+        """Called before the first update of `Trainer.train`."""
 
     def on_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """After each update; trainer.step counts it."""
+        """Called after each update; trainer.step counts it."""
 
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Every config.log_interval updates, and after the last one."""
+        """Called every config.log_interval updates, and after the last one."""
 
     def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Every config.eval_interval updates where there is validation data; names begin with "eval/"."""
+        """Called after each evaluation on validation data; names of metrics begin with "eval/"."""
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """After a checkpoint was written."""
+        """Called after a checkpoint was written."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """After the last update, an early stop, Ctrl-C, or an error of the training itself."""
+        """Called after the last update, an early stop, Ctrl-C, or an error of the training itself."""
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raises TypeError for what is no callback, ValueError for a method that looks like an event but is none."""
+    """Raise TypeError for an object that is no callback, ValueError for a method on_… that is no event."""
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, type) or not isinstance(callback, Callback):
@@ -73,7 +74,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 class ProgressCallback(Callback):
-    """A live bar with rate, ETA and loss on a terminal; elsewhere a line at every log."""
+    """Shows a live bar with rate, ETA and loss on a terminal; elsewhere prints a line at every log."""
 
     def __init__(self) -> None:
         self._display: Display | None = None
@@ -99,11 +100,12 @@ class Trainer:
     """Trains a world model on recorded episodes, by `compute_loss` and AdamW; or an agent, by its own `update`.
 
     An agent (`create_agent`, `load_agent`) learns as published, its policy and values included: batch size, window
-    length and optimiser are then its own, and of `config` only steps, intervals, device and seed count. Make its
+    length, optimiser and device are then its own, and of `config` only steps, intervals and seed are used. Make its
     buffer with `ReplayBuffer(…, windows=agent.windows, columns=agent.columns)`.
 
     The same seed, model and buffer give the same training; a loaded checkpoint goes on exactly where it was saved.
-    callbacks: None shows progress. Raises TypeError or ValueError for what is no model and for bad callbacks.
+    callbacks: None shows progress. Raises TypeError for an object that is no model, TypeError or ValueError for wrong
+    callbacks.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Trainer:
         return self._learner.device
 
     def train(self, buffer: ReplayBuffer, validation: ReplayBuffer | None = None) -> dict[str, float]:
-        """Update until config.total_steps, an early stop or Ctrl-C; the means of the last log, "eval/…" included.
+        """Update until config.total_steps, an early stop or Ctrl-C; return the last logged means, "eval/…" included.
 
         validation: held-out episodes for `evaluate`. Raises ValueError if a buffer does not fit the model or holds
         no sequence that is long enough, before anything is trained; FloatingPointError for a NaN loss;
@@ -162,23 +164,23 @@ class Trainer:
         return metrics
 
     def _report(self, sums: dict[str, list[float]], validation: ReplayBuffer | None) -> dict[str, float]:
-        """Log and evaluate where it is time to: what was told."""
-        c, told, done = self.config, {}, self.step >= self.config.total_steps
+        """Log and evaluate if due; return the metrics."""
+        c, reported, done = self.config, {}, self.step >= self.config.total_steps
         if done or self.step % c.log_interval == 0:
             means = {name: float(np.mean(values)) for name, values in sums.items()}
             sums.clear()
             self._call("on_log", means)
-            told.update(means)
+            reported.update(means)
         if validation is not None and (done or (c.eval_interval and self.step % c.eval_interval == 0)):
             found = {f"eval/{name}": value for name, value in self.evaluate(validation).items()}
             self._call("on_evaluate", found)
-            told.update(found)
-        return told
+            reported.update(found)
+        return reported
 
     def evaluate(self, buffer: ReplayBuffer, batches: int | None = None) -> dict[str, float]:
-        """Mean losses over so many batches (None: config.eval_batches), without learning.
+        """Return the mean losses over `batches` batches (None: config.eval_batches), without learning.
 
-        The same sequences and noise every time, so that two evaluations differ by the model alone.
+        Sequences and noise are the same every time, so that two evaluations differ only by the model.
         """
         self._learner.check(buffer)
         count = self.config.eval_batches if batches is None else batches
@@ -190,8 +192,8 @@ class Trainer:
 
     @contextmanager
     def _randomness(self, purpose: int, step: int) -> Iterator[np.random.Generator]:
-        """A generator for drawing sequences, and torch seeded for the model's noise; both depend on the seed and the
-        step alone, so that a checkpoint needs to save neither."""
+        """Yield a generator for drawing sequences, with torch seeded for the model's noise. Both depend only on the
+        seed, `purpose` and `step`, so that a checkpoint does not need to save them."""
         entropy = [self.config.seed, purpose, step]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -199,14 +201,14 @@ class Trainer:
             yield np.random.default_rng(entropy)
 
     def stop(self) -> None:
-        """End the training after the update under way."""
+        """End the training after the current update."""
         self._stopping = True
 
     def save_checkpoint(self, directory: str | os.PathLike[str]) -> Path:
         """Write model, optimiser, step and generators; `create_world_model(directory)` reads the model alone.
 
-        Either all of it is written or nothing: an earlier checkpoint there stays until the new one is complete.
-        Raises FloatingPointError rather than save parameters that are NaN or infinite.
+        All of it is written or nothing: an earlier checkpoint there stays until the new one is complete. Raises
+        FloatingPointError, and writes nothing, if parameters are NaN or infinite.
         """
         final = Path(directory)
         partial = final.with_name(final.name + ".partial")
@@ -229,13 +231,13 @@ class Trainer:
         """
         folder = Path(directory)
         if not (folder / "trainer.msgpack").is_file():
-            raise CheckpointError(f"{folder} holds no checkpoint of a Trainer, expected what save_checkpoint wrote.")
+            raise CheckpointError(f"{folder} holds no checkpoint of a Trainer, expected one from save_checkpoint.")
         state = read_msgpack(folder / "trainer.msgpack")
         self._learner.load(folder, state["learner"])
         self.step = int(state["step"])
 
     def _end(self, quietly: bool = False) -> None:
-        """Let every callback end; quietly where an error is already under way, which is the one to tell."""
+        """Call on_train_end of every callback. quietly: ignore their errors, because another error is being raised."""
         for callback in self.callbacks:
             try:
                 self._call("on_train_end", only=callback)
@@ -265,7 +267,8 @@ def train(
 ) -> Trainer:
     """Train a model on recorded episodes in one line: train(model, buffer, total_steps=10_000).
 
-    fields: of TrainingConfig. Returns the trainer, for evaluate and save_checkpoint. Raises as Trainer.train does.
+    fields: fields of TrainingConfig. Returns the trainer, for evaluate and save_checkpoint. Raises the errors of
+    Trainer and Trainer.train.
     """
     trainer = Trainer(model, TrainingConfig(**fields), callbacks)
     trainer.train(buffer, validation)

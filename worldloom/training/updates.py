@@ -1,4 +1,4 @@
-"""What `Trainer` drives: a world model with an optimiser of the trainer's, or an agent with its own."""
+"""Learners that `Trainer` updates: a world model with the trainer's optimiser, or an agent with its own."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from worldloom.types import Agent, Batch, WorldModel
 
 
 class Learner(Protocol):
-    """One that learns from a buffer; `draws` chooses the sequences."""
+    """Learns from a buffer; `draws` chooses the sequences."""
 
     model: WorldModel
     device: torch.device
 
     def check(self, buffer: ReplayBuffer) -> None:
-        """Raises ValueError if the buffer does not fit the model, or holds no sequence that is long enough."""
+        """Raise ValueError if the buffer does not fit the model, or holds no sequence that is long enough."""
 
     def update(self, buffer: ReplayBuffer, draws: np.random.Generator, step: int) -> dict[str, float]:
-        """The metrics of one update. Raises FloatingPointError for a NaN loss, before the parameters change."""
+        """Update once and return the metrics. Raises FloatingPointError for a NaN loss, before parameters change."""
 
     def losses(self, buffer: ReplayBuffer, draws: np.random.Generator) -> dict[str, float]:
-        """The world model's losses on one batch."""
+        """Return the world model's losses on one batch."""
 
     def check_finite(self) -> None:
-        """Raises FloatingPointError if a parameter is NaN or infinite."""
+        """Raise FloatingPointError if a parameter is NaN or infinite."""
 
     def save(self, folder: Path) -> None:
-        """Write what `create_world_model` and, of an agent, `load_agent` read."""
+        """Write the files that `create_world_model` and, for an agent, `load_agent` read."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load` needs beside that."""
+        """Return the state that `load` needs in addition to these files."""
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError if the checkpoint is of another model."""
+        """Load a checkpoint. Raises CheckpointError if it is of another model."""
 
 
 def make_learner(model: WorldModel | Agent, config: TrainingConfig) -> Learner:
-    """Raises TypeError for what is neither a world model nor an agent, ValueError for an absent device."""
+    """Return the learner of a model. Raises TypeError unless it is a world model or an agent, ValueError for an absent
+    device."""
     if isinstance(model, nn.Module) and isinstance(model, WorldModel):
         return ModelLearner(model, config)
     if isinstance(model, Agent):
@@ -56,7 +57,7 @@ def make_learner(model: WorldModel | Agent, config: TrainingConfig) -> Learner:
 
 
 class ModelLearner:
-    """`compute_loss`, AdamW with a linear warm-up, and the gradient's global norm clipped."""
+    """Learns by `compute_loss` and AdamW, with a linear warm-up and the gradient's global norm clipped."""
 
     def __init__(self, model: WorldModel, config: TrainingConfig) -> None:
         self.model, self.config = model, config
@@ -113,7 +114,7 @@ class ModelLearner:
 
 
 class AgentLearner:
-    """The agent's own update: its optimisers, batch size and windows."""
+    """Learns by the agent's own update: its optimisers, batch size and windows."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent, self.model = agent, cast(WorldModel, agent.world_model)
@@ -165,7 +166,7 @@ def _check_shapes(model: WorldModel, buffer: ReplayBuffer) -> None:
     for name in ("obs_shape", "action_dim"):
         wanted, found = getattr(described, name, None), getattr(buffer, name)
         if wanted is not None and wanted != found:
-            raise ValueError(f"the buffer has {name}={found}, but the model {name}={wanted}.")
+            raise ValueError(f"the buffer has {name}={found}, but the model has {name}={wanted}.")
 
 
 def _floats(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""The checkpoint files that TD-MPC2's authors published: all three layouts are read, the current one is written.
+"""Checkpoint files of TD-MPC2's authors: a reader of all three layouts, and a writer of the current one.
 
-Layout C is their code's today, B that of October 2023 to November 2024, A from before the code was public; A's encoders
-take symlog of the observation first. Files are read with torch.load(weights_only=True): nothing in them is executed.
+Layout C is that of their code today, B that of October 2023 to November 2024, A is older than the public code; A's
+encoders take symlog of the observation first. Files are read with torch.load(weights_only=True), which executes
+nothing in them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from worldloom.types import ObsShape
 
 State = dict[str, Tensor]
 
-OURS = {  # prefixes of layout C and of our parameters
+OURS = {  # prefix in layout C -> prefix of our parameters
     "_encoder.state.": "encoder.",
     "_encoder.rgb.2.": "encoder.convs.0.",
     "_encoder.rgb.4.": "encoder.convs.1.",
@@ -43,7 +44,7 @@ OURS = {  # prefixes of layout C and of our parameters
     "_target_Qs_params.2.": "target_q.output.",
 }
 PIXELS = (64, 64)  # height and width that the authors' image encoder takes
-UNREADABLE = (  # what torch.load raises for files that are not torch.save's, or not whole
+UNREADABLE = (  # errors of torch.load for files that are cut short, or not torch.save's
     pickle.UnpicklingError,
     RuntimeError,
     zipfile.BadZipFile,
@@ -69,12 +70,12 @@ def load_official(
     tasks: Sequence[Task] = (),
     overrides: Mapping[str, Any] | None = None,
 ) -> TDMPC2WorldModel:
-    """A model out of an official file; every size is inferred from its shapes.
+    """Load a model from an official file; every size is inferred from its shapes.
 
-    obs_shape, action_dim: checked against the file where given. episode_length: agent steps, 500 (DeepMind Control)
-    where not given; it sets the discount, which no file holds. tasks: of a multi-task file; 30 and 80 tasks are taken
-    for mt30 and mt80. Raises ValueError for files that are not TD-MPC2's, are cut short, hold other objects than
-    tensors, or whose keys or sizes are not those expected.
+    obs_shape, action_dim: checked against the file if given. episode_length: agent steps, by default 500 (DeepMind
+    Control); it sets the discount, which no file holds. tasks: those of a multi-task file, by default mt30 for 30 tasks
+    and mt80 for 80. Raises ValueError for files that are not TD-MPC2's, are cut short, hold other objects than tensors,
+    or have unexpected keys or sizes.
     """
     state, symlog_obs = as_current(read_official(path), path)
     ours = _rename(state, path)
@@ -101,7 +102,7 @@ def load_official(
 
 
 def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None:
-    """Write layout C, which the authors' code loads. Raises ValueError for what their code does not know."""
+    """Write layout C, which the authors' code loads. Raises ValueError for a model that their code cannot hold."""
     c = model.config
     for holds, what in (
         (c.symlog_obs, "takes symlog of observations"),
@@ -113,7 +114,7 @@ def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None
         (model.pixels and c.latent_dim != 512, "projects images"),
     ):
         if holds:
-            raise ValueError(f"save_official: this model {what}, which layout C cannot say. Use save_pretrained.")
+            raise ValueError(f"save_official: this model {what}, which layout C cannot express. Use save_pretrained.")
     theirs: dict[str, Any] = {
         "log_std_min": torch.tensor(int(c.log_std_min)),
         "log_std_dif": torch.tensor(int(c.log_std_max - c.log_std_min)),
@@ -130,7 +131,7 @@ def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None
 
 
 def read_official(path: str | os.PathLike[str]) -> State:
-    """The tensors of a file by their names there. Raises ValueError; executes nothing."""
+    """Return a file's tensors by their names there; execute nothing. Raises ValueError for a file of another kind."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -143,12 +144,12 @@ def read_official(path: str | os.PathLike[str]) -> State:
         raise ValueError(f'{path} is not a checkpoint of TD-MPC2: expected a mapping "model" with keys "_dynamics…".')
     state = {str(k): v for k, v in model.items() if not str(k).rpartition(".")[2].startswith("__")}
     if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path}: {', '.join(foreign)} is not a tensor.")
+        raise ValueError(f"{path}: {', '.join(foreign)} is not a tensor, expected only tensors.")
     return state
 
 
 def as_current(state: State, path: object = "the checkpoint") -> tuple[State, bool]:
-    """Layouts A and B under the names of C, in a new mapping, and whether observations pass through symlog (A)."""
+    """Return a state in any layout under the names of C, and True if observations pass through symlog (layout A)."""
     twice = ("_detach_Qs.params.", "_target_Qs.params.") if "_detach_Qs_params.0.weight" in state else ()
     state = {key: value for key, value in state.items() if not key.startswith(twice or ("\0",))}
     first, second = state.get("_encoder.state.1.weight"), state.get("_encoder.state.2.weight")
@@ -165,7 +166,7 @@ def as_current(state: State, path: object = "the checkpoint") -> tuple[State, bo
 
 
 def _from_layout_a(key: str) -> str:
-    """Names collide with those of layout C that mean something else: never rename in place."""
+    """Return the name in layout C. Some names of A mean something else in C, so never rename in place."""
     module, _, rest = key.partition(".")
     place, _, kind = rest.rpartition(".")
     if module == "_encoder" and (match := re.fullmatch(r"state\.(\d+)", place)):
@@ -186,7 +187,7 @@ def _unique(renamed: Mapping[str, tuple[str, Tensor]], state: State, path: objec
 
 
 def _from_flat_q(key: str) -> str:
-    """`_Qs.params.5` is the second layer's bias, and so on."""
+    """Return the name in layout C of a flat one: `_Qs.params.5` is the second layer's bias, and so on."""
     match = re.fullmatch(r"(_Qs\.params|_target_Qs\.params)\.(\d+)", key)
     if not match:
         return key
@@ -196,7 +197,7 @@ def _from_flat_q(key: str) -> str:
 
 
 def _rename(state: State, path: object) -> State:
-    """Layout C under our own names; `_detach_Qs_params` is what the authors' code ends up with, so it wins."""
+    """Return layout C under our names. `_detach_Qs_params` replaces `_Qs.params`, as in the authors' code."""
     state = dict(state)
     low, span = state.pop("log_std_min", torch.tensor(-10)), state.pop("log_std_dif", torch.tensor(12))
     if (int(low), int(span)) != (-10, 12):
@@ -218,7 +219,7 @@ def _rename(state: State, path: object) -> State:
 
 
 def infer_sizes(ours: State, path: object = "the checkpoint") -> dict[str, Any]:
-    """The config fields that shape a model, from the shapes of its tensors."""
+    """Return the config fields that shape a model, from its tensors' shapes. Raises ValueError if any is missing."""
     pixels = any(name.startswith("encoder.convs.") for name in ours)
     needed = ["dynamics.0.weight", "dynamics.2.weight", "reward.2.weight", "policy.2.weight"]
     needed += ["q.first.weight", "target_q.first.weight", "encoder.convs.0.weight" if pixels else "encoder.0.weight"]
@@ -268,13 +269,13 @@ def _fill(model: TDMPC2WorldModel, ours: State, path: object) -> None:
         if value.shape != expected[name].shape:
             raise ValueError(
                 f"{path}: {_official_name(name)} is {tuple(value.shape)}, expected {tuple(expected[name].shape)} "
-                "beside the other tensors."
+                "to fit the other tensors."
             )
     model.load_state_dict(ours)
 
 
 def _official_name(name: str) -> str:
-    """Of one of our parameters, in layout C."""
+    """Return the name in layout C of one of our parameters."""
     fitting = [(theirs, ours) for theirs, ours in OURS.items() if name.startswith(ours)]
     theirs, ours = max(fitting, key=lambda pair: len(pair[1]))  # encoder.convs.0. before encoder.
     return theirs + name.removeprefix(ours)

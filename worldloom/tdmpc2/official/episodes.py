@@ -1,4 +1,4 @@
-"""The files of recorded episodes that TD-MPC2's authors published for offline learning of several tasks."""
+"""Files of recorded episodes that TD-MPC2's authors published for offline learning of several tasks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COLUMNS = {"obs", "action", "reward"}
 
 
 def read_official_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The episodes of a file, each as `ReplayBuffer.add_episode` takes it.
+    """Yield the episodes of a file, each as `ReplayBuffer.add_episode` takes it.
 
-    A file is a TensorDict [episodes, T] of obs, action, reward and, with several tasks, task; the action and reward of
-    a row led to it, and those of row 0 are no numbers. Neither the tensordict package is needed nor is anything in the
-    file executed; its tensors stay on disk until they are read. Raises ValueError for other files.
+    A file is a TensorDict [episodes, T] of obs, action, reward and, with several tasks, task. The action and reward of
+    a row led to it; those of row 0 are NaN. The tensordict package is not needed, and nothing in the file is executed;
+    its tensors stay on disk until they are read. Raises FileNotFoundError, or ValueError for other files.
 
         for file in sorted(Path("mt30").glob("*.pt")):
             for episode in read_official_episodes(file):
@@ -66,7 +66,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
 
 
 class _TensorDict:
-    """What a TensorDict is taken for: its entries."""
+    """The stand-in for a TensorDict: its entries."""
 
     columns: Mapping[str, Any]
 
