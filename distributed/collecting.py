@@ -18,6 +18,7 @@ from distributed.evaluating import Evaluating
 from distributed.inserting import Inserting
 from distributed.launcher import DEATHS, START_SECONDS, reason
 from distributed.state import State
+from worldloom.envs import EnvironmentFailed
 
 RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
 HANGS_ALLOWED = 10  # of one env actor within HANG_WINDOW times runtime.collect_timeout
@@ -221,9 +222,9 @@ class Collecting:
         hangs.append(time.monotonic())
         window = HANG_WINDOW * self._state.config.runtime.collect_timeout
         if len(hangs) == HANGS_ALLOWED and hangs[-1] - hangs[0] < window:
-            raise RuntimeError(
-                f"{collector.name} gave no answer {HANGS_ALLOWED} times within {window / 60:.0f} minutes, each time for "
-                f"{patience:g} s. Look for an environment that hangs; what was accepted is kept for --resume."
+            raise EnvironmentFailed(
+                f"{collector.name} gave no answer {HANGS_ALLOWED} times within {window:.0f} s, each time for "
+                f"{patience:g} s. Look for an environment that hangs, then go on with --resume."
             )
         self.replace(collector, f"gave no answer for {patience:g} s")
 
@@ -231,7 +232,7 @@ class Collecting:
         """Start a lost env actor again; it gets the newest weights before it acts. Raises RuntimeError if it was lost
         again and again."""
         if collector.restarts >= RESTARTS_ALLOWED:
-            raise RuntimeError(
+            raise EnvironmentFailed(
                 f"{collector.name} was lost {RESTARTS_ALLOWED + 1} times in a row without finishing a collect; the "
                 f"last time it {why}. Look for an environment that kills or blocks its process."
             ) from error

@@ -42,7 +42,7 @@ class Coordinator:
         )
         self._recovery = Recovery(self.parts)
         self.pace = pace(self.parts, self._recovery)
-        self._gauges = Gauges(self.parts.state, replay)
+        self._gauges = Gauges(self.parts.state, self.parts.replay)
 
     @property
     def run(self) -> Run:

@@ -20,6 +20,7 @@ from ray.exceptions import (
 from worldloom.acting.rollout import ActingLost
 
 START_SECONDS = 180.0  # for an actor to come up
+NAMED_SECONDS = 10.0  # of waiting, after which the user is shown what is waited for
 ANSWER_SECONDS = 5.0  # for an actor to say that it is alive
 DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError)  # the last: by Ray's memory monitor
 FAILURES = (RayTaskError, ObjectLostError, *DEATHS)
@@ -35,6 +36,7 @@ class Launcher:
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
         self.between: Callable[[], None] = lambda: None  # called about once a second in every wait
+        self.say: Callable[[str], None] = print
 
     def start(
         self,
@@ -45,9 +47,15 @@ class Launcher:
         gpus: float = 0.0,
         threads: dict[str, int] | None = None,
         where: Any = "DEFAULT",
+        any_order: bool = False,
     ) -> Any:
-        """threads: of each concurrency group that the actor's methods name. where: a Ray scheduling strategy."""
+        """Start an actor.
+
+        threads: of each concurrency group that the actor's methods name. where: a Ray scheduling strategy. any_order:
+        a call whose arguments are not there yet does not hold up later ones.
+        """
         options = {"name": name, "namespace": self.namespace, "num_cpus": cpus, "num_gpus": gpus}
+        options["allow_out_of_order_execution"] = any_order
         actor = ray.remote(concurrency_groups=threads or {})(kind)  # type: ignore[call-overload]
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -67,7 +75,7 @@ class Launcher:
 
     def wait(self, reference: Any, who: str) -> Any:
         """Return a result. Raises what the actor raised, ActorLost, or RuntimeError if it does not come up in time."""
-        if not self._ready(reference, START_SECONDS):
+        if not self._ready(reference, START_SECONDS, who):
             raise RuntimeError(
                 f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
                 "Free resources, or lower runtime.env_actors."
@@ -76,15 +84,19 @@ class Launcher:
 
     def result(self, reference: Any, who: str) -> Any:
         """Return a result, however long it takes. Raises what the actor raised, or ActorLost."""
-        self._ready(reference, float("inf"))
+        self._ready(reference, float("inf"), who)
         return result_of(reference, who)
 
-    def _ready(self, reference: Any, seconds: float) -> bool:
+    def _ready(self, reference: Any, seconds: float, who: str) -> bool:
         """Wait until a reference is ready, for `seconds` at most."""
-        deadline = time.monotonic() + seconds
+        begun, said = time.monotonic(), False
         while not ray.wait([reference], timeout=1.0)[0]:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            if waited > seconds:
                 return False
+            if waited > NAMED_SECONDS and not said:
+                said = True
+                self.say(f"waiting for {who} ({waited:.0f} s so far)")
             self.between()
         return True
 

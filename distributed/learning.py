@@ -49,7 +49,10 @@ class Learning:
         self._picture = None
         threads = {"acting": batching(state.config).clients, "saving": 1, "control": 1}
         shares, start = state.shares, state.launcher.start
-        self.learner = start(LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads)
+        # in any order, since the heartbeat must not wait for a batch that a frozen replay owes
+        self.learner = start(
+            LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads, any_order=True
+        )
         opened = self.learner.open.remote(state.config, state.env, shares.learner_threads, state.version)
         spec: AgentSpec = state.launcher.wait(opened, "the learner")
         state.spec, self.node = spec, state.launcher.wait(self.learner.node.remote(), "the learner")

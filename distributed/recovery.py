@@ -43,7 +43,9 @@ class Recovery:
             parts.serving.restart()
             done.append("the acting server died; started again, all acting states are reset")
         run.recorder.counters["actor_restarts"] += len(done)
-        run.recorder.say(f"{lost} {'; '.join(done) or 'Nothing had to be started again'} ({time.monotonic() - begun:.1f} s)")
+        run.recorder.say(
+            f"{lost} {'; '.join(done) or 'Nothing had to be started again'} ({time.monotonic() - begun:.1f} s)"
+        )
 
     def _count_one(self, lost: ActorLost) -> None:
         if self._parts.checkpoints.committed > self._committed:

@@ -41,7 +41,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.config.runtime, self.launcher, self.say)
-        self.launcher.between = self.watch.look
+        self.launcher.between, self.launcher.say = self.watch.look, self.say
 
     def say(self, text: str) -> None:
         """Show a line to the user."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +15,9 @@ from worldloom.acting.evaluation import Evaluation
 from worldloom.acting.local import LocalActing
 from worldloom.acting.rollout import Lane, Rollout
 from worldloom.acting.server import Client
-from worldloom.envs import Environment
 from worldloom.families import agent_from_description
 from worldloom.replay.chunk import Chunk, ChunkInfo
-from worldloom.runs.build import AgentSpec, RunEvaluation, actor_seed, build_environment, make_run_env
+from worldloom.runs.build import AgentSpec, EnvFactory, RunEvaluation, actor_seed
 from worldloom.runs.config import RunConfig
 from worldloom.types import Weights
 
@@ -33,8 +31,7 @@ class EnvActor:
     def __init__(self, config: RunConfig, spec: AgentSpec, index: int, incarnation: int, served: bool) -> None:
         self._config, self._spec, self._index, self._served = config, spec, index, served
         self._incarnation = incarnation
-        self._built: list[Environment] = []  # in the thread that steps them: a renderer belongs to its thread
-        self._build_seconds: list[float] = []
+        self._envs = EnvFactory(config.env)  # used in the thread that steps them: a renderer belongs to its thread
         self._rollout: Rollout | None = None
         self._evaluation: RunEvaluation | None = None
         self._interrupted = threading.Event()
@@ -49,19 +46,15 @@ class EnvActor:
         return LocalActing(agent_from_description(self._spec.description, seed=self._config.train.seed))
 
     def build(self) -> list[float] | None:
-        """Build one environment; return the seconds that each took once all are built, None before."""
-        begun = time.monotonic()
-        self._built.append(build_environment(self._config.env))
-        self._build_seconds.append(time.monotonic() - begun)
-        return self._build_seconds if len(self._built) == self._config.env.num_envs else None
+        """Build environments for a while; return the seconds that each took, or None while some are left to build."""
+        runtime, num_envs = self._config.runtime, self._config.env.num_envs
+        return self._envs.seconds if self._envs.build_ahead(num_envs, runtime.chunk_seconds) else None
 
     def _new_rollout(self) -> Rollout:
         config, index, incarnation = self._config, self._index, self._incarnation
-        lanes, built = [], self._built
-        self._built = []
+        lanes = []
         for number, size in enumerate(lane_sizes(config.env.num_envs, self._served)):
-            seed = actor_seed(config, index, incarnation, number)
-            env, built = make_run_env(config.env, size, seed, built=built[:size]), built[size:]
+            env = self._envs.vector(size, actor_seed(config, index, incarnation, number))
             acting = self._local if not self._served else self._remote_acting(number)
             lanes.append(Lane(env, acting))
         return Rollout(lanes, config.train.seed, actor=index, incarnation=incarnation)

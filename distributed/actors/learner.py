@@ -24,7 +24,6 @@ from worldloom.runs.checkpoint import copy_agent, load_agent_state, write_agent
 from worldloom.runs.config import RunConfig
 from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
 
-
 PREPARING = 3  # updates in which compilation and the recording of CUDA graphs happen
 
 
