@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
@@ -13,6 +12,7 @@ import torch
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from distributed.actors.env import EnvActor
+from distributed.budget import Budget
 from distributed.collector import BUILD, EVALUATION, Collector
 from distributed.evaluating import Evaluating
 from distributed.inserting import Inserting
@@ -36,10 +36,12 @@ class Collecting:
     def __init__(self, state: State, inserting: Inserting, evaluating: Evaluating) -> None:
         self._state, self._inserting, self._evaluating = state, inserting, evaluating
         self.collectors: list[Collector] = []
+        self._tasks: dict[Any, Collector] = {}  # by reference to what is waited for
+        self._idle: dict[int, Collector] = {}  # by index
+        self.budget = Budget(state, inserting)
         self.own: EnvActor | None = None
         self._hangs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HANGS_ALLOWED))  # when, by actor
         self._looked = 0.0
-        self._held_since: float | None = None
         self._somebody_at = 0.0  # when an env actor was last known to be up
 
     # Starting
@@ -69,6 +71,7 @@ class Collecting:
             EnvActor, made.name, *arguments, cpus=state.shares.cpus, threads={"control": 1}, where="SPREAD"
         )
         made.coming = made.handle.node.remote()
+        self._tasks[made.coming] = made
         return made
 
     # Asking
@@ -78,21 +81,44 @@ class Collecting:
         self.begin_evaluation()
         self.expect_somebody()
         held = False
-        for collector in [c for c in self.collectors if c.idle]:
-            steps = self.steps_to_collect()
-            held = held or (steps > 0 and self._too_far_ahead())
+        for collector in list(self._idle.values()):
+            steps = self.budget.steps()
+            held = steps > 0 and self.budget.too_far_ahead()
             if steps == 0 or held:
                 break
-            collector.collect(self._state, steps)
-        self._count_held_time(held)
+            if collector.idle and self._inserting.accepts(collector.index):
+                self.collect(collector, steps)
+        self.budget.count_held_time(held)
+
+    def collect(self, collector: Collector, steps: int) -> None:
+        """Ask an idle env actor for a chunk of so many vector steps."""
+        collector.collect(self._state, steps)
+        self.budget.requested += collector.requested
+        self._asked(collector)
+
+    def _asked(self, collector: Collector) -> None:
+        """Note that it has a new task."""
+        self._idle.pop(collector.index, None)
+        self._tasks[collector.task] = collector
+
+    def _dropped(self, collector: Collector) -> int:
+        """Have it forget its task; return the environment steps that were asked for."""
+        self._tasks.pop(collector.task, None)
+        steps = collector.drop_task()
+        self.budget.requested -= steps
+        return steps
 
     def begin_evaluation(self) -> None:
-        self._evaluating.begin(next((c for c in self.collectors if c.idle), None), self.own)
+        """Begin the evaluation that is due, in an idle env actor or in this process."""
+        idle = next((c for c in self._idle.values() if c.idle), None) if self._evaluating.due is not None else None
+        self._evaluating.begin(idle, self.own)
+        if idle is not None and idle.task is not None:
+            self._asked(idle)
 
     def expect_somebody(self) -> None:
         """Raises RuntimeError if no env actor comes up in time; the run goes on with those that do."""
         now = time.monotonic()
-        if not self.collectors or any(c.node for c in self.collectors):
+        if not self.collectors or self._idle or any(c.node for c in self.collectors):
             self._somebody_at = now
         elif now - self._somebody_at > START_SECONDS:
             raise RuntimeError(
@@ -100,29 +126,12 @@ class Collecting:
                 f"The cluster has {ray.available_resources()} free. Free resources, or lower runtime.env_actors."
             )
 
-    def steps_to_collect(self) -> int:
-        """Vector steps for the next collect, 0 once total_steps are collected or under way."""
-        config, under_way = self._state.config, self.requested() + self._inserting.steps
-        left = config.train.total_steps - self._state.run.limiter.env_steps - under_way
-        return max(min(self._state.limits.chunk_steps, math.ceil(left / config.env.num_envs)), 0)
-
-    def requested(self) -> int:
-        """Environment steps that env actors have been asked for."""
-        return sum(c.requested for c in self.collectors)
-
-    def _too_far_ahead(self) -> bool:
-        """Return whether collecting leads by more than one round of chunks and what the next update takes."""
-        actors, envs = max(len(self.collectors), 1), self._state.config.env.num_envs
-        limiter = self._state.run.limiter
-        round_of_chunks = self._state.limits.chunk_steps * envs * actors
-        return limiter.steps_ahead() > round_of_chunks + 1 / limiter.updates_per_step
-
     def collect_here(self) -> bool:
         """Collect in this process, between two looks at the learner; return whether there was something to do."""
         assert self.own is not None
-        steps = self.steps_to_collect()
-        held = steps > 0 and self._too_far_ahead()
-        self._count_held_time(held)
+        steps = self.budget.steps()
+        held = steps > 0 and self.budget.too_far_ahead()
+        self.budget.count_held_time(held)
         if steps == 0 or held:
             return False
         state = self._state
@@ -131,24 +140,20 @@ class Collecting:
         self._inserting.begin(chunk, info)
         return True
 
-    def _count_held_time(self, held: bool) -> None:
-        now = time.monotonic()
-        if self._held_since is not None:
-            self._state.run.recorder.held(now - self._held_since)
-        self._held_since = now if held else None
-
     # Taking in
 
     def pending(self) -> list[Any]:
-        tasks = [c.task for c in self.collectors if c.task is not None]
-        return [*tasks, *(c.coming for c in self.collectors if c.node is None)]
+        return list(self._tasks)
 
     def take(self, ready: Collection[Any]) -> None:
         """Take in what env actors are done with, and replace those that hang. Raises ActorLost."""
-        for collector in list(self.collectors):
-            if collector.node is None and collector.coming in ready:
+        for reference in ready:
+            if (collector := self._tasks.get(reference)) is None:
+                continue
+            if collector.node is None and reference == collector.coming:
+                del self._tasks[reference]
                 self._take_up(collector)
-            elif collector.task in ready:
+            else:
                 self.take_result(collector)
         self._look_for_silence()
 
@@ -177,6 +182,7 @@ class Collecting:
             self.replace(collector, f"did not come up ({type(error).__name__})", error)
         else:
             collector.build()
+            self._asked(collector)
 
     def take_result(self, collector: Collector) -> None:
         """Take in what its task returned. Raises ActorLost, or what the environment raised."""
@@ -188,18 +194,28 @@ class Collecting:
                 self._evaluating.again()
             elif not isinstance(chunk, str):
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
-            collector.drop_task()
+            self._dropped(collector)
+            self._freed(collector)
             raise reason(error, collector.name) from error
         except DEATHS as error:
             self.replace(collector, f"died ({type(error).__name__})", error)
             return
+        self._tasks.pop(collector.task, None)
         if chunk is EVALUATION and result is None:  # episodes are left to play
             collector.go_on_evaluating()
+            self._asked(collector)
         elif chunk is BUILD and result is None:  # environments are left to build
             collector.build()
+            self._asked(collector)
         else:
-            collector.drop_task()
+            self._dropped(collector)
             self._take_whole(collector, chunk, result)
+            self._freed(collector)
+
+    def _freed(self, collector: Collector) -> None:
+        """Note that it has no task."""
+        if collector.built and self.collectors[collector.index] is collector:
+            self._idle[collector.index] = collector
 
     def _take_whole(self, collector: Collector, chunk: Any, result: Any) -> None:
         """Take in a task that is complete."""
@@ -252,6 +268,10 @@ class Collecting:
         if collector.evaluating:
             self._evaluating.again()
         self._state.incarnation += 1
+        for reference in (collector.task, collector.coming):
+            self._tasks.pop(reference, None)
+        self._idle.pop(collector.index, None)
+        self.budget.requested -= collector.requested
         fresh = self._start(collector.index)
         fresh.restarts = restarts
         self.collectors[collector.index] = fresh
@@ -265,11 +285,22 @@ class Collecting:
             if feeds(collector.index):  # what it is doing ends before the restart, and is not taken in
                 if collector.evaluating:
                     self._evaluating.again()
-                self._discard(collector.drop_task())
+                self._discard(self._dropped(collector))
                 if collector.built:
                     collector.restart(self._state.incarnation)
+                    self._asked(collector)
                 else:  # it knows only the incarnation that it was started with
                     self._start_again(collector, collector.restarts)
+
+    def forget_tasks(self) -> None:
+        """Take in nothing that is under way."""
+        for collector in self.collectors:
+            self._dropped(collector)
+
+    @property
+    def busy(self) -> bool:
+        """True while an env actor collects."""
+        return any(collector.collecting for collector in self._tasks.values())
 
     def _discard(self, env_steps: int) -> None:
         self._state.run.recorder.counters["env_steps_discarded"] += env_steps

@@ -45,6 +45,7 @@ class Learning:
     def start(self) -> None:
         """Start the learner, and wait until it has built its agent; tasks of an earlier one are forgotten."""
         state = self._state
+        state.watch.forget("learner")
         self.tasks.clear()
         self._picture = None
         threads = {"acting": batching(state.config).clients, "saving": 1, "control": 1}

@@ -49,11 +49,11 @@ class Lockstep:
             self._parts.take_ready(timeout=1.0)
         for collector in list(collecting.collectors):  # what a recovery left under way
             self._take(collector)
-        steps = collecting.steps_to_collect()
+        steps = collecting.budget.steps()
         if not steps:
             return
         for collector in collecting.collectors:
-            collector.collect(self._parts.state, steps)
+            collecting.collect(collector, steps)
         for collector in list(collecting.collectors):
             self._take(collector)
 

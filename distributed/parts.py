@@ -55,10 +55,10 @@ class Parts:
         """Take in every update and insert under way, so that counters, learner and replay agree; with `collects`, the
         collects too, unless they take too long."""
         deadline, collecting, due = time.monotonic() + SETTLE_SECONDS, self.collecting, self._to_settle
-        while due() or (collects and any(c.collecting for c in collecting.collectors)):
+        while due() or (collects and collecting.busy):
             self.take_ready(timeout=1.0)
             if collects and time.monotonic() > deadline and not due():
-                self.state.run.recorder.counters["env_steps_discarded"] += collecting.requested()
+                self.state.run.recorder.counters["env_steps_discarded"] += collecting.budget.requested
                 return
 
     def _to_settle(self) -> bool:
@@ -93,8 +93,7 @@ class Parts:
 
     def save_what_was_accepted(self) -> None:
         """Write a checkpoint while another error is on its way; current collects may bring the same error again."""
-        for collector in self.collecting.collectors:
-            collector.drop_task()
+        self.collecting.forget_tasks()
         self.settle()
         self.save()
 

@@ -43,6 +43,7 @@ class Serving:
         state.watch.follow("the acting server", state.server, float("inf"))
 
     def restart(self) -> None:
+        self._state.watch.forget("the acting server")
         self._state.launcher.end(self._state.server)
         self.start()
         self._learning.publish()

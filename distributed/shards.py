@@ -144,6 +144,7 @@ class Shards:
 
     def restart(self, shard: int, node: str, checkpoint: Path | None) -> int:
         """Start a shard again from the checkpoint, or empty; return how many rows are lost with damaged files."""
+        self._watch.forget(self.name(shard))
         self._launcher.end(self.handles[shard])
         alone = len(self.handles) == 1
         self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD")

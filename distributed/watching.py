@@ -46,6 +46,10 @@ class Watch:
         """Watch this actor from now on; it takes the place of an earlier one of that name."""
         self._hearts[name] = Heart(name, handle, work_seconds)
 
+    def forget(self, name: str) -> None:
+        """Watch this actor no more, since another one is started in its place."""
+        self._hearts.pop(name, None)
+
     def look(self) -> None:
         """Ask, and take answers that are there. Raises ActorLost for a part that was ended, or has died."""
         now = time.monotonic()
