@@ -195,7 +195,7 @@ class Collecting:
             elif not isinstance(chunk, str):
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
             self._dropped(collector)
-            self._freed(collector)
+            self.free(collector)
             raise reason(error, collector.name) from error
         except DEATHS as error:
             self.replace(collector, f"died ({type(error).__name__})", error)
@@ -210,9 +210,9 @@ class Collecting:
         else:
             self._dropped(collector)
             self._take_whole(collector, chunk, result)
-            self._freed(collector)
+            self.free(collector)
 
-    def _freed(self, collector: Collector) -> None:
+    def free(self, collector: Collector) -> None:
         """Note that it has no task."""
         if collector.built and self.collectors[collector.index] is collector:
             self._idle[collector.index] = collector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import ray
 
@@ -16,6 +17,8 @@ from distributed.shards import Shards
 from distributed.state import State
 from worldloom.runs.interrupt import GracefulStop
 
+WAITED_TOGETHER = 50  # of so many references that are waited for, one at a time is taken in
+SHORT_SECONDS = 0.02
 SETTLE_SECONDS = 10.0  # for the last collects of a run; what comes later is discarded and counted
 
 
@@ -42,14 +45,24 @@ class Parts:
         ]
         if not pending:
             return
-        found, _ = ray.wait(pending, num_returns=1, timeout=timeout)
-        if found:
-            found, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
-        ready = set(found)
+        ready = set(self._wait(pending, timeout))
         self.inserting.take(ready)
         self.learning.take(ready)
         self.checkpoints.take(ready)
         self.collecting.take(ready)
+
+    @staticmethod
+    def _wait(pending: list[Any], timeout: float) -> list[Any]:
+        """Return what is ready, waiting for the first; of very many, for a few together, which costs less for each."""
+        together = len(pending) // WAITED_TOGETHER
+        if together > 1:
+            found, _ = ray.wait(pending, num_returns=together, timeout=min(timeout, SHORT_SECONDS), fetch_local=False)
+            if found:
+                return list(found)
+        found, _ = ray.wait(pending, num_returns=1, timeout=timeout, fetch_local=False)
+        if found:
+            found, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+        return list(found)
 
     def settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree; with `collects`, the
