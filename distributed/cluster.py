@@ -96,6 +96,8 @@ def share(config: RunConfig) -> Shares:
     own_server = config.runtime.acting_server == "actor" and config.runtime.acting != "local"
     processes = 1 + config.runtime.env_actors + int(own_server)
     deadline = time.monotonic() + FREE_CPU_SECONDS
+    if cpus_for(processes, free_cpus_by_node()) <= 0:
+        print(f"waiting for free CPUs in the cluster: {processes} processes need some", flush=True)
     while (cpus := cpus_for(processes, free_cpus_by_node())) <= 0:
         if time.monotonic() > deadline:
             raise RuntimeError(

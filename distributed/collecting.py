@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from distributed.actors.env import EnvActor
-from distributed.collector import EVALUATION, Collector
+from distributed.budget import Budget
+from distributed.collector import BUILD, EVALUATION, Collector
 from distributed.evaluating import Evaluating
 from distributed.inserting import Inserting
-from distributed.launcher import DEATHS, START_SECONDS, reason, result_of
+from distributed.launcher import DEATHS, START_SECONDS, reason
 from distributed.state import State
+from worldloom.envs import EnvironmentFailed
 
 RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
+HANGS_ALLOWED = 10  # of one env actor within HANG_WINDOW times runtime.collect_timeout
+HANG_WINDOW = 30
+SILENT_SECONDS = 10.0  # beyond runtime.chunk_seconds, after which an env actor is named on screen
+LOOK_SECONDS = 1.0  # between two looks at who is silent
 
 
 class Collecting:
@@ -30,8 +36,12 @@ class Collecting:
     def __init__(self, state: State, inserting: Inserting, evaluating: Evaluating) -> None:
         self._state, self._inserting, self._evaluating = state, inserting, evaluating
         self.collectors: list[Collector] = []
+        self._tasks: dict[Any, Collector] = {}  # by reference to what is waited for
+        self._idle: dict[int, Collector] = {}  # by index
+        self.budget = Budget(state, inserting)
         self.own: EnvActor | None = None
-        self._held_since: float | None = None
+        self._hangs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HANGS_ALLOWED))  # when, by actor
+        self._looked = 0.0
         self._somebody_at = 0.0  # when an env actor was last known to be up
 
     # Starting
@@ -61,6 +71,7 @@ class Collecting:
             EnvActor, made.name, *arguments, cpus=state.shares.cpus, threads={"control": 1}, where="SPREAD"
         )
         made.coming = made.handle.node.remote()
+        self._tasks[made.coming] = made
         return made
 
     # Asking
@@ -70,21 +81,44 @@ class Collecting:
         self.begin_evaluation()
         self.expect_somebody()
         held = False
-        for collector in [c for c in self.collectors if c.idle]:
-            steps = self.steps_to_collect()
-            held = held or (steps > 0 and self._too_far_ahead())
+        for collector in list(self._idle.values()):
+            steps = self.budget.steps()
+            held = steps > 0 and self.budget.too_far_ahead()
             if steps == 0 or held:
                 break
-            collector.collect(self._state, steps)
-        self._count_held_time(held)
+            if collector.idle and self._inserting.accepts(collector.index):
+                self.collect(collector, steps)
+        self.budget.count_held_time(held)
+
+    def collect(self, collector: Collector, steps: int) -> None:
+        """Ask an idle env actor for a chunk of so many vector steps."""
+        collector.collect(self._state, steps)
+        self.budget.requested += collector.requested
+        self._asked(collector)
+
+    def _asked(self, collector: Collector) -> None:
+        """Note that it has a new task."""
+        self._idle.pop(collector.index, None)
+        self._tasks[collector.task] = collector
+
+    def _dropped(self, collector: Collector) -> int:
+        """Have it forget its task; return the environment steps that were asked for."""
+        self._tasks.pop(collector.task, None)
+        steps = collector.drop_task()
+        self.budget.requested -= steps
+        return steps
 
     def begin_evaluation(self) -> None:
-        self._evaluating.begin(next((c for c in self.collectors if c.idle), None), self.own)
+        """Begin the evaluation that is due, in an idle env actor or in this process."""
+        idle = next((c for c in self._idle.values() if c.idle), None) if self._evaluating.due is not None else None
+        self._evaluating.begin(idle, self.own)
+        if idle is not None and idle.task is not None:
+            self._asked(idle)
 
     def expect_somebody(self) -> None:
         """Raises RuntimeError if no env actor comes up in time; the run goes on with those that do."""
         now = time.monotonic()
-        if not self.collectors or any(c.node for c in self.collectors):
+        if not self.collectors or self._idle or any(c.node for c in self.collectors):
             self._somebody_at = now
         elif now - self._somebody_at > START_SECONDS:
             raise RuntimeError(
@@ -92,61 +126,53 @@ class Collecting:
                 f"The cluster has {ray.available_resources()} free. Free resources, or lower runtime.env_actors."
             )
 
-    def steps_to_collect(self) -> int:
-        """Vector steps for the next collect, 0 once total_steps are collected or under way."""
-        config, under_way = self._state.config, self.requested() + self._inserting.steps
-        left = config.train.total_steps - self._state.run.limiter.env_steps - under_way
-        return max(min(self._state.limits.chunk_steps, math.ceil(left / config.env.num_envs)), 0)
-
-    def requested(self) -> int:
-        """Environment steps that env actors have been asked for."""
-        return sum(c.requested for c in self.collectors)
-
-    def _too_far_ahead(self) -> bool:
-        """Return whether collecting leads by more than one round of chunks and what the next update takes."""
-        actors, envs = max(len(self.collectors), 1), self._state.config.env.num_envs
-        limiter = self._state.run.limiter
-        round_of_chunks = self._state.limits.chunk_steps * envs * actors
-        return limiter.steps_ahead() > round_of_chunks + 1 / limiter.updates_per_step
-
     def collect_here(self) -> bool:
         """Collect in this process, between two looks at the learner; return whether there was something to do."""
         assert self.own is not None
-        steps = self.steps_to_collect()
-        held = steps > 0 and self._too_far_ahead()
-        self._count_held_time(held)
+        steps = self.budget.steps()
+        held = steps > 0 and self.budget.too_far_ahead()
+        self.budget.count_held_time(held)
         if steps == 0 or held:
             return False
         state = self._state
-        weights = result_of(state.weights, "learner") if state.server is None else None
+        weights = state.launcher.result(state.weights, "learner") if state.server is None else None
         chunk, info = self.own.collect(steps, state.run.random_actions, weights, state.server)
         self._inserting.begin(chunk, info)
         return True
 
-    def _count_held_time(self, held: bool) -> None:
-        now = time.monotonic()
-        if self._held_since is not None:
-            self._state.run.recorder.held(now - self._held_since)
-        self._held_since = now if held else None
-
     # Taking in
 
     def pending(self) -> list[Any]:
-        tasks = [c.task for c in self.collectors if c.task is not None]
-        return [*tasks, *(c.coming for c in self.collectors if c.node is None)]
+        return list(self._tasks)
 
-    def take(self, ready: Sequence[Any]) -> None:
+    def take(self, ready: Collection[Any]) -> None:
         """Take in what env actors are done with, and replace those that hang. Raises ActorLost."""
-        for collector in list(self.collectors):
-            if collector.node is None and collector.coming in ready:
+        for reference in ready:
+            if (collector := self._tasks.get(reference)) is None:
+                continue
+            if collector.node is None and reference == collector.coming:
+                del self._tasks[reference]
                 self._take_up(collector)
-            elif collector.task in ready:
+            else:
                 self.take_result(collector)
-            elif collector.task is not None and self._hangs(collector):
-                self.replace_silent(collector)
+        self._look_for_silence()
 
-    def _hangs(self, collector: Collector) -> bool:
-        return time.monotonic() - collector.since > self._state.config.runtime.collect_timeout
+    def _look_for_silence(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked, runtime = now, self._state.config.runtime
+        for collector in [c for c in self.collectors if c.task is not None]:
+            silence, patience = now - collector.since, collector.patience(self._state)
+            if silence > patience:
+                self.replace_silent(collector)
+            elif silence > SILENT_SECONDS + runtime.chunk_seconds and not collector.named:
+                collector.named = True
+                doing = {BUILD: "building an environment", EVALUATION: "evaluating"}.get(collector.chunk, "collecting")
+                self._state.say(
+                    f"{collector.name} has been {doing} for {silence:.0f} s without an answer; it is replaced after "
+                    f"{patience:g} s"
+                )
 
     def _take_up(self, collector: Collector) -> None:
         """Note the place that it found in the cluster; work waits for that, so that no step is promised in vain."""
@@ -154,6 +180,9 @@ class Collecting:
             collector.node = ray.get(collector.coming)
         except DEATHS as error:
             self.replace(collector, f"did not come up ({type(error).__name__})", error)
+        else:
+            collector.build()
+            self._asked(collector)
 
     def take_result(self, collector: Collector) -> None:
         """Take in what its task returned. Raises ActorLost, or what the environment raised."""
@@ -163,33 +192,63 @@ class Collecting:
         except (RayTaskError, ObjectLostError) as error:  # before deaths: of what it asked another for, it is both
             if chunk is EVALUATION:
                 self._evaluating.again()
-            else:
+            elif not isinstance(chunk, str):
                 ray.wait([chunk])  # it carries the same error, which would be reported as unread
-            collector.drop_task()
+            self._dropped(collector)
+            self.free(collector)
             raise reason(error, collector.name) from error
         except DEATHS as error:
             self.replace(collector, f"died ({type(error).__name__})", error)
             return
+        self._tasks.pop(collector.task, None)
         if chunk is EVALUATION and result is None:  # episodes are left to play
             collector.go_on_evaluating()
-            return
-        collector.drop_task()
-        collector.restarts = 0
-        if chunk is EVALUATION:
-            self._evaluating.finished(result)
+            self._asked(collector)
+        elif chunk is BUILD and result is None:  # environments are left to build
+            collector.build()
+            self._asked(collector)
         else:
+            self._dropped(collector)
+            self._take_whole(collector, chunk, result)
+            self.free(collector)
+
+    def free(self, collector: Collector) -> None:
+        """Note that it has no task."""
+        if collector.built and self.collectors[collector.index] is collector:
+            self._idle[collector.index] = collector
+
+    def _take_whole(self, collector: Collector, chunk: Any, result: Any) -> None:
+        """Take in a task that is complete."""
+        if chunk is BUILD:
+            collector.built = True
+            if sum(result) > SILENT_SECONDS:
+                each = ", ".join(f"{seconds:.1f}" for seconds in result)
+                self._state.say(f"{collector.name} built {len(result)} environments, which took {each} s")
+        elif chunk is EVALUATION:
+            collector.restarts = 0
+            self._evaluating.finished(result)
+        elif not isinstance(chunk, str):
+            collector.restarts = 0
             self._inserting.begin(chunk, result)
 
     # Losing
 
     def replace_silent(self, collector: Collector) -> None:
-        self.replace(collector, f"gave no answer for {self._state.config.runtime.collect_timeout:g} s")
+        patience, hangs = collector.patience(self._state), self._hangs[collector.index]
+        hangs.append(time.monotonic())
+        window = HANG_WINDOW * self._state.config.runtime.collect_timeout
+        if len(hangs) == HANGS_ALLOWED and hangs[-1] - hangs[0] < window:
+            raise EnvironmentFailed(
+                f"{collector.name} gave no answer {HANGS_ALLOWED} times within {window:.0f} s, each time for "
+                f"{patience:g} s. Look for an environment that hangs, then go on with --resume."
+            )
+        self.replace(collector, f"gave no answer for {patience:g} s")
 
     def replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
         """Start a lost env actor again; it gets the newest weights before it acts. Raises RuntimeError if it was lost
         again and again."""
         if collector.restarts >= RESTARTS_ALLOWED:
-            raise RuntimeError(
+            raise EnvironmentFailed(
                 f"{collector.name} was lost {RESTARTS_ALLOWED + 1} times in a row without finishing a collect; the "
                 f"last time it {why}. Look for an environment that kills or blocks its process."
             ) from error
@@ -209,6 +268,10 @@ class Collecting:
         if collector.evaluating:
             self._evaluating.again()
         self._state.incarnation += 1
+        for reference in (collector.task, collector.coming):
+            self._tasks.pop(reference, None)
+        self._idle.pop(collector.index, None)
+        self.budget.requested -= collector.requested
         fresh = self._start(collector.index)
         fresh.restarts = restarts
         self.collectors[collector.index] = fresh
@@ -219,21 +282,25 @@ class Collecting:
         if self.own is not None:
             self.own.restart(self._state.incarnation)
         for collector in self.collectors.copy():
-            if feeds(collector.index):
-                self._restart_episodes_of(collector)
+            if feeds(collector.index):  # what it is doing ends before the restart, and is not taken in
+                if collector.evaluating:
+                    self._evaluating.again()
+                self._discard(self._dropped(collector))
+                if collector.built:
+                    collector.restart(self._state.incarnation)
+                    self._asked(collector)
+                else:  # it knows only the incarnation that it was started with
+                    self._start_again(collector, collector.restarts)
 
-    def _restart_episodes_of(self, collector: Collector) -> None:
-        """Restart one actor; its current task ends before that, and is not taken in."""
-        if collector.evaluating:
-            self._evaluating.again()
-        self._discard(collector.drop_task())
-        restarted = collector.handle.restart.remote(self._state.incarnation)
-        try:
-            ray.get(restarted, timeout=self._state.config.runtime.collect_timeout)
-        except (GetTimeoutError, *DEATHS) as error:
-            self.replace(collector, f"could not start new episodes ({type(error).__name__})", error)
-        else:
-            collector.incarnation = self._state.incarnation
+    def forget_tasks(self) -> None:
+        """Take in nothing that is under way."""
+        for collector in self.collectors:
+            self._dropped(collector)
+
+    @property
+    def busy(self) -> bool:
+        """True while an env actor collects."""
+        return any(collector.collecting for collector in self._tasks.values())
 
     def _discard(self, env_steps: int) -> None:
         self._state.run.recorder.counters["env_steps_discarded"] += env_steps

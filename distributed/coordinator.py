@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import ray
 
 from distributed.cluster import check_object_store, connect, share
 from distributed.free_running import FreeRunning
+from distributed.gauges import Gauges
 from distributed.launcher import ActorLost, Launcher
 from distributed.lockstep import Lockstep
-from distributed.metrics import ObjectStore, RayGauges
+from distributed.metrics import RayGauges
 from distributed.parts import Parts
 from distributed.recovery import Recovery
 from distributed.shards import Shards
@@ -31,7 +33,7 @@ class Coordinator:
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config, self._run_dir = config, run_dir.resolve()
         env = probe_env(config)
-        namespace = f"worldloom-{self._run_dir.name}"
+        namespace = f"worldloom-{self._run_dir.name}-{secrets.token_hex(3)}"  # two runs may have one name
         self._owns_cluster = connect(config, namespace)
         pace: type[Lockstep] | type[FreeRunning] = Lockstep if config.runtime.sync else FreeRunning
         launcher = Launcher(namespace)
@@ -40,8 +42,7 @@ class Coordinator:
         )
         self._recovery = Recovery(self.parts)
         self.pace = pace(self.parts, self._recovery)
-        self._store = ObjectStore()
-        self._spilled = False
+        self._gauges = Gauges(self.parts.state, self.parts.replay)
 
     @property
     def run(self) -> Run:
@@ -57,7 +58,7 @@ class Coordinator:
         parts.learning.start()
         batches = parts.learning.updates_per_task() * state.limits.updates_in_flight
         check_object_store(parts.learning.node, parts.learning.batch_bytes(), batches)
-        parts.replay.start(state.spec, parts.learning.node)
+        parts.replay.start(state.spec, parts.learning.node, state.watch)
         rows_lost = self._restore(checkpoint) if checkpoint else 0
         gauges = RayGauges(self._run_dir.name)
         state.run = Run(self.config, self._run_dir, state.env, state.spec, checkpoint, [gauges])
@@ -103,7 +104,7 @@ class Coordinator:
     def _at_intervals(self) -> None:
         run, steps = self.run, self.run.limiter.env_steps
         if run.log_clock.due(steps):
-            self._gauge()
+            self._gauges.record()
             run.recorder.log()
         if run.picture_clock.due(steps) and not run.finished:
             self.parts.learning.draw_picture()
@@ -114,26 +115,15 @@ class Coordinator:
             self.pace.after_checkpoint()
         self.pace.after_interval()
 
-    def _gauge(self) -> None:
-        """Record figures that the actors and the object store know."""
-        parts = self.parts
-        gauges = {**self._store.gauges(), **parts.replay.gauges(), **parts.serving.gauges()}
-        if gauges.get("plasma/spilled_bytes") and not self._spilled:
-            self._spilled = True
-            self.run.recorder.say(
-                "warning: the object store is too small and spills to disk, which is slow. Start Ray with a larger "
-                "object_store_memory, or lower agent.batch_size or runtime.chunk_steps."
-            )
-        self.run.recorder.gauges(gauges)
-
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         parts, recorder = self.parts, self.run.recorder
         if stop.requested:  # every actor ends after its current step
             for actor in [parts.learning.learner, *(c.handle for c in parts.collecting.collectors)]:
                 actor.interrupt.remote()
         parts.settle(collects=True)
-        parts.checkpoints.save()
+        parts.save()
         parts.learning.draw_picture()
+        parts.learning.finish_picture()
         finished = self.run.finished and self._evaluate_at_the_end(stop)
         evaluation = recorder.last_evaluation if finished else None
         return recorder.summarise("completed" if finished else "interrupted", parts.state.spec.device, evaluation)
@@ -152,6 +142,7 @@ class Coordinator:
 
     def close(self) -> None:
         """End this run's actors, and the cluster if this run started it."""
+        self._gauges.close()
         self.parts.end()
         if self._owns_cluster:
             ray.shutdown()

@@ -6,7 +6,7 @@ from typing import Any
 
 from distributed.actors.env import EnvActor
 from distributed.collector import Collector
-from distributed.launcher import ActorLost, result_of
+from distributed.launcher import ActorLost
 from distributed.state import State
 from worldloom.acting.evaluation import Evaluation
 from worldloom.acting.rollout import ActingLost
@@ -39,7 +39,7 @@ class Evaluating:
     def _play(self, own: EnvActor) -> Evaluation:
         """Play a whole evaluation in this process. Raises ActorLost."""
         try:
-            evaluation = own.evaluate(result_of(self.set_aside(), "learner"), self._state.server)
+            evaluation = own.evaluate(self._state.launcher.result(self.set_aside(), "learner"), self._state.server)
             while evaluation is None:
                 evaluation = own.evaluate(None)
             return evaluation

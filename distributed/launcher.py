@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -19,6 +20,8 @@ from ray.exceptions import (
 from worldloom.acting.rollout import ActingLost
 
 START_SECONDS = 180.0  # for an actor to come up
+NAMED_SECONDS = 10.0  # of waiting, after which the user is shown what is waited for
+ANSWER_SECONDS = 5.0  # for an actor to say that it is alive
 DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError)  # the last: by Ray's memory monitor
 FAILURES = (RayTaskError, ObjectLostError, *DEATHS)
 
@@ -31,7 +34,9 @@ class Launcher:
     """Starts actors under names in the run's namespace. They end with the driver, and never restart by themselves."""
 
     def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+        self.namespace = namespace
+        self.between: Callable[[], None] = lambda: None  # called about once a second in every wait
+        self.say: Callable[[str], None] = print
 
     def start(
         self,
@@ -42,9 +47,15 @@ class Launcher:
         gpus: float = 0.0,
         threads: dict[str, int] | None = None,
         where: Any = "DEFAULT",
+        any_order: bool = False,
     ) -> Any:
-        """threads: of each concurrency group that the actor's methods name. where: a Ray scheduling strategy."""
-        options = {"name": name, "namespace": self._namespace, "num_cpus": cpus, "num_gpus": gpus}
+        """Start an actor.
+
+        threads: of each concurrency group that the actor's methods name. where: a Ray scheduling strategy. any_order:
+        a call whose arguments are not there yet does not hold up later ones.
+        """
+        options = {"name": name, "namespace": self.namespace, "num_cpus": cpus, "num_gpus": gpus}
+        options["allow_out_of_order_execution"] = any_order
         actor = ray.remote(concurrency_groups=threads or {})(kind)  # type: ignore[call-overload]
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -64,19 +75,34 @@ class Launcher:
 
     def wait(self, reference: Any, who: str) -> Any:
         """Return a result. Raises what the actor raised, ActorLost, or RuntimeError if it does not come up in time."""
-        try:
-            return ray.get(reference, timeout=START_SECONDS)
-        except GetTimeoutError:
+        if not self._ready(reference, START_SECONDS, who):
             raise RuntimeError(
                 f"{who} did not start within {START_SECONDS:.0f} s: the cluster has {ray.available_resources()} free. "
                 "Free resources, or lower runtime.env_actors."
-            ) from None
-        except FAILURES as error:
-            raise reason(error, who) from error
+            )
+        return result_of(reference, who)
+
+    def result(self, reference: Any, who: str) -> Any:
+        """Return a result, however long it takes. Raises what the actor raised, or ActorLost."""
+        self._ready(reference, float("inf"), who)
+        return result_of(reference, who)
+
+    def _ready(self, reference: Any, seconds: float, who: str) -> bool:
+        """Wait until a reference is ready, for `seconds` at most."""
+        begun, said = time.monotonic(), False
+        while not ray.wait([reference], timeout=1.0)[0]:
+            waited = time.monotonic() - begun
+            if waited > seconds:
+                return False
+            if waited > NAMED_SECONDS and not said:
+                said = True
+                self.say(f"waiting for {who} ({waited:.0f} s so far)")
+            self.between()
+        return True
 
 
 def result_of(reference: Any, who: str) -> Any:
-    """Return a result of the learner or of replay. Raises what they raised, or ActorLost if one of them died."""
+    """Return a result that is ready. Raises what the actor raised, or ActorLost if it died."""
     try:
         return ray.get(reference)
     except FAILURES as error:
@@ -96,9 +122,11 @@ def reason(error: Exception, who: str) -> Exception:
 
 
 def alive(handle: Any) -> bool:
-    """Return whether the actor answers; it has a method `pid`."""
+    """Return whether the actor has not died; one that is silent has not. It has a method `pid`."""
     try:
-        ray.get(handle.pid.remote(), timeout=START_SECONDS)
+        ray.get(handle.pid.remote(), timeout=ANSWER_SECONDS)
+        return True
+    except GetTimeoutError:
         return True
     except DEATHS:
         return False

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distributed.acting import batching
 from distributed.actors.learner import LearnerActor
-from distributed.launcher import result_of
+from distributed.launcher import ActorLost, result_of
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.replay.chunk import row_bytes
@@ -39,31 +39,39 @@ class Learning:
         self.learner: Any = None
         self.node = ""  # its id
         self.tasks: deque[Task] = deque()
+        self._writes: list[Any] = []  # references to write-backs under way
+        self._picture: Any = None  # a reference to the picture that is being drawn
 
     def start(self) -> None:
         """Start the learner, and wait until it has built its agent; tasks of an earlier one are forgotten."""
         state = self._state
+        state.watch.forget("learner")
         self.tasks.clear()
+        self._picture = None
         threads = {"acting": batching(state.config).clients, "saving": 1, "control": 1}
         shares, start = state.shares, state.launcher.start
-        self.learner = start(LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads)
+        # in any order, since the heartbeat must not wait for a batch that a frozen replay owes
+        self.learner = start(
+            LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads, any_order=True
+        )
         opened = self.learner.open.remote(state.config, state.env, shares.learner_threads, state.version)
         spec: AgentSpec = state.launcher.wait(opened, "the learner")
         state.spec, self.node = spec, state.launcher.wait(self.learner.node.remote(), "the learner")
+        state.watch.follow("learner", self.learner, state.config.runtime.learner_timeout)
 
     def load(self, checkpoint: Path) -> int:
         """Restore the agent; return the number of updates that it has made."""
-        updates: int = result_of(self.learner.load.remote(checkpoint), "learner")
+        updates: int = self._state.launcher.result(self.learner.load.remote(checkpoint), "learner")
         return updates
 
     def publish(self) -> None:
         """Have the learner publish its weights, for the next to act."""
         state = self._state
         state.weights = self.learner.publish.remote()
-        state.version = state.launcher.wait(state.weights, "the learner").version
+        state.version = state.launcher.result(state.weights, "the learner").version
         state.run.recorder.published(state.version)
         if state.own_server:
-            state.launcher.wait(state.server.load.remote(state.weights), "the acting server")
+            state.launcher.result(state.server.load.remote(state.weights), "the acting server")
 
     def dispatch(self) -> None:
         """Keep the learner supplied with tasks, never with more updates than are due."""
@@ -87,17 +95,38 @@ class Learning:
         return spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._state.env, spec))
 
     def pending(self) -> list[Any]:
-        return [task.result for task in self.tasks]
+        picture = [] if self._picture is None else [self._picture]
+        return [*(task.result for task in self.tasks), *self._writes, *picture]
 
-    def take(self, ready: Sequence[Any]) -> None:
+    @property
+    def to_settle(self) -> bool:
+        """True while updates, or the columns that they made, are under way."""
+        return bool(self.tasks or self._writes)
+
+    def take(self, ready: Collection[Any]) -> None:
         """Take in the tasks that are done, in their order. Raises ActorLost."""
+        for reference in [write for write in self._writes if write in ready]:
+            self._writes.remove(reference)
+            result_of(reference, "replay")
+        if self._picture is not None and self._picture in ready:
+            picture, self._picture = self._picture, None
+            self._state.run.recorder.picture(result_of(picture, "learner"))
         while self.tasks and self.tasks[0].result in ready:
             self.take_oldest()
+
+    def abandon(self) -> None:
+        """After a loss of replay: take in the tasks whose batches were drawn in time, and forget the others."""
+        self._writes.clear()
+        while self.tasks:
+            try:
+                self.take_oldest(write_back=False)
+            except ActorLost:
+                continue
 
     def take_oldest(self, write_back: bool = True) -> None:
         """Take in the oldest task. Raises ActorLost."""
         state, task = self._state, self.tasks.popleft()
-        result = result_of(task.result, "learner")
+        result = state.launcher.result(task.result, "learner")
         state.run.limiter.updates += result.updates
         state.run.recorder.updated(result.metrics, result.updates, result.seconds, result.publish_seconds)
         if result.published is not None:
@@ -106,10 +135,17 @@ class Learning:
             if state.own_server:
                 state.server.load.remote(state.weights)
         if state.spec.columns and write_back:
-            result_of(self._replay.write_back(task.shard, task.written), "replay")
+            self._writes.append(self._replay.write_back(task.shard, task.written))
 
     def draw_picture(self) -> None:
-        """Record a picture of what the world model imagines."""
-        run = self._state.run
-        sequence = self._replay.draw_sequence(PICTURE_ROWS, run.limiter.env_steps)
-        run.recorder.picture(result_of(self.learner.picture.remote(sequence, run.title()), "learner"))
+        """Have the learner draw what the world model imagines; the picture is recorded once it is there."""
+        if self._picture is None:
+            run = self._state.run
+            sequence = self._replay.draw_sequence(PICTURE_ROWS, run.limiter.env_steps)
+            self._picture = self.learner.picture.remote(sequence, run.title())
+
+    def finish_picture(self) -> None:
+        """Wait for the picture that is being drawn."""
+        if self._picture is not None:
+            self._state.launcher.result(self._picture, "learner")
+            self.take([self._picture])

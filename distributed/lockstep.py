@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import ray
 
 from distributed.collector import Collector
@@ -42,24 +44,28 @@ class Lockstep:
 
     def _collect_in_order(self) -> None:
         collecting = self._parts.collecting
+        while not all(collector.built for collector in collecting.collectors):
+            collecting.expect_somebody()
+            self._parts.take_ready(timeout=1.0)
         for collector in list(collecting.collectors):  # what a recovery left under way
             self._take(collector)
-        steps = collecting.steps_to_collect()
+        steps = collecting.budget.steps()
         if not steps:
             return
         for collector in collecting.collectors:
-            collector.collect(self._parts.state, steps)
+            collecting.collect(collector, steps)
         for collector in list(collecting.collectors):
             self._take(collector)
 
     def _take(self, collector: Collector) -> None:
         """Wait for its task and take it in; an evaluation is played to its end."""
-        collecting, timeout = self._parts.collecting, self._parts.state.config.runtime.collect_timeout
+        collecting, state = self._parts.collecting, self._parts.state
         while collector.task is not None and collector in collecting.collectors:
-            ready, _ = ray.wait([collector.task], timeout=timeout)
+            state.watch.look()
+            ready, _ = ray.wait([collector.task], timeout=1.0)
             if ready:
                 collecting.take_result(collector)
-            else:
+            elif time.monotonic() - collector.since > collector.patience(state):
                 collecting.replace_silent(collector)
 
     def after_interval(self) -> None:

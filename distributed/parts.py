@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import ray
 
@@ -16,6 +17,8 @@ from distributed.shards import Shards
 from distributed.state import State
 from worldloom.runs.interrupt import GracefulStop
 
+WAITED_TOGETHER = 50  # of so many references that are waited for, one at a time is taken in
+SHORT_SECONDS = 0.02
 SETTLE_SECONDS = 10.0  # for the last collects of a run; what comes later is discarded and counted
 
 
@@ -33,6 +36,7 @@ class Parts:
 
     def take_ready(self, timeout: float) -> None:
         """Take in whatever is ready, waiting at most `timeout` seconds for the first. Raises ActorLost."""
+        self.state.watch.look()
         pending = [
             *self.collecting.pending(),
             *self.inserting.under_way,
@@ -41,26 +45,37 @@ class Parts:
         ]
         if not pending:
             return
-        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
-        if ready:
-            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+        ready = set(self._wait(pending, timeout))
         self.inserting.take(ready)
         self.learning.take(ready)
         self.checkpoints.take(ready)
         self.collecting.take(ready)
 
+    @staticmethod
+    def _wait(pending: list[Any], timeout: float) -> list[Any]:
+        """Return what is ready, waiting for the first; of very many, for a few together, which costs less for each."""
+        together = len(pending) // WAITED_TOGETHER
+        if together > 1:
+            found, _ = ray.wait(pending, num_returns=together, timeout=min(timeout, SHORT_SECONDS), fetch_local=False)
+            if found:
+                return list(found)
+        found, _ = ray.wait(pending, num_returns=1, timeout=timeout, fetch_local=False)
+        if found:
+            found, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+        return list(found)
+
     def settle(self, collects: bool = False) -> None:
         """Take in every update and insert under way, so that counters, learner and replay agree; with `collects`, the
         collects too, unless they take too long."""
         deadline, collecting, due = time.monotonic() + SETTLE_SECONDS, self.collecting, self._to_settle
-        while due() or (collects and any(c.collecting for c in collecting.collectors)):
+        while due() or (collects and collecting.busy):
             self.take_ready(timeout=1.0)
             if collects and time.monotonic() > deadline and not due():
-                self.state.run.recorder.counters["env_steps_discarded"] += collecting.requested()
+                self.state.run.recorder.counters["env_steps_discarded"] += collecting.budget.requested
                 return
 
     def _to_settle(self) -> bool:
-        return bool(self.learning.tasks or self.inserting.under_way)
+        return bool(self.learning.to_settle or self.inserting.under_way)
 
     def finish_evaluations(self, stop: GracefulStop | None = None) -> bool:
         """Have the evaluation that is due, or under way, played to its end; False if `stop` came first."""
@@ -75,14 +90,25 @@ class Parts:
     def begin_checkpoint(self) -> None:
         """Begin a checkpoint of the run as it is; it is written while the run goes on."""
         self.settle()
+        self.finish_checkpoint()
         self.checkpoints.begin()
+
+    def finish_checkpoint(self) -> None:
+        """Take in whatever is ready until the checkpoint that is being written, if any, is complete."""
+        while self.checkpoints.saving is not None:
+            self.take_ready(timeout=1.0)
+
+    def save(self) -> None:
+        """Write a checkpoint and wait for it; call `settle` before."""
+        self.finish_checkpoint()
+        self.checkpoints.begin(copy=False)
+        self.finish_checkpoint()
 
     def save_what_was_accepted(self) -> None:
         """Write a checkpoint while another error is on its way; current collects may bring the same error again."""
-        for collector in self.collecting.collectors:
-            collector.drop_task()
+        self.collecting.forget_tasks()
         self.settle()
-        self.checkpoints.save()
+        self.save()
 
     def end(self) -> None:
         """End all actors of the run."""

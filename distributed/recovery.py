@@ -43,7 +43,9 @@ class Recovery:
             parts.serving.restart()
             done.append("the acting server died; started again, all acting states are reset")
         run.recorder.counters["actor_restarts"] += len(done)
-        run.recorder.say(f"{'; '.join(done) or lost} ({time.monotonic() - begun:.1f} s)")
+        run.recorder.say(
+            f"{lost} {'; '.join(done) or 'Nothing had to be started again'} ({time.monotonic() - begun:.1f} s)"
+        )
 
     def _count_one(self, lost: ActorLost) -> None:
         if self._parts.checkpoints.committed > self._committed:
@@ -74,11 +76,7 @@ class Recovery:
         """Start new episodes in the env actors of these shards, since the rows that open ones had are gone. Return
         the steps that were lost."""
         parts, run = self._parts, self._state.run
-        while parts.learning.tasks:  # those whose batches were drawn in time are done
-            try:
-                parts.learning.take_oldest(write_back=False)
-            except ActorLost:
-                continue
+        parts.learning.abandon()
         # First, since what follows may fail half-way.
         parts.collecting.restart_episodes(lambda actor: parts.replay.shard_of(actor) in dead)
         lost = parts.inserting.discard(dead)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
-
-import ray
 
 from distributed.launcher import ActorLost, result_of
 from distributed.learning import Learning
@@ -35,15 +33,10 @@ class Saving:
         """References that are not known to be ready."""
         return self._open
 
-    def done(self, ready: Sequence[Any]) -> bool:
+    def done(self, ready: Collection[Any]) -> bool:
         """Return whether, with these ready, nothing is pending any more."""
         self._open = [reference for reference in self._open if reference not in ready]
         return not self._open
-
-    def wait(self) -> None:
-        """Wait until `commit` can be called."""
-        if self._open:
-            ray.wait(self._open, num_returns=len(self._open))
 
     @property
     def seconds(self) -> float:
@@ -73,18 +66,8 @@ class Checkpoints:
         self.saving: Saving | None = None
         self.committed = 0  # checkpoints of this process
 
-    def begin(self) -> None:
-        """Begin a checkpoint that is written while the run goes on; nothing else may be under way."""
-        self.finish()
-        self._begin(copy=True)
-
-    def save(self) -> None:
-        """Write a checkpoint and wait for it; nothing else may be under way."""
-        self.finish()
-        self._begin(copy=False)
-        self.finish()
-
-    def _begin(self, copy: bool) -> None:
+    def begin(self, copy: bool = True) -> None:
+        """Begin a checkpoint, see `Saving`; no update, insert or other checkpoint may be under way."""
         run = self._state.run
         manifest = {**run.manifest(self._state.incarnation), "replay": self._replay.state_dict()}
         with run.saving():
@@ -93,22 +76,21 @@ class Checkpoints:
     def pending(self) -> list[Any]:
         return self.saving.pending() if self.saving else []
 
-    def take(self, ready: Sequence[Any]) -> None:
+    def take(self, ready: Collection[Any]) -> None:
         """Commit the checkpoint if it is written."""
         if self.saving and self.saving.done(ready):
-            self._commit()
-
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
-        if self.saving:
-            self.saving.wait()
             self._commit()
 
     def settle(self) -> None:
         """After a death: complete the checkpoint that was being written if all of it is there, else drop it."""
         try:
-            self.finish()
+            if self.saving:
+                for reference in self.saving.pending():
+                    self._state.launcher.result(reference, "learner or replay")
+                self._commit()
         except ActorLost:
+            self.saving = None
+            drop_partial(self._state.run.dir.resolve())
             self._state.run.recorder.say("the checkpoint that was being written is lost with it")
 
     def _commit(self) -> None:

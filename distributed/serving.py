@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distributed.acting import batching
 from distributed.actors.inference import InferenceActor
-from distributed.launcher import ActorLost, alive, result_of
+from distributed.launcher import ActorLost, alive
 from distributed.learning import Learning
 from distributed.state import State
 from worldloom.runs.build import AgentSpec
@@ -34,22 +34,19 @@ class Serving:
             state.server = self._learning.learner
             state.launcher.wait(state.server.serve.remote(how, state.incarnation), "the learner")
             return
-        shares, threads = state.shares, {"acting": how.clients}
+        shares, threads = state.shares, {"acting": how.clients, "control": 1}
         state.server = state.launcher.start(
             InferenceActor, "inference", cpus=shares.cpus, gpus=shares.server_gpus, threads=threads
         )
         opened = state.server.open.remote(state.config, state.spec, how, state.incarnation)
         state.launcher.wait(opened, "the acting server")
+        state.watch.follow("the acting server", state.server, float("inf"))
 
     def restart(self) -> None:
+        self._state.watch.forget("the acting server")
         self._state.launcher.end(self._state.server)
         self.start()
         self._learning.publish()
-
-    def gauges(self) -> dict[str, float]:
-        server = self._state.server
-        found: dict[str, float] = result_of(server.serving_gauges.remote(), "the acting server") if server else {}
-        return found
 
     def end(self) -> None:
         if self._state.own_server:

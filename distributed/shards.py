@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.actors.replay import ReplayActor
 from distributed.launcher import ActorLost, Launcher, alive, result_of
+from distributed.watching import Watch
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import AgentSpec, EnvSpec
 from worldloom.runs.config import RunConfig
@@ -41,14 +42,14 @@ class Shards:
             for shard in range(len(self.handles)):
                 self._launch(shard, "SPREAD")
 
-    def start(self, spec: AgentSpec, node: str) -> None:
+    def start(self, spec: AgentSpec, node: str, watch: Watch) -> None:
         """Start all of them; a single one on the learner's node, where its batches need no copy between machines."""
-        self._spec = spec
+        self._spec, self._watch = spec, watch
         for shard, handle in enumerate(self.handles):
             if handle is None:
                 self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True))
         for shard, opened in enumerate([self._open(shard) for shard in range(len(self.handles))]):
-            self.nodes[shard] = self._launcher.wait(opened, self.name(shard))
+            self._opened(shard, opened)
 
     def _launch(self, shard: int, where: Any) -> None:
         self.handles[shard] = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
@@ -56,6 +57,10 @@ class Shards:
     def _open(self, shard: int) -> Any:
         """Open a shard; return a reference to the id of its node."""
         return self.handles[shard].open.remote(self._config, self._env, self._spec, self._run_dir)
+
+    def _opened(self, shard: int, opened: Any) -> None:
+        self.nodes[shard] = self._launcher.wait(opened, self.name(shard))
+        self._watch.follow(self.name(shard), self.handles[shard], self._config.runtime.replay_timeout)
 
     @staticmethod
     def name(shard: int) -> str:
@@ -105,11 +110,6 @@ class Shards:
         shard = int(np.argmax([accepted.windows for accepted in self.accepted]))
         return self.handles[shard].draw_sequence.remote(rows, seed)
 
-    def gauges(self) -> dict[str, float]:
-        """Return gauges by name, of the slowest shard."""
-        gauges = [result_of(handle.gauges.remote(), "replay") for handle in self.handles]
-        return {name: max(each[name] for each in gauges) for name in gauges[0]}
-
     # Saving
 
     def snapshot(self, partial: Path) -> list[Any]:
@@ -126,7 +126,7 @@ class Shards:
         return sum(self._loaded(shard, reference) for shard, reference in enumerate(loading))
 
     def _loaded(self, shard: int, reference: Any) -> int:
-        self.accepted[shard], lost = result_of(reference, self.name(shard))
+        self.accepted[shard], lost = self._launcher.result(reference, self.name(shard))
         return int(lost)
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,10 +144,11 @@ class Shards:
 
     def restart(self, shard: int, node: str, checkpoint: Path | None) -> int:
         """Start a shard again from the checkpoint, or empty; return how many rows are lost with damaged files."""
+        self._watch.forget(self.name(shard))
         self._launcher.end(self.handles[shard])
         alone = len(self.handles) == 1
         self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD")
-        self.nodes[shard] = self._launcher.wait(self._open(shard), self.name(shard))
+        self._opened(shard, self._open(shard))
         if checkpoint is None:
             self.accepted[shard] = NOTHING
         return self._loaded(shard, self.handles[shard].load.remote(checkpoint)) if checkpoint else 0

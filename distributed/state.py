@@ -7,6 +7,7 @@ from typing import Any
 
 from distributed.cluster import Shares
 from distributed.launcher import Launcher
+from distributed.watching import Watch
 from worldloom.runs.build import AgentSpec, EnvSpec
 from worldloom.runs.config import RunConfig
 from worldloom.runs.run import Run
@@ -36,6 +37,18 @@ class State:
     version: int = 0  # of those weights
     incarnation: int = 0  # of the env actor that was started last
     server: Any = None  # acts for env actors that hold no weights
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.config.runtime, self.launcher, self.say)
+        self.launcher.between, self.launcher.say = self.watch.look, self.say
+
+    def say(self, text: str) -> None:
+        """Show a line to the user."""
+        if hasattr(self, "run"):
+            self.run.recorder.say(text)
+        else:
+            print(text, flush=True)
 
     @property
     def own_server(self) -> bool:

@@ -198,6 +198,26 @@ class Hanging(Counting):
         return super().step(action)
 
 
+class OftenHanging(Counting):
+    """Hangs at every 60th step."""
+
+    calls = 0
+
+    def step(self, action):
+        self.calls += 1
+        if self.calls == 60:
+            time.sleep(10_000)
+        return super().step(action)
+
+
+class SlowToBuild(Counting):
+    """Takes two seconds to build."""
+
+    def __init__(self):
+        time.sleep(2.0)
+        super().__init__()
+
+
 class Target(gym.Env):
     """Copy the observation: reward 1 - |action - observation| each step; 20 steps. Random acting gives about 6.7."""
 

@@ -11,13 +11,13 @@ import ray
 import torch
 
 from distributed.acting import RemoteActing, RemoteEvaluationAgent, lane_sizes
-from worldloom.acting.evaluation import Evaluation, Evaluator
+from worldloom.acting.evaluation import Evaluation
 from worldloom.acting.local import LocalActing
 from worldloom.acting.rollout import Lane, Rollout
 from worldloom.acting.server import Client
 from worldloom.families import agent_from_description
 from worldloom.replay.chunk import Chunk, ChunkInfo
-from worldloom.runs.build import AgentSpec, actor_seed, make_run_env, start_run_evaluation
+from worldloom.runs.build import AgentSpec, EnvFactory, RunEvaluation, actor_seed
 from worldloom.runs.config import RunConfig
 from worldloom.types import Weights
 
@@ -31,8 +31,9 @@ class EnvActor:
     def __init__(self, config: RunConfig, spec: AgentSpec, index: int, incarnation: int, served: bool) -> None:
         self._config, self._spec, self._index, self._served = config, spec, index, served
         self._incarnation = incarnation
-        self._rollout: Rollout | None = None  # made in the thread that steps it: a renderer belongs to its thread
-        self._evaluator: Evaluator | None = None
+        self._envs = EnvFactory(config.env)  # used in the thread that steps them: a renderer belongs to its thread
+        self._rollout: Rollout | None = None
+        self._evaluation: RunEvaluation | None = None
         self._interrupted = threading.Event()
 
     def __repr__(self) -> str:
@@ -44,11 +45,16 @@ class EnvActor:
         torch.set_num_threads(1)
         return LocalActing(agent_from_description(self._spec.description, seed=self._config.train.seed))
 
+    def build(self) -> list[float] | None:
+        """Build environments for a while; return the seconds that each took, or None while some are left to build."""
+        runtime, num_envs = self._config.runtime, self._config.env.num_envs
+        return self._envs.seconds if self._envs.build_ahead(num_envs, runtime.chunk_seconds) else None
+
     def _new_rollout(self) -> Rollout:
         config, index, incarnation = self._config, self._index, self._incarnation
         lanes = []
         for number, size in enumerate(lane_sizes(config.env.num_envs, self._served)):
-            env = make_run_env(config.env, size, actor_seed(config, index, incarnation, number))
+            env = self._envs.vector(size, actor_seed(config, index, incarnation, number))
             acting = self._local if not self._served else self._remote_acting(number)
             lanes.append(Lane(env, acting))
         return Rollout(lanes, config.train.seed, actor=index, incarnation=incarnation)
@@ -74,20 +80,21 @@ class EnvActor:
         return chunk, chunk.info
 
     def evaluate(self, start: Weights | int | None, server: Any = None) -> Evaluation | None:
-        """Play evaluation episodes for a while; return the result, or None while episodes are left to play.
+        """Build one environment of an evaluation, or play its episodes for a while; return the result, or None while
+        something is left to do.
 
         start: weights to start a new evaluation with, or the version that `server` holds for it; None to go on.
         Raises RuntimeError if there is no evaluation to go on with.
         """
         if isinstance(start, Weights):
             self._local.load(start)
-            self._evaluator = start_run_evaluation(self._config, self._local.agent)
+            self._evaluation = RunEvaluation(self._config, self._local.agent)
         elif start is not None:
             agent = RemoteEvaluationAgent(server, self._config.runtime.collect_timeout)
-            self._evaluator = start_run_evaluation(self._config, agent)
-        if self._evaluator is None:
+            self._evaluation = RunEvaluation(self._config, agent)
+        if self._evaluation is None:
             raise RuntimeError("evaluate: there is no evaluation to go on with, expected weights to start one.")
-        return self._evaluator.play(self._config.runtime.chunk_seconds)
+        return self._evaluation.play(self._config.runtime.chunk_seconds)
 
     @ray.method(concurrency_group="control")
     def interrupt(self) -> None:

@@ -43,5 +43,11 @@ class InferenceActor:
     def serving_gauges(self) -> dict[str, float]:
         return self._server.gauges()
 
+    @ray.method(concurrency_group="control")
+    def pulse(self) -> tuple[float, bool]:
+        """See `Pulse.read`; what acts is bounded by the clients' patience."""
+        return 0.0, False
+
+    @ray.method(concurrency_group="control")
     def pid(self) -> int:
         return os.getpid()

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from distributed.acting import Batching, make_server
+from distributed.actors.pulse import Pulse, timed
 from distributed.actors.replay import Batches, WrittenColumns
 from worldloom.acting.rollout import Acted
 from worldloom.acting.server import ActingServer, Client
@@ -22,6 +23,8 @@ from worldloom.runs.build import AgentSpec, EnvSpec, agent_spec, choose_device, 
 from worldloom.runs.checkpoint import copy_agent, load_agent_state, write_agent
 from worldloom.runs.config import RunConfig
 from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
+
+PREPARING = 3  # updates in which compilation and the recording of CUDA graphs happen
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ def _copy(batch: dict[str, Array]) -> Batch:
 class LearnerActor:
     """Holds the Agent on its device and updates it from batches; on request it acts for env actors too."""
 
+    def __init__(self) -> None:
+        self.pulse_clock = Pulse(preparing=True)
+
     def open(self, config: RunConfig, env: EnvSpec, threads: int, version: int) -> AgentSpec:
         """Build the agent, outside of the constructor as in ReplayActor; weights were published up to `version`."""
         torch.set_num_threads(threads)
@@ -51,7 +57,7 @@ class LearnerActor:
         self._version, self._seed, self._train = version, config.train.seed, config.train
         self._publish_every = config.runtime.publish_interval
         self._server: ActingServer | None = None
-        self._interrupted = threading.Event()
+        self._interrupted, self._learned = threading.Event(), 0  # updates in this process
         return agent_spec(self._agent)
 
     def __repr__(self) -> str:
@@ -84,6 +90,7 @@ class LearnerActor:
     def serving_gauges(self) -> dict[str, float]:
         return {} if self._server is None else self._server.gauges()
 
+    @timed
     def update(self, batches: Batches) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
         """Learn from each batch in turn.
 
@@ -96,6 +103,9 @@ class LearnerActor:
             if self._interrupted.is_set():
                 break
             fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
+            self._learned += 1
+            self.pulse_clock.preparing = self._learned < PREPARING
+            self.pulse_clock.progress()
         written = [(rows, columns) for rows, made in fresh if (columns := made.arrays())]
         means = self._agent.collect() if fresh else {}
         due = self._agent.updates // self._publish_every > before
@@ -121,9 +131,11 @@ class LearnerActor:
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
+    @timed
     def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
         return sequence_picture(self._agent.world_model, sequence, title)
 
+    @timed
     def snapshot(self) -> float:
         """Copy what a checkpoint needs; return the seconds that this took."""
         begun = time.monotonic()
@@ -139,10 +151,16 @@ class LearnerActor:
         finally:
             del self._snapshot
 
+    @timed
     def load(self, folder: Path) -> int:
         """Restore a checkpoint; return the number of updates that the agent has made."""
         load_agent_state(folder, self._agent)
         return self._agent.updates
+
+    @ray.method(concurrency_group="control")
+    def pulse(self) -> tuple[float, bool]:
+        """See `Pulse.read`."""
+        return self.pulse_clock.read()
 
     @ray.method(concurrency_group="control")
     def pid(self) -> int:

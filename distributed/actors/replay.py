@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from distributed.actors.pulse import Pulse, timed
 from worldloom.replay.buffer import Acceptance
 from worldloom.replay.chunk import Chunk
 from worldloom.runs.build import AgentSpec, EnvSpec, make_replay
@@ -27,7 +28,7 @@ class ReplayActor:
     """Holds one shard of the replay; chunks are copied in, so that no shared memory stays pinned."""
 
     def __init__(self, shard: int) -> None:
-        self._shard = shard
+        self._shard, self.pulse_clock = shard, Pulse()
 
     def open(self, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> str:
         """Allocate the buffer and return the id of this node.
@@ -43,12 +44,14 @@ class ReplayActor:
     def __repr__(self) -> str:
         return f"replay/{self._shard}"
 
+    @timed
     def insert(self, chunk: Chunk) -> Acceptance:
         return self._replay.insert(chunk)
 
     def accepted(self) -> Acceptance:
         return self._replay.accepted()
 
+    @timed
     def sample(self, batches: int) -> Batches:
         drawn = []
         for _ in range(batches):
@@ -61,13 +64,16 @@ class ReplayActor:
         """Seconds that drawing one batch took, over the last draws."""
         return {f"replay/sample_seconds_p{p}": float(np.percentile(self._drawn or [0.0], p)) for p in (50, 95)}
 
+    @timed
     def draw_sequence(self, rows: int, seed: int) -> dict[str, Array] | None:
         return self._replay.draw_sequence(rows, np.random.default_rng(seed))
 
+    @timed
     def write_back(self, updated: list[WrittenColumns]) -> int:
         """Write fresh replay columns from the learner; return how many rows were already overwritten."""
         return sum(self._replay.write_back(rows, columns) for rows, columns in updated)
 
+    @timed
     def snapshot(self) -> None:
         """Copy what a checkpoint needs."""
         self._snapshot = self._store.snapshot(self._replay, self._exact)
@@ -80,14 +86,21 @@ class ReplayActor:
         finally:
             del self._snapshot
 
+    @timed
     def save(self, folder: Path) -> list[str]:
         """Write a checkpoint without a copy of the rows, while no other call runs; return the names as `write`."""
         return self._store.save(folder, self._replay, self._exact)
 
+    @timed
     def load(self, folder: Path) -> tuple[Acceptance, int]:
         """Restore a checkpoint; return what it had accepted, and how many rows are lost with damaged files."""
         lost = self._store.load(folder, self._replay)
         return self._replay.accepted(), lost
+
+    @ray.method(concurrency_group="control")
+    def pulse(self) -> tuple[float, bool]:
+        """See `Pulse.read`."""
+        return self.pulse_clock.read()
 
     @ray.method(concurrency_group="control")
     def pid(self) -> int:

@@ -105,7 +105,8 @@ def check(summary, accepted, run_dir, config):
     assert config.train.total_steps <= summary["env_steps"] == accepted.steps
     assert accepted.duplicates == 0
     folder = newest_checkpoint(run_dir)
-    assert read_msgpack(folder / "learner.msgpack")["updates"] == summary["updates"] - summary["updates_lost"]
+    made = read_msgpack(folder / "learner.msgpack")["updates"]
+    assert made == summary["updates"] - summary["updates_lost"], (made, summary)
     assert verify(run_dir) == []
     manifest = read_manifest(folder)
     assert manifest["limiter"]["env_steps"] == summary["env_steps"]

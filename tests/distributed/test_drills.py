@@ -48,7 +48,7 @@ def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator,
     collector = made.parts.collecting.collectors[0]
     while not collector.idle:
         made.parts.take_ready(timeout=10)
-    collector.collect(made.parts.state, made.parts.collecting.steps_to_collect())
+    made.parts.collecting.collect(collector, made.parts.collecting.budget.steps())
     ray.wait([collector.task])  # it is there, and not taken in yet
     kill(collector.handle)
     made.parts.take_ready(timeout=10)
@@ -145,7 +145,7 @@ def test_a_shard_that_dies_while_it_is_restored_is_counted_once(coordinator, tmp
     def begin_then_kill():
         begin()
         if made.run.limiter.env_steps >= 600 and not struck:
-            made.parts.checkpoints.finish()
+            made.parts.finish_checkpoint()
             kill(made.parts.replay.handles[0])
 
     made.parts.begin_checkpoint = begin_then_kill
@@ -191,12 +191,12 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
     def begin_on_a_bad_disk():
         step = made.run.limiter.env_steps
         if 200 <= step < 400 and not rows.is_symlink():
-            made.parts.checkpoints.finish()
+            made.parts.finish_checkpoint()
             found["before"] = verify(tmp_path)
             rows.rename(aside)
             rows.symlink_to("/proc")  # nobody can make files there
         elif step >= 400 and rows.is_symlink():
-            made.parts.checkpoints.finish()
+            made.parts.finish_checkpoint()
             rows.unlink()
             aside.rename(rows)
             found["after"] = newest_checkpoint(tmp_path).name, verify(tmp_path)

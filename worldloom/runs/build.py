@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.acting.evaluation import Evaluator, Player, start_evaluation
+from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, Evaluator, Player, start_evaluation
 from worldloom.contract import check_acting, check_agent
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, make_environment
 from worldloom.families import build_config, create_agent
@@ -135,13 +138,59 @@ def make_run_env(env: EnvConfig, num_envs: int, seed: int, render_mode: str | No
     )
 
 
-def start_run_evaluation(config: RunConfig, agent: Player) -> Evaluator:
-    """Return an Evaluator that has not played yet; the same seed and weights play the same episodes."""
+class EnvFactory:
+    """Makes the environments of a run; some may be built ahead, a few in each call, since building can take long."""
 
-    def make(num_envs: int) -> VectorEnv:
-        return make_run_env(config.env, num_envs, EVAL_SEED + config.train.seed)
+    def __init__(self, env: EnvConfig) -> None:
+        self._env = env
+        self._ahead: deque[Environment] = deque()
+        self.seconds: list[float] = []  # that each environment took
 
-    return start_evaluation(agent, make, config.eval.episodes, EVAL_SEED)
+    def build_ahead(self, wanted: int, seconds: float) -> bool:
+        """Build at least one environment, and more while `seconds` last; return whether `wanted` are ready."""
+        begun = time.monotonic()
+        while len(self._ahead) < wanted:
+            self._ahead.append(self._build())
+            if time.monotonic() - begun > seconds:
+                break
+        return len(self._ahead) >= wanted
+
+    def _build(self) -> Environment:
+        c, begun = self._env, time.monotonic()
+        made = make_environment(c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
+        self.seconds.append(time.monotonic() - begun)
+        return made
+
+    def __call__(self) -> Environment:
+        return self._ahead.popleft() if self._ahead else self._build()
+
+    def vector(self, num_envs: int, seed: int) -> VectorEnv:
+        return VectorEnv(self, num_envs, seed)
+
+
+class RunEvaluation:
+    """One evaluation of a run, a little in each call; the same seed and weights play the same episodes."""
+
+    def __init__(self, config: RunConfig, agent: Player) -> None:
+        self._config, self._agent = config, agent
+        self._envs = EnvFactory(config.env)
+        self._evaluator: Evaluator | None = None
+
+    def play(self, seconds: float = float("inf")) -> Evaluation | None:
+        """Build environments, then play, for about `seconds`; return the result, or None if there is more to do."""
+        episodes, seed = self._config.eval.episodes, EVAL_SEED + self._config.train.seed
+        if self._evaluator is None:
+            if not self._envs.build_ahead(min(episodes, ENVS_AT_ONCE), seconds):
+                return None
+            make = functools.partial(self._envs.vector, seed=seed)
+            self._evaluator = start_evaluation(self._agent, make, episodes, EVAL_SEED)
+        return self._evaluator.play(seconds)
+
+    def finish(self) -> Evaluation:
+        """Play all of it."""
+        result = self.play()
+        assert result is not None, "play without a limit ends"
+        return result
 
 
 def actor_seed(config: RunConfig, actor: int, incarnation: int, lane: int = 0) -> int:

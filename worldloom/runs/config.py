@@ -111,6 +111,10 @@ class RuntimeConfig:
         publish_interval: updates between two versions of the weights
         learner_threads: CPU threads of the learner; 0 takes those that the env actors leave (inline: torch's default)
         collect_timeout: seconds without an answer after which an env actor is replaced
+        build_timeout: seconds after which an env actor that builds one environment is replaced
+        silence_timeout: seconds without a heartbeat after which the learner, replay or acting server is replaced
+        learner_timeout: longest time in seconds of one update, once updates are compiled; then the learner is replaced
+        replay_timeout: longest time in seconds of one call of replay; then this shard of replay is replaced
     """
 
     kind: Literal["ray", "inline"] = "ray"
@@ -124,6 +128,10 @@ class RuntimeConfig:
     publish_interval: int = 50
     learner_threads: int = 0
     collect_timeout: float = 300.0
+    build_timeout: float = 300.0
+    silence_timeout: float = 60.0
+    learner_timeout: float = 600.0
+    replay_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         _require(self.env_actors >= 0, "runtime.env_actors", self.env_actors, "0 or more")
@@ -138,7 +146,8 @@ class RuntimeConfig:
             self.acting,
             "local or auto with runtime.sync",
         )
-        _require(self.collect_timeout > 0, "runtime.collect_timeout", self.collect_timeout, "above 0")
+        for name in ("collect_timeout", "build_timeout", "silence_timeout", "learner_timeout", "replay_timeout"):
+            _require(getattr(self, name) > 0, f"runtime.{name}", getattr(self, name), "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from worldloom.acting.rollout import Lane, Rollout
 from worldloom.envs import EnvironmentFailed
 from worldloom.report.pictures import PICTURE_ROWS, sequence_picture
 from worldloom.runs.build import (
+    RunEvaluation,
     actor_seed,
     agent_spec,
     choose_device,
@@ -22,7 +23,6 @@ from worldloom.runs.build import (
     make_run_agent,
     make_run_env,
     probe_env,
-    start_run_evaluation,
 )
 from worldloom.runs.checkpoint import (
     ReplayStore,
@@ -140,7 +140,7 @@ class InlineTrainer:
         self._uncollected, self._learning_seconds = 0, 0.0
 
     def _evaluate(self) -> Evaluation:
-        return start_run_evaluation(self.config, self.agent).finish()
+        return RunEvaluation(self.config, self.agent).finish()
 
     def _picture(self) -> None:
         sequence = self.replay.draw_sequence(PICTURE_ROWS, np.random.default_rng(self.run.limiter.env_steps))

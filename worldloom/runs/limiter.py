@@ -47,11 +47,14 @@ class RateLimiter:
         """Return the updates that are owed for all steps so far."""
         return self.counted_steps * self.train_ratio / self.replayed_per_update + self._ahead
 
-    def steps_ahead(self) -> float:
-        """Return how many environment steps collecting is ahead of the learner; 0 until learning starts."""
+    def steps_ahead(self, under_way: int = 0) -> float:
+        """Return how many environment steps collecting is ahead of the learner; 0 until learning starts.
+
+        under_way: steps that were collected and are not accepted yet.
+        """
         if not self.learning:
             return 0.0
-        return max(self.counted_steps - (self.updates - self._ahead) / self.updates_per_step, 0.0)
+        return max(self.counted_steps + under_way - (self.updates - self._ahead) / self.updates_per_step, 0.0)
 
     @property
     def actual(self) -> float:
