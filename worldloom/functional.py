@@ -152,8 +152,10 @@ def short_softmax(x: Tensor) -> Tensor:
 
 def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
     """Return log((1 - mix) softmax(logits) + mix / K), [..., K], in at least float32 (DreamerV3)."""
-    probs = short_softmax(logits if logits.dtype == torch.float64 else logits.float())
-    return torch.log((1 - mix) * probs + mix / logits.shape[-1])
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if mix == 0:  # where the logarithm of a probability that is rounded to 0 would be -inf
+        return torch.log_softmax(wide, -1)
+    return torch.log((1 - mix) * short_softmax(wide) + mix / logits.shape[-1])
 
 
 def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from worldloom.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Range, check_ranges, require
+
 
 def _size(deter: int) -> dict[str, int]:
     """Return one row of the table: hidden = units = deter / 8, classes = depth = hidden / 16."""
@@ -20,6 +22,25 @@ SIZES: dict[str, dict[str, int]] = {
     "size100m": _size(6144),
     "size200m": _size(8192),
     "size400m": _size(12288),
+}
+
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(
+        ("deter", "hidden", "units", "depth", "stoch", "blocks", "batch_size", "imagination_length"), COUNT
+    ),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "reward_layers", "continue_layers"), COUNT),
+    **dict.fromkeys(("policy_layers", "value_layers"), COUNT),
+    **dict.fromkeys(("free_nats", "dynamics_scale", "representation_scale", "entropy_scale"), NOT_NEGATIVE),
+    **dict.fromkeys(("replay_value_scale", "warmup"), NOT_NEGATIVE),
+    **dict.fromkeys(("lr", "clip", "eps", "train_ratio"), POSITIVE),
+    **dict.fromkeys(("unimix", "policy_unimix", "beta1", "beta2"), SHARE),
+    **dict.fromkeys(("lam", "return_low", "return_high"), PROBABILITY),
+    **dict.fromkeys(("slow_critic_rate", "return_rate"), Range(0, 1, low_open=True)),
+    "classes": Range(1, 256),  # replay keeps class indices in a byte
+    "bins": Range(3),
+    "batch_length": Range(2),
+    "discount_horizon": Range(1, low_open=True),
 }
 
 
@@ -75,23 +96,12 @@ class DreamerV3Config:
     train_ratio: float = 512.0  # replayed steps per environment step
 
     def __post_init__(self) -> None:
-        def require(holds: bool, name: str, expected: str) -> None:
-            if not holds:
-                raise ValueError(f"agent.{name} is {getattr(self, name)!r}, expected {expected}.")
-
-        for name in ("deter", "hidden", "units", "classes", "depth", "stoch", "blocks", "batch_size"):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        require(self.deter % self.blocks == 0, "deter", f"a multiple of blocks={self.blocks}")
-        require(4 * self.depth % self.blocks == 0, "depth", f"such that 4 depth is a multiple of blocks={self.blocks}")
-        require(self.batch_length >= 2, "batch_length", "at least 2")
-        require(self.imagination_length >= 1, "imagination_length", "at least 1")
-        require(self.classes <= 256, "classes", "at most 256: replay keeps class indices in a byte")
-        require(self.bins % 2 == 1, "bins", "an odd number")
-        require(0 <= self.unimix < 1, "unimix", "a share in [0, 1)")
-        require(0 <= self.policy_unimix < 1, "policy_unimix", "a share in [0, 1)")
-        require(self.discount_horizon > 1, "discount_horizon", "above 1")
-        require(self.lr > 0, "lr", "a positive number")
-        require(self.train_ratio > 0, "train_ratio", "a positive number")
+        check_ranges(self, RANGES)
+        whole, blocks = self.deter % self.blocks == 0, f"a multiple of blocks={self.blocks}"
+        require(self, whole, "deter", blocks)
+        require(self, 4 * self.depth % self.blocks == 0, "depth", f"such that 4 depth is {blocks}")
+        require(self, self.bins % 2 == 1, "bins", "an odd number")
+        require(self, self.return_low < self.return_high, "return_low", f"less than return_high={self.return_high}")
 
     @property
     def discount(self) -> float:

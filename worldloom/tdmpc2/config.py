@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from worldloom.ranges import (
+    COUNT,
+    FINITE,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SHARE,
+    Range,
+    check_ranges,
+    require,
+)
+
 SIZES: dict[str, dict[str, int]] = {  # paper, table 8
     "1m": {"encoder_dim": 256, "mlp_dim": 384, "latent_dim": 128, "encoder_layers": 2, "num_q": 2},
     "5m": {"encoder_dim": 256, "mlp_dim": 512, "latent_dim": 512, "encoder_layers": 2, "num_q": 5},
     "19m": {"encoder_dim": 1024, "mlp_dim": 1024, "latent_dim": 768, "encoder_layers": 3, "num_q": 5},
     "48m": {"encoder_dim": 1792, "mlp_dim": 1792, "latent_dim": 768, "encoder_layers": 4, "num_q": 5},
     "317m": {"encoder_dim": 4096, "mlp_dim": 4096, "latent_dim": 1376, "encoder_layers": 5, "num_q": 8},
+}
+
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("encoder_dim", "mlp_dim", "latent_dim", "encoder_layers", "simnorm_dim", "batch_size"), COUNT),
+    **dict.fromkeys(("horizon", "iterations", "num_samples", "num_elites"), COUNT),
+    **dict.fromkeys(("task_dim", "num_pi_trajs"), NATURAL),
+    **dict.fromkeys(("bin_limit", "lr", "grad_clip", "discount_denominator", "min_std", "max_std"), POSITIVE),
+    **dict.fromkeys(("consistency_coef", "reward_coef", "value_coef", "termination_coef"), NOT_NEGATIVE),
+    **dict.fromkeys(("entropy_coef", "encoder_lr_scale", "temperature"), NOT_NEGATIVE),
+    **dict.fromkeys(("discount", "discount_min", "discount_max"), PROBABILITY),
+    **dict.fromkeys(("log_std_min", "log_std_max"), FINITE),
+    "num_q": Range(2),  # targets take the minimum of two heads
+    "num_bins": Range(3),  # scalar heads are not supported
+    "dropout": SHARE,
+    "rho": Range(0, 1, low_open=True),
+    "tau": Range(0, 1, low_open=True),
+    "min_probability": Range(0, 1, low_open=True),
 }
 
 
@@ -65,43 +96,16 @@ class TDMPC2Config:
     min_probability: float = 0.1  # share of discrete plans that stays uniform (an extension, not published)
 
     def __post_init__(self) -> None:
-        def require(holds: bool, name: str, expected: str) -> None:
-            if not holds:
-                raise ValueError(f"agent.{name} is {getattr(self, name)!r}, expected {expected}.")
-
-        for name in (
-            "encoder_dim",
-            "mlp_dim",
-            "latent_dim",
-            "encoder_layers",
-            "batch_size",
-            "horizon",
-            "iterations",
+        check_ranges(self, RANGES)
+        for name, holds, expected in (
+            ("latent_dim", self.latent_dim % self.simnorm_dim == 0, f"a multiple of simnorm_dim={self.simnorm_dim}"),
+            ("num_pi_trajs", self.num_pi_trajs < self.num_samples, f"less than num_samples={self.num_samples}"),
+            ("num_elites", self.num_elites <= self.num_samples, f"at most num_samples={self.num_samples}"),
+            ("min_std", self.min_std <= self.max_std, f"at most max_std={self.max_std}"),
+            ("log_std_min", self.log_std_min < self.log_std_max, f"less than log_std_max={self.log_std_max}"),
+            ("discount_min", self.discount_min <= self.discount_max, f"at most discount_max={self.discount_max}"),
         ):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        require(
-            self.latent_dim % self.simnorm_dim == 0,
-            "latent_dim",
-            f"a multiple of simnorm_dim={self.simnorm_dim}",
-        )
-        require(self.num_q >= 2, "num_q", "at least 2: targets take the minimum of two heads")
-        require(self.num_bins >= 3, "num_bins", "at least 3 (scalar heads are not supported)")
-        require(0 <= self.dropout < 1, "dropout", "a probability in [0, 1)")
-        require(0 < self.rho <= 1, "rho", "a number in (0, 1]")
-        require(self.lr > 0, "lr", "a positive number")
-        require(self.discount is None or 0 <= self.discount <= 1, "discount", "a number in [0, 1], or null")
-        require(
-            0 <= self.num_pi_trajs < self.num_samples,
-            "num_pi_trajs",
-            f"less than num_samples={self.num_samples}",
-        )
-        require(
-            1 <= self.num_elites <= self.num_samples,
-            "num_elites",
-            f"between 1 and num_samples={self.num_samples}",
-        )
-        require(0 < self.min_probability <= 1, "min_probability", "a share in (0, 1]")
-        require(0 < self.min_std <= self.max_std, "min_std", f"a positive number up to max_std={self.max_std}")
+            require(self, holds, name, expected)
 
     def discount_for(self, episode_length: int | None) -> float:
         """Return gamma for episodes of that many agent steps (Hansen et al. 2024); the largest if not known.

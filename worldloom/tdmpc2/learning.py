@@ -50,6 +50,7 @@ class TDMPC2Learning:
                 "agent.horizon and the row that they start from. Make the replay with windows=agent.windows."
             )
         task = batch_task(self.model, cast(Batch, given))
+        self.model.check_task_numbers("batch['task']", task)
         rest = {name: value for name, value in given.items() if name != "task"}
         return rest if task is None else {**rest, "task": task}
 

@@ -188,6 +188,7 @@ class TDMPC2Networks(nn.Module):
         if self.pixels and obs.is_floating_point() and obs.numel() and obs.max() > BRIGHT:
             raise ValueError(f"{where}: images are floats up to {obs.max():.0f}, expected uint8, or floats in [0, 1].")
         self.check_task(where, task, len(obs))
+        self.check_task_numbers(where, task)
         return obs
 
     def check_task(self, where: str, task: Tensor | None, count: int) -> None:
@@ -198,6 +199,14 @@ class TDMPC2Networks(nn.Module):
             raise ValueError(f"{where}: task was given, but this model knows a single task. Leave it out.")
         if task is not None and tuple(task.shape) != (count,):
             raise ValueError(f"{where}: task is {tuple(task.shape)}, expected ({count},).")
+
+    def check_task_numbers(self, where: str, task: Tensor | None) -> None:
+        """Raises ValueError for a number of no task; reads them on the host."""
+        if task is None or task.is_meta or not task.numel():
+            return
+        if not 0 <= int(task.min()) <= int(task.max()) < len(self.tasks):
+            found = f"{int(task.min())} to {int(task.max())}"
+            raise ValueError(f"{where}: task numbers are {found}, expected 0 to {len(self.tasks) - 1}.")
 
     def check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
         """Check that action is [*lead, A]. Raises ValueError otherwise."""
@@ -222,6 +231,10 @@ def _check(
         raise ValueError(
             f"action_classes {tuple(action_classes)} with action_dim {action_dim} and {len(tasks)} tasks, expected "
             "classes that sum to action_dim, and a single task."
+        )
+    if action_classes and config.entropy_coef == 0:
+        raise ValueError(
+            "agent.entropy_coef is 0 with discrete actions, expected above 0: the policy follows values by it."
         )
     if bool(tasks) != (config.task_dim > 0):
         raise ValueError(
