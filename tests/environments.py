@@ -49,7 +49,7 @@ class Faulty(Counting):
 
 
 class Broken(Counting):
-    """Gives one kind of nonsense: "nan", "shape", "reward" or "raise"."""
+    """Gives one kind of nonsense: "nan", "shape", "reward", "huge" or "raise"."""
 
     def __init__(self, kind="nan", **kwargs):
         super().__init__(**kwargs)
@@ -65,6 +65,8 @@ class Broken(Counting):
             obs = obs[:2]
         if self.kind == "reward":
             reward = float("inf")
+        if self.kind == "huge":
+            reward = 1e39  # finite, but not in float32
         return obs, reward, terminated, truncated, info
 
 

@@ -162,6 +162,7 @@ WRONG = {
     "actions of the wrong width": ({"actions": np.zeros((6, 3))}, "actions are \\(6, 3\\), expected \\(6, 2\\)"),
     "choices that do not exist": ({"actions": np.full(6, 2)}, "expected integers from 0 to 1"),
     "NaN observations": ({"obs": np.full((7, 4), np.nan)}, "obs holds NaN or infinity"),
+    "rewards beyond float32": ({"rewards": np.full(6, 1e39)}, "rewards holds NaN or infinity"),
     "infinite rewards": ({"rewards": np.full(6, np.inf)}, "rewards holds NaN or infinity"),
     "observations of another shape": ({"obs": np.zeros((7, 5))}, "'obs' is \\(7, 5\\), expected \\(7, 4\\)"),
     "no steps": ({"obs": np.zeros((1, 4)), "actions": np.zeros((0, 2)), "rewards": [], "dones": []}, "0 actions"),

@@ -132,6 +132,7 @@ def test_a_failing_environment_is_rebuilt_in_place():
         ("nan", r"NaN or infinity at entries \[1\]"),
         ("shape", r"shape \(2,\), expected \(3,\)"),
         ("reward", "reward inf, expected a finite number"),
+        ("huge", r"reward 1e\+39, expected a finite number"),
     ],
 )
 def test_an_environment_that_always_fails_ends_the_run_with_its_own_error(kind, message):

@@ -68,6 +68,23 @@ def test_windows_are_consecutive_rows_with_the_action_and_reward_that_led_there(
     assert len(reachable(replay)) == replay.num_windows == 5 + 3
 
 
+@pytest.mark.parametrize("crosses", [False, True])
+@pytest.mark.parametrize("key", [(0, 0, 2), (0, 1, 1)], ids=["in an incarnation", "at the start of one"])
+def test_no_window_runs_over_a_missing_chunk(key, crosses):
+    replay = buffer(windows=spec(4, crosses))
+    replay.insert(chunk_of([rows(range(6), [1] + [0] * 5, 1), rows(range(6), [1] + [0] * 5, 2)], (0, 0, 0)))
+    replay.insert(chunk_of([rows(range(8, 14), [0] * 6, 1), rows(range(8, 14), [0] * 6, 2)], key))
+    batch = replay.draw(2000)
+    steps, first = batch["obs"][..., 0], batch["is_first"]
+    jumps = np.diff(steps, axis=1) != 1
+    assert first[:, 1:][jumps].all()  # where another part follows, an episode starts
+    assert jumps.any() == crosses
+    assert not batch["actions"][first].any()
+    assert not batch["rewards"][first].any()
+    assert replay.rows_between(0, 6)["truncated"][-1]  # the episode before the gap ends there, not terminated
+    assert replay.accepted().steps == 5 + 5 + 5 + 5
+
+
 def test_windows_run_on_over_chunk_borders():
     replay = buffer()
     replay.insert(chunk_of([rows([0, 1], [1, 0], 1), rows([0, 1, 2], [1, 0, 0], 2)], (0, 0, 0)))

@@ -12,6 +12,9 @@ from worldloom.spaces import ActionCodec, ObservationCodec
 from worldloom.types import Array, ObsArray
 
 
+LARGEST = float(np.finfo(np.float32).max)  # of rewards, which replay keeps as float32
+
+
 class Environment:
     """Wraps one Gymnasium environment; actions are [A], observations [*obs_shape] or a mapping of them.
 
@@ -51,7 +54,7 @@ class Environment:
             total += float(reward)
             if terminated or truncated:
                 break
-        if not math.isfinite(total):
+        if not abs(total) <= LARGEST:  # NaN is not
             raise ValueError(f"{self.name} gave reward {total}, expected a finite number. Check its reward function.")
         return self._observations(obs), total, bool(terminated), bool(truncated)
 

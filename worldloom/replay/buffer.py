@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from worldloom.replay.chunk import Chunk, Ledger, base_columns, observation_dtypes
+from worldloom.replay.chunk import Chunk, Ledger, base_columns, observation_dtypes, with_seam
 from worldloom.replay.memory import ring_bytes
 from worldloom.replay.recorded import LAST_ACTION_DROPPED, constant_columns, episode_columns, read_trajectories
 from worldloom.replay.ring import Ring
@@ -110,16 +110,18 @@ class ReplayBuffer:
     def insert(self, chunk: Chunk) -> Acceptance:
         """Store a chunk. One whose key was accepted before, or is older than its actor's last one, is ignored.
 
+        If a chunk is missing before it, no window runs over the gap: its rows start with a seam.
         Raises ValueError for columns of other names, shapes or lengths, before anything is changed.
         """
         self._ring.check(chunk.columns, sum(chunk.lengths))
+        complete = self._ledger.follows(chunk.info.key)
         if not self._ledger.admit(chunk.info.key):
             return self.accepted()
         begin = 0
         for env, length in enumerate(chunk.lengths):
             if length:
                 columns = {name: column[begin : begin + length] for name, column in chunk.columns.items()}
-                self._ring.append((chunk.info.key.actor, env), columns)
+                self._ring.append((chunk.info.key.actor, env), columns if complete else with_seam(columns))
             begin += length
         return self.accepted()
 

@@ -54,6 +54,11 @@ class Ledger:
         self.chunks = self.duplicates = 0
         self.newest: dict[int, tuple[int, int]] = {}  # actor -> last (incarnation, sequence)
 
+    def follows(self, key: ChunkKey) -> bool:
+        """Return whether no chunk is missing before this one; the first one of an incarnation has number 0."""
+        incarnation, sequence = self.newest.get(key.actor, (-1, -1))
+        return key.sequence == (sequence + 1 if key.incarnation == incarnation else 0)
+
     def admit(self, key: ChunkKey) -> bool:
         """Count a chunk; return False for a duplicate."""
         actor, incarnation, sequence = key
@@ -64,6 +69,13 @@ class Ledger:
         self.newest[actor] = (incarnation, sequence)
         self.chunks += 1
         return True
+
+
+def with_seam(columns: Mapping[str, Array]) -> dict[str, Array]:
+    """Return columns [R, ...] whose first row starts an episode, since what led to it is lost."""
+    changed = {name: columns[name].copy() for name in ("is_first", "actions", "rewards")}
+    changed["is_first"][0], changed["actions"][0], changed["rewards"][0] = True, 0, 0
+    return {**columns, **changed}
 
 
 def base_columns(observations: Mapping[str, ColumnSpec], action_dim: int) -> dict[str, ColumnSpec]:

@@ -212,8 +212,8 @@ def episode_columns(
             f"add_episode: dones[{int(np.argmax(dones))}] is set before the end. Split the data into episodes."
         )
     for name, value in {**obs, "actions": actions, "rewards": rewards}.items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"add_episode: {name} holds NaN or infinity, expected finite numbers.")
+        if not _fits_float32(value):
+            raise ValueError(f"add_episode: {name} holds NaN or infinity (in float32), expected finite numbers.")
     if np.abs(actions).max() > 1 + 1e-6:
         raise ValueError("add_episode: actions leave [-1, 1]. Rescale them (make_env does it while acting).")
     if rows == length:
@@ -245,3 +245,9 @@ def one_hot(choices: Array, count: int) -> Array:
             f"{count - 1}: action_dim is the number of choices."
         )
     return np.eye(count, dtype=np.float32)[choices]
+
+
+def _fits_float32(value: Array) -> bool:
+    """Return whether all numbers are finite as replay keeps them."""
+    numbers = np.asarray(value)
+    return numbers.dtype.kind != "f" or bool((np.abs(numbers) <= np.finfo(np.float32).max).all())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.encoding import pack, unpack
-from worldloom.replay.chunk import Ledger
+from worldloom.replay.chunk import Ledger, with_seam
 from worldloom.replay.ring import Ring
 from worldloom.types import Array
 
@@ -87,8 +87,7 @@ def _append(ring: Ring, segment: Mapping[str, Array], restarted: set[tuple[int, 
         run = {name: segment[name][begin:end] for name in ring.specs}
         stream = (int(origin[begin][0]), int(origin[begin][1]))
         if restarted is not None and stream not in restarted:
-            run = {**run, **{name: run[name].copy() for name in ("is_first", "actions", "rewards")}}
-            run["is_first"][0], run["actions"][0], run["rewards"][0] = True, 0, 0
+            run = with_seam(run)
             restarted.add(stream)
         ring.append(stream, run)
 
