@@ -252,16 +252,22 @@ def interrupt(arguments, run_dir, after_steps):
         "50",
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # several threads beside other work take many times as long
     )
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 500
     while time.monotonic() < deadline and process.poll() is None:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        lines = metrics.read_text().rpartition("\n")[0].splitlines() if metrics.exists() else []
         if lines and json.loads(lines[-1])["env_steps"] >= after_steps:
             break
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 

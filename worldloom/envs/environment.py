@@ -11,7 +11,6 @@ import numpy as np
 from worldloom.spaces import ActionCodec, ObservationCodec
 from worldloom.types import Array, ObsArray
 
-
 LARGEST = float(np.finfo(np.float32).max)  # of rewards, which replay keeps as float32
 
 
