@@ -158,6 +158,12 @@ def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
     return torch.log((1 - mix) * short_softmax(wide) + mix / logits.shape[-1])
 
 
+@torch.no_grad()
+def categorical_entropy(log_probs: Tensor) -> Tensor:
+    """Return -sum p log p of log probabilities [..., S, K], summed over S and averaged over the rest, in nats."""
+    return -(log_probs.exp() * log_probs).sum((-2, -1)).mean()
+
+
 def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Draw standard exponential numbers of any shape, for `draw_one_hot`.
 

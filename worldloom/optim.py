@@ -98,6 +98,7 @@ class LaProp(torch.optim.Optimizer):
         self._momentum, self._square = (torch.cat([torch.zeros_like(p).flatten() for p in self.params]) for _ in "ms")
         self.param_groups[0]["steps"] = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
         self.change = laprop_  # may be replaced by its compiled form
+        self.update_norm = torch.zeros(())  # of the last step, over all parameters
         self._keep_state_flat()
 
     def _keep_state_flat(self) -> None:
@@ -136,6 +137,7 @@ class LaProp(torch.optim.Optimizer):
         if finite is not None:
             made = made & finite
         self.change(self.params, flat, grad_norms, self._momentum, self._square, group["steps"], made, group)
+        self.update_norm = torch.linalg.vector_norm(flat)  # of the change, which is left in it
         return made, grad_norms.square().sum().sqrt()
 
 

@@ -34,6 +34,20 @@ def test_update_learns_and_gives_fresh_latents_to_replay(classes, obs_shape):
     assert (columns["deter"] != batch["deter"][:, 1:].numpy()).any()
 
 
+def test_metrics_show_the_size_of_updates_and_the_entropies_of_latents():
+    agent = tiny_agent()
+    trained = [p for p in [*agent.world_model.parameters(), *agent.behaviour.parameters()] if p.requires_grad]
+    for _ in range(2):
+        before = torch.cat([p.detach().flatten().clone() for p in trained])
+        metrics, _ = agent.update(batch_of(agent))
+        moved = (torch.cat([p.detach().flatten() for p in trained]) - before).norm().item()
+        assert metrics["update_norm"] == pytest.approx(moved, rel=1e-3)
+    assert metrics["update_norm"] > 0
+    most = 4 * math.log(4)  # four choices of four
+    assert 0 < metrics["posterior_entropy"] < most
+    assert 0 < metrics["prior_entropy"] < most
+
+
 def test_latents_survive_the_compact_form_of_replay():
     torch.manual_seed(0)
     state = RSSMState(torch.randn(2, 32).to(torch.bfloat16).float(), torch.eye(4)[torch.randint(4, (2, 4))])

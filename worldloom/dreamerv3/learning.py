@@ -112,7 +112,8 @@ class DreamerV3Learning:
             self.behaviour.range.move(low, high, made)
             slow, online = self.behaviour.slow_value.parameters(), self.behaviour.value.parameters()
             move_towards(slow, online, made * self.model.config.slow_critic_rate)
-            self.tally.add({"loss": loss, **scalars, "grad_norm": norm}, made)
+            norms = {"grad_norm": norm, "update_norm": self.optimizer.update_norm}
+            self.tally.add({"loss": loss, **scalars, **norms}, made)
             return compact(states.transposed()) if self.stored else {}
 
     def context(self, given: Tensors) -> RSSMState:

@@ -233,6 +233,7 @@ class DreamerV3WorldModel(nn.Module):
             + c.dynamics_scale * parts["dynamics_loss"]
             + c.representation_scale * parts["representation_loss"]
         )
+        parts |= {"posterior_entropy": fn.categorical_entropy(log_q), "prior_entropy": fn.categorical_entropy(log_p)}
         if isinstance(self.obs_shape, dict):
             parts |= {f"reconstruction/{name}": error.mean() for name, error in errors.items()}
         return total, parts
