@@ -173,3 +173,18 @@ def rebuilt(template):
 
 def model_classes(agent):
     return agent.world_model.action_classes if isinstance(agent, TDMPC2Agent) else agent.action_classes
+
+
+@pytest.mark.parametrize("make", [dreamer, tdmpc2])
+def test_a_state_of_another_kind_of_device_loads_and_says_so(make, caplog):
+    agent = make("vectors")
+    batch = batch_of(agent)
+    agent.update(batch)
+    state = agent.state_dict()
+    foreign = {name: torch.arange(16, dtype=torch.uint8) for name in ("generator", "acting_generator")}  # as CUDA's
+    agents = [make("vectors") for _ in range(2)]
+    for other in agents:
+        other.load_state_dict({**state, **foreign})
+    assert caplog.text.count("were saved on another kind of device than cpu") == 4
+    losses = [other.update(batch)[0]["loss"] for other in agents]
+    assert losses[0] == losses[1]  # the same state gives the same seed

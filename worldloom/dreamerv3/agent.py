@@ -15,6 +15,7 @@ from worldloom.dreamerv3.latents import compact, latent_columns
 from worldloom.dreamerv3.learning import DreamerV3Learning, as_mapping, obs_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
+from worldloom.generators import restore_generator
 from worldloom.learner import Learner
 from worldloom.nets import flatten, load_flat
 from worldloom.staging import Columns
@@ -174,5 +175,5 @@ class DreamerV3Agent:
         self.world_model.load_state_dict(state["model"])
         self.behaviour.load_state_dict(state["behaviour"])
         self.learning.load_state_dict(state)
-        self.acting_generator.set_state(state["acting_generator"])
+        restore_generator(self.acting_generator, state["acting_generator"])
         self._learner.resume(int(state["updates"]))

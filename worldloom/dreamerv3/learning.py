@@ -17,6 +17,7 @@ from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.latents import compact, expand, latent_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
+from worldloom.generators import restore_generator
 from worldloom.nets import compile_part
 from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
 from worldloom.tally import Tally
@@ -253,7 +254,7 @@ class DreamerV3Learning:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_optimizer(self.optimizer, state["optimizer"])
-        self.generator.set_state(state["generator"])
+        restore_generator(self.generator, state["generator"])
 
 
 def obs_columns(model: DreamerV3WorldModel) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.capture import Captured, Tensors
+from worldloom.generators import restore_generator
 from worldloom.learner import Learner
 from worldloom.nets import flatten, load_flat
 from worldloom.staging import Columns
@@ -198,5 +199,5 @@ class TDMPC2Agent:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.world_model.load_state_dict(state["model"])
         self.learning.load_state_dict(state)
-        self.acting_generator.set_state(state["acting_generator"])
+        restore_generator(self.acting_generator, state["acting_generator"])
         self._learner.resume(int(state["updates"]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worldloom import functional as fn
 from worldloom.capture import Tensors
+from worldloom.generators import restore_generator
 from worldloom.nets import compile_part
 from worldloom.optim import GuardedAdam, load_optimizer
 from worldloom.tally import Tally
@@ -128,4 +129,4 @@ class TDMPC2Learning:
         load_optimizer(self.model_optimizer.adam, state["model_optimizer"])
         load_optimizer(self.policy_optimizer.adam, state["policy_optimizer"])
         self.scale.value.copy_(state["scale"])
-        self.generator.set_state(state["generator"])
+        restore_generator(self.generator, state["generator"])
