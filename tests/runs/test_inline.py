@@ -18,6 +18,7 @@ from worldloom.encoding import pack, unpack
 from worldloom.envs import EnvironmentFailed, make_env
 from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.report.sinks import MetricsLogger
+from worldloom.runs.checkpoint import read_manifest
 from worldloom.runs.config import (
     CheckpointConfig,
     EvalConfig,
@@ -253,6 +254,21 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     InlineTrainer(config, tmp_path).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert [int(name[-12:]) // 140 for name in names] == [1, 2, 2]  # at 140, 280 and the end at 300
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format": "2", "rows": []}'])
+def test_a_damaged_manifest_is_named_and_does_not_end_a_healthy_run(damage, tmp_path):
+    config = tiny_config(checkpoint=CheckpointConfig(interval=140, keep=3))
+    InlineTrainer(config, tmp_path).train()
+    oldest, *_ = sorted((tmp_path / "checkpoints").glob("step-*"))
+    (oldest / "manifest.json").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=f"{oldest.name} has no readable manifest"):
+        read_manifest(oldest)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=440))
+    summary = InlineTrainer(longer, tmp_path, resume=True).train()
+    assert summary["status"] == "completed"
+    assert summary["checkpoints_failed"] == 0
+    assert verify(tmp_path) == []
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):

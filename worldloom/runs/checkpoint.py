@@ -71,10 +71,15 @@ def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> 
 
 
 def _prune(folder: Path, keep: int) -> None:
+    """Delete old checkpoints and rows files that no kept one uses; none of these while a kept manifest is damaged."""
     valid = sorted(path.parent for path in folder.glob("step-*/manifest.json") if path.parent.suffix == "")
     for old in valid[:-keep]:
         shutil.rmtree(old)
-    wanted = {name for kept in valid[-keep:] for shard in read_manifest(kept)["rows"] for name in shard}
+    try:
+        wanted = {name for kept in valid[-keep:] for shard in read_manifest(kept)["rows"] for name in shard}
+    except CheckpointError as error:
+        logger.warning("rows files are kept until an earlier checkpoint is deleted: %s", error)
+        return
     for path in (folder / "rows").glob("*.msgpack"):
         if path.name not in wanted:
             path.unlink()
@@ -100,7 +105,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest. Raises CheckpointError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(manifest["format"], int) or not {"rows", "limiter"} <= manifest.keys():
+            raise ValueError("it lacks format, rows or limiter")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # not JSON, not text, or other JSON
         raise CheckpointError(
             f"{folder} has no readable manifest ({error}). Delete the folder to use the checkpoint before it."
         ) from error
