@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from typing import ClassVar
 
@@ -49,7 +50,7 @@ class Faulty(Counting):
 
 
 class Broken(Counting):
-    """Gives one kind of nonsense: "nan", "shape", "reward", "huge" or "raise"."""
+    """Gives one kind of nonsense: "nan", "shape", "reward", "huge", "exit" or "raise"."""
 
     def __init__(self, kind="nan", **kwargs):
         super().__init__(**kwargs)
@@ -59,6 +60,8 @@ class Broken(Counting):
         obs, reward, terminated, truncated, info = super().step(action)
         if self.kind == "raise":
             raise RuntimeError("the simulator exploded")
+        if self.kind == "exit":
+            sys.exit("no licence")
         if self.kind == "nan":
             obs[1] = np.nan
         if self.kind == "shape":

@@ -129,6 +129,7 @@ def test_a_failing_environment_is_rebuilt_in_place():
     ("kind", "message"),
     [
         ("raise", "the simulator exploded"),
+        ("exit", "SystemExit: no licence"),
         ("nan", r"NaN or infinity at entries \[1\]"),
         ("shape", r"shape \(2,\), expected \(3,\)"),
         ("reward", "reward inf, expected a finite number"),
@@ -146,7 +147,26 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_own_error(kind, 
 
     with pytest.raises(EnvironmentFailed, match=message) as failure:
         run()
-    assert type(failure.value.__cause__) is (RuntimeError if kind == "raise" else ValueError)
+    expected = {"raise": RuntimeError, "exit": SystemExit}.get(kind, ValueError)
+    assert type(failure.value.__cause__) is expected
+
+
+def test_a_constructor_that_fails_once_in_a_rebuild_is_tried_again():
+    made = []
+
+    def make():
+        made.append(len(made))
+        if len(made) == 2:
+            raise OSError("the port is still in use")
+        return Environment(gymnasium.make("Faulty-v0", period=5, length=100, disable_env_checker=True))
+
+    env = VectorEnv(make, num_envs=1, seed=0)
+    env.reset()
+    for _ in range(6):
+        env.step(np.zeros((1, 1), np.float32))
+    assert made == [0, 1, 2]
+    assert env.failures == 2
+    assert "the port is still in use" in env.last_failure
 
 
 def test_wrong_actions_and_names_are_refused():

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES_ALLOWED = 5  # so many failures of one environment within FAILURE_WINDOW steps end the run
 FAILURE_WINDOW = 100
+FAILURES = (Exception, SystemExit)  # a simulator that calls sys.exit has failed, too
 
 
 class EnvironmentFailed(RuntimeError):
@@ -112,7 +113,7 @@ class VectorEnv:
             arrived: ObsArray | None = None
             try:
                 arrived, rewards[i], terminated[i], truncated[i] = env.step(actions[i])
-            except Exception as error:
+            except FAILURES as error:
                 self._rebuild(i, error)
                 failed[i] = True
             if arrived is None or terminated[i] or truncated[i]:
@@ -138,11 +139,25 @@ class VectorEnv:
         while True:
             try:
                 return self._envs[index].reset(seed=int(self._seeds[index].integers(2**31)))
-            except Exception as error:
+            except FAILURES as error:
                 self._rebuild(index, error)
 
-    def _rebuild(self, index: int, error: Exception) -> None:
+    def _rebuild(self, index: int, error: BaseException) -> None:
         """Replace an environment that failed. Raises EnvironmentFailed if it failed too often."""
+        self._count_failure(index, error)
+        try:
+            self._envs[index].close()
+        except FAILURES as closing:  # a broken environment may not close either; it is replaced anyway
+            logger.warning("environment %d could not be closed: %r", index, closing)
+        while True:
+            try:
+                self._envs[index] = self._make()
+                return
+            except FAILURES as again:
+                self._count_failure(index, again)
+
+    def _count_failure(self, index: int, error: BaseException) -> None:
+        """Raises EnvironmentFailed if the environment failed too often."""
         recent = self._failures[index]
         recent.append(self._steps)
         self.failures += 1
@@ -152,12 +167,7 @@ class VectorEnv:
                 f"environment {index} ({self.name}) failed {FAILURES_ALLOWED} times within {FAILURE_WINDOW} steps; "
                 f"the last error: {self.last_failure}. Fix the environment, then go on with --resume."
             ) from error
-        logger.warning("environment %d (%s) raised an error and was rebuilt: %r", index, self.name, error)
-        try:
-            self._envs[index].close()
-        except Exception as closing:  # a broken environment may not close either; it is replaced anyway
-            logger.warning("environment %d could not be closed: %r", index, closing)
-        self._envs[index] = self._make()
+        logger.warning("environment %d (%s) raised an error and is rebuilt: %r", index, self.name, error)
 
 
 def _stack(observations: Sequence[ObsArray]) -> ObsArray:

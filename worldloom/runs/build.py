@@ -74,7 +74,7 @@ def probe_env(config: RunConfig) -> EnvSpec:
 def _try_out(env: Environment) -> None:
     try:
         env.step_once()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EnvironmentFailed(
             f"{env.name} failed in its first step: {type(error).__name__}: {str(error).rstrip('.')}. "
             "Fix the environment first."
