@@ -122,11 +122,13 @@ class Coordinator:
                 actor.interrupt.remote()
         parts.settle(collects=True)
         parts.save()
+        if self.run.unsaved:
+            self.run.end_unsaved(parts.learning.rescue(self._run_dir))
         parts.learning.draw_picture()
         parts.learning.finish_picture()
         finished = self.run.finished and self._evaluate_at_the_end(stop)
         evaluation = recorder.last_evaluation if finished else None
-        return recorder.summarise("completed" if finished else "interrupted", parts.state.spec.device, evaluation)
+        return recorder.summarise(self.run.status(finished), parts.state.spec.device, evaluation)
 
     def _evaluate_at_the_end(self, stop: GracefulStop) -> bool:
         """Evaluate the newest weights; return False if it was interrupted."""

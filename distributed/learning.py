@@ -64,6 +64,11 @@ class Learning:
         updates: int = self._state.launcher.result(self.learner.load.remote(checkpoint), "learner")
         return updates
 
+    def rescue(self, run_dir: Path) -> Path | None:
+        """Have the learner save its agent alone; see `rescue_agent`."""
+        folder: Path | None = self._state.launcher.result(self.learner.rescue.remote(run_dir), "learner")
+        return folder
+
     def publish(self) -> None:
         """Have the learner publish its weights, for the next to act."""
         state = self._state

@@ -166,6 +166,9 @@ def _conclude(summary: dict[str, Any], run_dir: Path) -> int:
     if summary["status"] == "interrupted":
         print(f"\nsaved at step {summary['env_steps']:,}; go on with:\n  {_resume_command(run_dir)}")
         return 130
+    if summary["status"] == "unsaved":
+        print(f"\nlaunch.train: the last checkpoint could not be written; see above. Earlier ones are in {run_dir}.")
+        return 1
     print(
         f"\n{summary['algorithm']} on {summary['env_id']}: return {summary['eval_return_mean']:.1f} ± "
         f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes after {summary['env_steps']:,} "

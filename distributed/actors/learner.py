@@ -20,7 +20,7 @@ from worldloom.acting.server import ActingServer, Client
 from worldloom.replay.buffer import as_batch
 from worldloom.report.pictures import sequence_picture
 from worldloom.runs.build import AgentSpec, EnvSpec, agent_spec, choose_device, make_run_agent
-from worldloom.runs.checkpoint import copy_agent, load_agent_state, write_agent
+from worldloom.runs.checkpoint import copy_agent, load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.config import RunConfig
 from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
 
@@ -150,6 +150,10 @@ class LearnerActor:
             return taken
         finally:
             del self._snapshot
+
+    @timed
+    def rescue(self, run_dir: Path) -> Path | None:
+        return rescue_agent(run_dir, take_agent(self._agent))
 
     @timed
     def load(self, folder: Path) -> int:

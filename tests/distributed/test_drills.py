@@ -19,6 +19,7 @@ from tests.distributed.ray_runs import (
     run_and_kill,
     slow_config,
 )
+from worldloom import load_agent
 from worldloom.pretrained import newest_checkpoint
 from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
@@ -210,6 +211,17 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
     assert broken == []
     assert 100 <= int(name.removeprefix("step-")) < 200
     assert summary["env_steps_discarded"] == summary["updates_lost"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_checkpoint_cannot_be_written_saves_its_agent(coordinator, tmp_path):
+    made = coordinator(slow_config(300, checkpoint=CheckpointConfig(interval=0)))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "rows").symlink_to("/proc")
+    summary = made.train()
+    assert (summary["status"], summary["checkpoints_failed"]) == ("unsaved", 1)
+    rescued = load_agent(tmp_path / "rescued" / "agent")
+    assert rescued.act(np.zeros((1, 3), np.float32), None, np.ones(1, bool))[0].shape == (1, 1)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.arguments import dump_config, run_config, run_parser
 from launch.train import main
 from tests.run_configs import TINY_YAML
+from worldloom import load_agent
+from worldloom.runs.inline import InlineTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -286,6 +288,31 @@ def test_ctrl_c_saves_and_prints_the_resume_command(config, tmp_path, kind, caps
     assert main(["--resume", "--run-dir", str(run_dir), "--runtime", "inline", "--train.total_steps",
                  str(stopped["env_steps"] + 50)]) == 0  # fmt: skip
     assert f"resumed from step-{stopped['env_steps']:012d}" in capsys.readouterr().out
+
+
+def test_a_run_whose_end_is_nowhere_on_disk_says_so_and_saves_its_agent(config, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "rows").symlink_to("/proc")  # nobody can make files there
+    trainer_main = ["--config", config, "--run-dir", str(run_dir)]
+    (run_dir / "checkpoints").rename(tmp_path / "aside")
+    made = InlineTrainer.save
+
+    def save(self):
+        if not (run_dir / "checkpoints").exists():
+            (tmp_path / "aside").rename(run_dir / "checkpoints")
+        made(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlineTrainer, "save", save)
+        assert main(trainer_main) == 1
+    said = capsys.readouterr().out
+    assert f"its agent alone is in {run_dir / 'rescued' / 'agent'}" in said
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "unsaved"
+    assert summary["checkpoints_failed"] == 1
+    agent = load_agent(run_dir / "rescued" / "agent")
+    assert agent.act(np.zeros((1, 3), np.float32), None, np.ones(1, bool))[0].shape == (1, 1)
 
 
 def test_two_runs_on_one_directory_are_refused_and_the_first_goes_on(config, tmp_path, capsys):

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,6 +173,21 @@ def write_agent(folder: Path, snapshot: AgentSnapshot) -> None:
     if snapshot.behaviour is not None:
         save_parameters(folder / "agent" / "behaviour.safetensors", snapshot.behaviour)
     write_msgpack(folder / "learner.msgpack", snapshot.state)
+
+
+def rescue_agent(run_dir: Path, snapshot: AgentSnapshot) -> Path | None:
+    """Save the agent alone, after a checkpoint could not be written: into the run directory, else into the system's
+    temporary folder. Return the folder for `load_agent`, or None if neither takes it."""
+    for folder in (run_dir / "rescued", Path(tempfile.gettempdir()) / f"worldloom-{run_dir.name}-{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+            write_agent(folder, snapshot)
+            return folder / "agent"
+        except OSError as error:
+            logger.warning("the agent could not be saved to %s: %s", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def load_agent_state(folder: Path, agent: Agent) -> None:

@@ -30,6 +30,7 @@ from worldloom.runs.checkpoint import (
     checkpoint_to_resume,
     commit_checkpoint,
     load_agent_state,
+    rescue_agent,
     take_agent,
     write_agent,
 )
@@ -160,9 +161,10 @@ class InlineTrainer:
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         self.save()
+        if self.run.unsaved:
+            self.run.end_unsaved(rescue_agent(self.run.dir, take_agent(self.agent)))
         evaluation = None if interrupted else self._evaluate()
         if evaluation:
             self.run.recorder.evaluated(self.run.limiter.env_steps, evaluation)
         self._picture()
-        status = "interrupted" if interrupted else "completed"
-        return self.run.recorder.summarise(status, self.run.spec.device, evaluation)
+        return self.run.recorder.summarise(self.run.status(not interrupted), self.run.spec.device, evaluation)

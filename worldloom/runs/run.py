@@ -38,6 +38,7 @@ class Run:
         self.config, self.dir, self.spec = config, run_dir, spec
         run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = checkpoint
+        self.unsaved = False  # the last checkpoint could not be written
         manifest = read_manifest(checkpoint) if checkpoint else {}
         self.limiter = make_limiter(config, spec)
         if manifest:
@@ -96,13 +97,26 @@ class Run:
         checkpoints stay valid."""
         try:
             yield
+            self.unsaved = False
         except OSError as error:
+            self.unsaved = True
             drop_partial(self.dir)
             self.recorder.counters["checkpoints_failed"] += 1
             text = f"no checkpoint could be written at step {self.limiter.env_steps:,} ({error})"
             if self.config.checkpoint.on_error == "stop":
                 raise OSError(f"{text}. Free or repair the disk, then go on with: {self.resume_command()}") from error
             self.recorder.say(f"warning: {text}; earlier ones stay valid, and the next interval tries again")
+
+    def end_unsaved(self, agent: Path | None) -> None:
+        """Say where the agent alone was saved, at the end of a run whose last checkpoint could not be written."""
+        saved = f"its agent alone is in {agent} (worldloom.load_agent reads it)" if agent else "its agent is lost, too"
+        self.recorder.say(f"warning: the last state of this run is in no checkpoint; {saved}")
+
+    def status(self, finished: bool) -> str:
+        """Return what summary.json says at the end: completed, interrupted, or unsaved."""
+        if self.unsaved:
+            return "unsaved"
+        return "completed" if finished else "interrupted"
 
     def title(self) -> str:
         """Return the title of a picture made now."""
