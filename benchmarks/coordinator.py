@@ -1,4 +1,4 @@
-"""What a chunk costs the driver: python -m benchmarks.coordinator [--actors 10 100 1000]
+"""The cost of a chunk for the driver: python -m benchmarks.coordinator [--actors 10 100 1000]
 
 The coordinator's own parts (collecting, inserting, the rate limiter, the recorder) drive stub env actors: one process
 plays all of them, and another plays replay. Nobody learns. The figure is the CPU time of the driver, all of its

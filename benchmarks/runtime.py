@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,22 @@ def sample(options: argparse.Namespace) -> None:
         print(f"{name:10}{1000 * p50:9.2f}{1000 * p95:9.2f}{p50 / base[0]:10.1f}{p95 / base[1]:6.1f}")
 
 
+def steps_per_second(config: RunConfig) -> float:
+    """Environment steps per second of a run once all env actors are at work."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        coordinator = Coordinator(config, Path(run_dir))
+        coordinator.start(resume=False)
+        limiter, collectors = coordinator.run.limiter, coordinator.parts.collecting.collectors
+        step = partial(coordinator.pace.advance, NEVER)
+        _for(step, until=lambda: all(c.built for c in collectors) and limiter.env_steps > 2000)
+        begun, before = time.perf_counter(), limiter.env_steps
+        _for(step, seconds=6.0)
+        rate = (limiter.env_steps - before) / (time.perf_counter() - begun)
+        coordinator.run.recorder.close()
+        coordinator.close()
+        return rate
+
+
 def actors(options: argparse.Namespace) -> None:
     """DreamerV3's policy acts on Pendulum-v1; learning never starts."""
     rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
@@ -172,17 +189,7 @@ def actors(options: argparse.Namespace) -> None:
             given = ["--runtime.env_actors", str(count), "--runtime.chunk_steps", "64", "--env.action_repeat", "1"]
             config = preset("--algorithm", "dreamerv3:size1m", "--agent", "{}", *given)
             config = replace(config, train=replace(config.train, total_steps=10**9, learning_starts=10**8))
-            with tempfile.TemporaryDirectory() as run_dir:
-                coordinator = Coordinator(config, Path(run_dir))
-                coordinator.start(resume=False)
-                limiter, collectors = coordinator.run.limiter, coordinator.parts.collecting.collectors
-                step = lambda: coordinator.pace.advance(NEVER)  # noqa: E731, B023
-                _for(step, until=lambda: all(c.node for c in collectors) and limiter.env_steps > 2000)  # noqa: B023
-                begun, before = time.perf_counter(), limiter.env_steps
-                _for(step, seconds=6.0)
-                found.append((limiter.env_steps - before) / (time.perf_counter() - begun))
-                coordinator.run.recorder.close()
-                coordinator.close()
+            found.append(steps_per_second(config))
     print("\nactors: dreamerv3:size1m acting on Pendulum-v1, 4 environments an actor, nobody learns")
     print(f"{'env actors':12}{'steps/s':>9}{'x one actor':>13}{'x one actor, times actors':>27}")
     one = statistics.median(rates[1])

@@ -13,7 +13,7 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from distributed.actors.env import EnvActor
 from distributed.budget import Budget
-from distributed.collector import BUILD, EVALUATION, Collector
+from distributed.collector import BUILD, EVALUATION, RESTART, Collector
 from distributed.evaluating import Evaluating
 from distributed.inserting import Inserting
 from distributed.launcher import DEATHS, START_SECONDS, reason
@@ -82,11 +82,14 @@ class Collecting:
         self.expect_somebody()
         held = False
         for collector in list(self._idle.values()):
-            steps = self.budget.steps()
-            held = steps > 0 and self.budget.too_far_ahead()
-            if steps == 0 or held:
+            if (steps := self.budget.steps()) == 0:
                 break
-            if collector.idle and self._inserting.accepts(collector.index):
+            if self.budget.too_far_ahead():
+                held = True
+                break
+            if not self._inserting.accepts(collector.index):
+                held = True
+            elif collector.idle:
                 self.collect(collector, steps)
         self.budget.count_held_time(held)
 
@@ -130,7 +133,7 @@ class Collecting:
         """Collect in this process, between two looks at the learner; return whether there was something to do."""
         assert self.own is not None
         steps = self.budget.steps()
-        held = steps > 0 and self.budget.too_far_ahead()
+        held = steps > 0 and (self.budget.too_far_ahead() or not self._inserting.accepts(0))
         self.budget.count_held_time(held)
         if steps == 0 or held:
             return False
@@ -204,7 +207,7 @@ class Collecting:
         if chunk is EVALUATION and result is None:  # episodes are left to play
             collector.go_on_evaluating()
             self._asked(collector)
-        elif chunk is BUILD and result is None:  # environments are left to build
+        elif chunk is RESTART or (chunk is BUILD and result is None):  # environments are left to build
             collector.build()
             self._asked(collector)
         else:
@@ -245,8 +248,8 @@ class Collecting:
         self.replace(collector, f"gave no answer for {patience:g} s")
 
     def replace(self, collector: Collector, why: str, error: Exception | None = None) -> None:
-        """Start a lost env actor again; it gets the newest weights before it acts. Raises RuntimeError if it was lost
-        again and again."""
+        """Start a lost env actor again; it gets the newest weights before it acts. Raises EnvironmentFailed if it was
+        lost again and again."""
         if collector.restarts >= RESTARTS_ALLOWED:
             raise EnvironmentFailed(
                 f"{collector.name} was lost {RESTARTS_ALLOWED + 1} times in a row without finishing a collect; the "
@@ -287,6 +290,7 @@ class Collecting:
                     self._evaluating.again()
                 self._discard(self._dropped(collector))
                 if collector.built:
+                    collector.built = False
                     collector.restart(self._state.incarnation)
                     self._asked(collector)
                 else:  # it knows only the incarnation that it was started with

@@ -45,7 +45,7 @@ class Gauges:
             self._asked["server"] = self._state.server.serving_gauges.remote()
 
     def _answers(self) -> dict[str, float]:
-        """By name; of several shards the largest value."""
+        """Return what was answered, by name; of several shards the largest value."""
         found: dict[str, float] = {}
         for who, reference in list(self._asked.items()):
             if not ray.wait([reference], timeout=0)[0]:

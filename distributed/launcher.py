@@ -84,8 +84,12 @@ class Launcher:
 
     def result(self, reference: Any, who: str) -> Any:
         """Return a result, however long it takes. Raises what the actor raised, or ActorLost."""
-        self._ready(reference, float("inf"), who)
+        self.until_ready(reference, who)
         return result_of(reference, who)
+
+    def until_ready(self, reference: Any, who: str) -> None:
+        """Wait until a reference is ready, be it with a result or with an error."""
+        self._ready(reference, float("inf"), who)
 
     def _ready(self, reference: Any, seconds: float, who: str) -> bool:
         """Wait until a reference is ready, for `seconds` at most."""

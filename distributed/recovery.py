@@ -25,8 +25,12 @@ class Recovery:
 
     def recover(self, lost: ActorLost) -> None:
         """Start again whatever died. Raises RuntimeError with the resume command where that happens again and again."""
-        parts, run = self._parts, self._state.run
         self._count_one(lost)
+        with self._state.watch.deferring():
+            self._start_again(lost)
+
+    def _start_again(self, lost: ActorLost) -> None:
+        parts, run = self._parts, self._state.run
         begun = time.monotonic()
         parts.checkpoints.settle()
         saved = sorted(run.dir.resolve().glob("checkpoints/step-*/manifest.json"))

@@ -86,11 +86,9 @@ class Checkpoints:
         try:
             if self.saving:
                 for reference in self.saving.pending():
-                    self._state.launcher.result(reference, "learner or replay")
+                    self._state.launcher.until_ready(reference, "learner or replay")
                 self._commit()
         except ActorLost:
-            self.saving = None
-            drop_partial(self._state.run.dir.resolve())
             self._state.run.recorder.say("the checkpoint that was being written is lost with it")
 
     def _commit(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ class Watch:
     def __init__(self, runtime: RuntimeConfig, launcher: Launcher, say: Callable[[str], None]) -> None:
         self._runtime, self._launcher, self._say = runtime, launcher, say
         self._hearts: dict[str, Heart] = {}
+        self._lost: dict[str, ActorLost] = {}  # found, and not raised yet
+        self._deferring = False
         self._looked = 0.0
 
     def follow(self, name: str, handle: Any, work_seconds: float) -> None:
@@ -49,6 +52,19 @@ class Watch:
     def forget(self, name: str) -> None:
         """Watch this actor no more, since another one is started in its place."""
         self._hearts.pop(name, None)
+        self._lost.pop(name, None)
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Raise nothing inside; a loss that is found there is raised by the first `look` afterwards.
+
+        A recovery must not be left half-way for another loss: what it had started would stay unrestored.
+        """
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
 
     def look(self) -> None:
         """Ask, and take answers that are there. Raises ActorLost for a part that was ended, or has died."""
@@ -64,13 +80,15 @@ class Watch:
                 self._take(heart, now)
             else:
                 self._silent(heart, now - heart.since)
+        if self._lost and not self._deferring:
+            raise self._lost.pop(next(iter(self._lost)))
 
     def _take(self, heart: Heart, now: float) -> None:
         try:
             seconds, preparing = ray.get(heart.asked)
         except RayError as error:
-            del self._hearts[heart.name]
-            raise ActorLost(f"{heart.name}: died ({type(error).__name__}).") from error
+            self._lose(heart, f"{heart.name}: died ({type(error).__name__}).")
+            return
         silence, heart.asked, heart.since = now - heart.since, None, now
         if heart.named:
             heart.named = False
@@ -89,6 +107,9 @@ class Watch:
             self._end(heart, f"gave no answer for {seconds:.0f} s")
 
     def _end(self, heart: Heart, why: str) -> None:
-        del self._hearts[heart.name]
         self._launcher.end(heart.handle)
-        raise ActorLost(f"{heart.name} {why} and was ended.")
+        self._lose(heart, f"{heart.name} {why} and was ended.")
+
+    def _lose(self, heart: Heart, why: str) -> None:
+        del self._hearts[heart.name]
+        self._lost[heart.name] = ActorLost(why)

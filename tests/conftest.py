@@ -57,7 +57,7 @@ def no_pages(monkeypatch):
 
 @pytest.fixture
 def no_cluster():
-    """For tests that start one of their own."""
+    """End the shared cluster, for tests that start one of their own."""
     end_cluster()
 
 

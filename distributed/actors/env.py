@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from functools import cached_property
 from typing import Any
@@ -11,6 +10,7 @@ import ray
 import torch
 
 from distributed.acting import RemoteActing, RemoteEvaluationAgent, lane_sizes
+from distributed.actors.pulse import Process
 from worldloom.acting.evaluation import Evaluation
 from worldloom.acting.local import LocalActing
 from worldloom.acting.rollout import Lane, Rollout
@@ -22,13 +22,14 @@ from worldloom.runs.config import RunConfig
 from worldloom.types import Weights
 
 
-class EnvActor:
+class EnvActor(Process):
     """Runs one Rollout, and evaluations, with one torch thread.
 
     served: whether a server acts for it; it then holds no agent.
     """
 
     def __init__(self, config: RunConfig, spec: AgentSpec, index: int, incarnation: int, served: bool) -> None:
+        super().__init__()
         self._config, self._spec, self._index, self._served = config, spec, index, served
         self._incarnation = incarnation
         self._envs = EnvFactory(config.env)  # used in the thread that steps them: a renderer belongs to its thread
@@ -48,7 +49,7 @@ class EnvActor:
     def build(self) -> list[float] | None:
         """Build environments for a while; return the seconds that each took, or None while some are left to build."""
         runtime, num_envs = self._config.runtime, self._config.env.num_envs
-        return self._envs.seconds if self._envs.build_ahead(num_envs, runtime.chunk_seconds) else None
+        return self._envs.seconds[-num_envs:] if self._envs.build_ahead(num_envs, runtime.chunk_seconds) else None
 
     def _new_rollout(self) -> Rollout:
         config, index, incarnation = self._config, self._index, self._incarnation
@@ -101,14 +102,6 @@ class EnvActor:
         """End the current collect, and every later one, after one more step."""
         self._interrupted.set()
 
-    @ray.method(concurrency_group="control")
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
     def close(self) -> None:
         if self._rollout is not None:
             self._rollout.close()
-
-    @ray.method(concurrency_group="control")
-    def pid(self) -> int:
-        return os.getpid()

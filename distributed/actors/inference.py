@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import ray
 
 from distributed.acting import Batching, make_server
+from distributed.actors.pulse import Process
 from worldloom.acting.rollout import Acted
 from worldloom.acting.server import Client
 from worldloom.runs.build import AgentSpec, choose_device
@@ -14,7 +13,7 @@ from worldloom.runs.config import RunConfig
 from worldloom.types import Array, ObsArray, Weights
 
 
-class InferenceActor:
+class InferenceActor(Process):
     """Holds an ActingServer and nothing else."""
 
     def open(self, config: RunConfig, spec: AgentSpec, batching: Batching, incarnation: int) -> None:
@@ -42,12 +41,3 @@ class InferenceActor:
     @ray.method(concurrency_group="acting")
     def serving_gauges(self) -> dict[str, float]:
         return self._server.gauges()
-
-    @ray.method(concurrency_group="control")
-    def pulse(self) -> tuple[float, bool]:
-        """See `Pulse.read`; what acts is bounded by the clients' patience."""
-        return 0.0, False
-
-    @ray.method(concurrency_group="control")
-    def pid(self) -> int:
-        return os.getpid()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import ray
 import torch
 
 from distributed.acting import Batching, make_server
-from distributed.actors.pulse import Pulse, timed
+from distributed.actors.pulse import Process, timed
 from distributed.actors.replay import Batches, WrittenColumns
 from worldloom.acting.rollout import Acted
 from worldloom.acting.server import ActingServer, Client
@@ -43,11 +42,12 @@ def _copy(batch: dict[str, Array]) -> Batch:
     return as_batch({name: torch.from_numpy(np.array(value)) for name, value in batch.items()})
 
 
-class LearnerActor:
+class LearnerActor(Process):
     """Holds the Agent on its device and updates it from batches; on request it acts for env actors too."""
 
     def __init__(self) -> None:
-        self.pulse_clock = Pulse(preparing=True)
+        super().__init__()
+        self.pulse_clock.preparing = True
 
     def open(self, config: RunConfig, env: EnvSpec, threads: int, version: int) -> AgentSpec:
         """Build the agent, outside of the constructor as in ReplayActor; weights were published up to `version`."""
@@ -127,10 +127,6 @@ class LearnerActor:
         """End the current task, and every later one, after the update that is being made."""
         self._interrupted.set()
 
-    @ray.method(concurrency_group="control")
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
     @timed
     def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
         return sequence_picture(self._agent.world_model, sequence, title)
@@ -160,12 +156,3 @@ class LearnerActor:
         """Restore a checkpoint; return the number of updates that the agent has made."""
         load_agent_state(folder, self._agent)
         return self._agent.updates
-
-    @ray.method(concurrency_group="control")
-    def pulse(self) -> tuple[float, bool]:
-        """See `Pulse.read`."""
-        return self.pulse_clock.read()
-
-    @ray.method(concurrency_group="control")
-    def pid(self) -> int:
-        return os.getpid()

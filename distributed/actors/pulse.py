@@ -1,13 +1,17 @@
-"""How long an actor's current call has taken, for the heartbeat that its control thread answers."""
+"""What all actors answer on their control thread: process id, node, and how long the current call has taken."""
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
+import ray
+
+Actor = TypeVar("Actor", bound="Process")
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
@@ -29,16 +33,36 @@ class Pulse:
         return (0.0 if since is None else time.monotonic() - since), self.preparing
 
 
-def timed(method: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Run the clock of `self.pulse_clock` while a method of an actor's work thread runs."""
+class Process:
+    """An actor's process: where it runs, whether it lives, and how its work thread gets on."""
+
+    def __init__(self) -> None:
+        self.pulse_clock = Pulse()
+
+    @ray.method(concurrency_group="control")
+    def pulse(self) -> tuple[float, bool]:
+        """See `Pulse.read`."""
+        return self.pulse_clock.read()
+
+    @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        return os.getpid()
+
+    @ray.method(concurrency_group="control")
+    def node(self) -> str:
+        """Return the id of this node."""
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def timed(method: Callable[Concatenate[Actor, Given], Made]) -> Callable[Concatenate[Actor, Given], Made]:
+    """Run the clock of an actor while a method of its work thread runs."""
 
     @functools.wraps(method)
-    def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        clock: Any = args[0].pulse_clock  # type: ignore[attr-defined]
-        clock.progress()
+    def call(self: Actor, /, *args: Given.args, **kwargs: Given.kwargs) -> Made:
+        self.pulse_clock.progress()
         try:
-            return method(*args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
-            clock.since = None
+            self.pulse_clock.since = None
 
     return call

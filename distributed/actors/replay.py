@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from distributed.actors.pulse import Pulse, timed
+from distributed.actors.pulse import Process, timed
 from worldloom.replay.buffer import Acceptance
 from worldloom.replay.chunk import Chunk
 from worldloom.runs.build import AgentSpec, EnvSpec, make_replay
@@ -24,11 +23,12 @@ Batches = list[dict[str, Array]]
 WrittenColumns = tuple[Array, dict[str, Array]]  # row numbers [B, T] and replay columns [B, T, ...]
 
 
-class ReplayActor:
+class ReplayActor(Process):
     """Holds one shard of the replay; chunks are copied in, so that no shared memory stays pinned."""
 
     def __init__(self, shard: int) -> None:
-        self._shard, self.pulse_clock = shard, Pulse()
+        super().__init__()
+        self._shard = shard
 
     def open(self, config: RunConfig, env: EnvSpec, spec: AgentSpec, run_dir: Path) -> str:
         """Allocate the buffer and return the id of this node.
@@ -96,12 +96,3 @@ class ReplayActor:
         """Restore a checkpoint; return what it had accepted, and how many rows are lost with damaged files."""
         lost = self._store.load(folder, self._replay)
         return self._replay.accepted(), lost
-
-    @ray.method(concurrency_group="control")
-    def pulse(self) -> tuple[float, bool]:
-        """See `Pulse.read`."""
-        return self.pulse_clock.read()
-
-    @ray.method(concurrency_group="control")
-    def pid(self) -> int:
-        return os.getpid()

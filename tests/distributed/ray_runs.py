@@ -53,7 +53,7 @@ def run(config, run_dir, resume=False):
 
 
 def accepted(coordinator):
-    """What all shards of replay have accepted."""
+    """Return what all shards of replay have accepted together."""
     shards = ray.get([handle.accepted.remote() for handle in coordinator.parts.replay.handles])
     return Acceptance(*(sum(counts) for counts in zip(*map(dataclasses.astuple, shards), strict=True)))
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import ray
 
-from distributed.coordinator import Coordinator, train
+from distributed.coordinator import train
 from tests.distributed.ray_runs import (
     accepted,
     check,
@@ -27,21 +28,6 @@ from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
-
-
-@pytest.fixture
-def coordinator(tmp_path):
-    """Makes coordinators of a run in tmp_path; closes them."""
-    made = []
-
-    def make(config):
-        made.append(Coordinator(config, tmp_path))
-        made[-1].start(resume=False)
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):
@@ -213,6 +199,25 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
     assert summary["env_steps_discarded"] == summary["updates_lost"] == 0
 
 
+def test_a_disk_that_refuses_beside_a_death_does_not_end_the_run(coordinator, tmp_path):
+    made = coordinator(slow_config())
+    begin, struck = made.parts.checkpoints.begin, []
+
+    def begin_and_strike(copy=True):
+        begin(copy)
+        if not struck:
+            struck.append(made.run.limiter.env_steps)
+            for partial in (tmp_path / "checkpoints").glob("*.partial"):
+                shutil.rmtree(partial)
+                partial.symlink_to("/proc")  # what the learner writes raises OSError
+            kill(made.parts.replay.handles[0])
+
+    made.parts.checkpoints.begin = begin_and_strike
+    summary = finish(made, tmp_path)
+    assert struck
+    assert summary["actor_restarts"] == 1
+
+
 @pytest.mark.slow
 def test_a_run_whose_last_checkpoint_cannot_be_written_saves_its_agent(coordinator, tmp_path):
     made = coordinator(slow_config(300, checkpoint=CheckpointConfig(interval=0)))
@@ -220,7 +225,8 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_saves_its_agent(coordinat
     (tmp_path / "checkpoints" / "rows").symlink_to("/proc")
     summary = made.train()
     assert (summary["status"], summary["checkpoints_failed"]) == ("unsaved", 1)
-    rescued = load_agent(tmp_path / "rescued" / "agent")
+    (folder,) = tmp_path.glob("rescued-*")
+    rescued = load_agent(folder / "agent")
     assert rescued.act(np.zeros((1, 3), np.float32), None, np.ones(1, bool))[0].shape == (1, 1)
 
 

@@ -38,6 +38,16 @@ def test_a_killed_replay_is_started_again_from_the_checkpoint(tmp_path):
     assert summary["eval_return_mean"] == 280
 
 
+def test_learner_and_replay_may_die_at_the_same_moment(tmp_path):
+    config = slow_config()
+    summary, accepted = run_and_kill(config, tmp_path, [(500, "learner"), (500, "replay")])
+    check(summary, accepted, tmp_path, config)
+    assert summary["actor_restarts"] == 2
+    assert 0 < summary["updates_lost"] < 200
+    assert 0 < summary["env_steps_discarded"] < 400
+    assert summary["updates"] == summary["env_steps"] // 2
+
+
 @pytest.mark.slow
 def test_both_may_die_before_the_first_checkpoint(tmp_path):
     config = slow_config(checkpoint=CheckpointConfig(interval=0))

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 import ray
@@ -14,6 +15,7 @@ from distributed.coordinator import Coordinator
 from tests.distributed.ray_runs import accepted, check, handle_of, ray_config, slow_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.pretrained import newest_checkpoint
+from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, EvalConfig, LogConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.verify import verify
 
@@ -26,21 +28,6 @@ def quick_to_see(monkeypatch):
     monkeypatch.setattr(watching, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(watching, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(collecting, "SILENT_SECONDS", 1.0)
-
-
-@pytest.fixture
-def coordinator(tmp_path):
-    """Makes coordinators of a run in tmp_path; closes them."""
-    made = []
-
-    def make(config):
-        made.append(Coordinator(config, tmp_path))
-        made[-1].start(resume=False)
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 def runtime(**fields):
@@ -95,20 +82,43 @@ def test_a_frozen_env_actor_holds_up_nobody_else(quick_to_see, coordinator, tmp_
     frozen = freeze_at(made, 300, pid)
     ticks, advance = [], made.pace.advance
 
-    def timed_advance(stop):
-        begun = time.monotonic()
+    def noted_advance(stop):
+        ticks.append(time.monotonic())
         advance(stop)
-        ticks.append(time.monotonic() - begun)
 
-    made.pace.advance = timed_advance
+    made.pace.advance = noted_advance
     summary = made.train()
     assert frozen
     check(summary, accepted(made), tmp_path, config)
     assert summary["actor_restarts"] == 1
-    assert max(ticks) < 5.0  # a tick waits a second at most; a log line took 60 s
+    between = [b - a for a, b in pairwise(ticks)]  # log lines included, one of which took 60 s
+    assert max(between) < 5.0
+    logged = [line["wall_seconds"] for line in read_metrics(tmp_path) if "rate/env_steps_per_second" in line]
+    assert len(logged) > 3000 / 50 / 2
     said = capsys.readouterr().out
     assert re.search(r"env/001 has been collecting for \d s without an answer; it is replaced after 8 s", said)
     assert "env/001 gave no answer for 8 s; started again" in said
+
+
+@pytest.mark.parametrize("actors", [0, 2])
+def test_a_frozen_replay_stops_collecting_in_the_warm_up_too(actors, coordinator, tmp_path):
+    steps = TrainConfig(total_steps=1500, learning_starts=1400, train_ratio=12)
+    config = ray_config("Counting", train=steps, runtime=runtime(env_actors=actors, silence_timeout=600.0))
+    made = coordinator(config)
+    pid = ray.get(handle_of(made, "replay").pid.remote())
+    while made.run.limiter.env_steps < 200:
+        made.pace.advance(None)
+    os.kill(pid, signal.SIGSTOP)
+    before, most, deadline = made.run.limiter.env_steps, 0, time.monotonic() + 6
+    while time.monotonic() < deadline:
+        made.pace.advance(None)
+        most = max(most, len(made.parts.inserting.under_way))
+    assert 0 < most <= 2 * max(actors, 1)
+    assert made.run.limiter.env_steps - before <= 2 * 16 * max(actors, 1)  # acknowledged just before it froze
+    os.kill(pid, signal.SIGCONT)
+    summary = made.train()
+    check(summary, accepted(made), tmp_path, config)
+    assert summary["actor_restarts"] == summary["env_steps_discarded"] == 0
 
 
 @pytest.mark.slow

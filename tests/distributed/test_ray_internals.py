@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures
 
 @pytest.fixture
 def complaints(monkeypatch):
-    """What was missing of Ray."""
+    """Collect what the code finds missing of Ray."""
     found = []
     monkeypatch.setattr(ray_internals, "_say_once", lambda what, instead: found.append(what))
     return found

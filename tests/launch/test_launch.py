@@ -294,7 +294,6 @@ def test_a_run_whose_end_is_nowhere_on_disk_says_so_and_saves_its_agent(config, 
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "checkpoints" / "rows").symlink_to("/proc")  # nobody can make files there
-    trainer_main = ["--config", config, "--run-dir", str(run_dir)]
     (run_dir / "checkpoints").rename(tmp_path / "aside")
     made = InlineTrainer.save
 
@@ -305,13 +304,13 @@ def test_a_run_whose_end_is_nowhere_on_disk_says_so_and_saves_its_agent(config, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InlineTrainer, "save", save)
-        assert main(trainer_main) == 1
-    said = capsys.readouterr().out
-    assert f"its agent alone is in {run_dir / 'rescued' / 'agent'}" in said
+        assert main(["--config", config, "--run-dir", str(run_dir)]) == 1
+    (folder,) = run_dir.glob("rescued-*")
+    assert f"its agent alone is in {folder / 'agent'}" in capsys.readouterr().out
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "unsaved"
     assert summary["checkpoints_failed"] == 1
-    agent = load_agent(run_dir / "rescued" / "agent")
+    agent = load_agent(folder / "agent")
     assert agent.act(np.zeros((1, 3), np.float32), None, np.ones(1, bool))[0].shape == (1, 1)
 
 

@@ -18,7 +18,7 @@ from worldloom.encoding import pack, unpack
 from worldloom.envs import EnvironmentFailed, make_env
 from worldloom.pretrained import CheckpointError, newest_checkpoint
 from worldloom.report.sinks import MetricsLogger
-from worldloom.runs.checkpoint import read_manifest
+from worldloom.runs.checkpoint import read_manifest, rescue_agent, take_agent
 from worldloom.runs.config import (
     CheckpointConfig,
     EvalConfig,
@@ -41,6 +41,15 @@ def test_rate_limiter_owes_updates_in_proportion_to_steps():
     limiter.env_steps, limiter.updates = 300, 99
     assert limiter.updates_due() == 1
     assert limiter.steps_ahead() == 2
+
+
+def test_steps_on_the_way_count_as_collected_ahead():
+    limiter = RateLimiter(train_ratio=512, replayed_per_update=1024, learning_starts=100, pretrain=False)
+    limiter.env_steps = 99
+    assert limiter.steps_ahead(50) == 0  # learning has not started
+    limiter.env_steps, limiter.updates = 300, 99
+    assert limiter.steps_ahead() == 2
+    assert limiter.steps_ahead(50) == 52
 
 
 def test_a_ratio_that_changes_at_a_resume_holds_for_what_follows():
@@ -269,6 +278,19 @@ def test_a_damaged_manifest_is_named_and_does_not_end_a_healthy_run(damage, tmp_
     assert summary["status"] == "completed"
     assert summary["checkpoints_failed"] == 0
     assert verify(tmp_path) == []
+
+
+def test_an_agent_is_rescued_where_there_is_room(tmp_path, monkeypatch):
+    agent = InlineTrainer(tiny_config(), tmp_path / "run").agent
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "other"))
+    here, there = (rescue_agent(folder, take_agent(agent)) for folder in (tmp_path / "run", tmp_path / "gone"))
+    assert here.parent.parent == tmp_path / "run"
+    assert there.parent.parent == tmp_path / "other"
+    for folder in (here, there):
+        assert np.array_equal(load_agent(folder).acting_weights(), agent.acting_weights())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert rescue_agent(tmp_path / "gone", take_agent(agent)) is None
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):

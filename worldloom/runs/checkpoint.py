@@ -178,15 +178,13 @@ def write_agent(folder: Path, snapshot: AgentSnapshot) -> None:
 def rescue_agent(run_dir: Path, snapshot: AgentSnapshot) -> Path | None:
     """Save the agent alone, after a checkpoint could not be written: into the run directory, else into the system's
     temporary folder. Return the folder for `load_agent`, or None if neither takes it."""
-    for folder in (run_dir / "rescued", Path(tempfile.gettempdir()) / f"worldloom-{run_dir.name}-{os.getpid()}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for parent in (str(run_dir), None):  # None: the temporary folder
         try:
-            folder.mkdir(parents=True)
+            folder = Path(tempfile.mkdtemp(prefix="rescued-" if parent else f"worldloom-{run_dir.name}-", dir=parent))
             write_agent(folder, snapshot)
             return folder / "agent"
         except OSError as error:
-            logger.warning("the agent could not be saved to %s: %s", folder, error)
-            shutil.rmtree(folder, ignore_errors=True)
+            logger.warning("the agent could not be saved in %s: %s", parent or tempfile.gettempdir(), error)
     return None
 
 
