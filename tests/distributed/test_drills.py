@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import ray
 
 from distributed.coordinator import train
+from distributed.launcher import result_of
 from tests.distributed.ray_runs import (
     accepted,
     check,
@@ -199,23 +199,27 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
     assert summary["env_steps_discarded"] == summary["updates_lost"] == 0
 
 
-def test_a_disk_that_refuses_beside_a_death_does_not_end_the_run(coordinator, tmp_path):
+def test_a_disk_that_refuses_beside_a_death_does_not_end_the_run(coordinator):
     made = coordinator(slow_config())
-    begin, struck = made.parts.checkpoints.begin, []
 
-    def begin_and_strike(copy=True):
-        begin(copy)
-        if not struck:
-            struck.append(made.run.limiter.env_steps)
-            for partial in (tmp_path / "checkpoints").glob("*.partial"):
-                shutil.rmtree(partial)
-                partial.symlink_to("/proc")  # what the learner writes raises OSError
-            kill(made.parts.replay.handles[0])
+    @ray.remote(num_cpus=0)
+    def refuse():
+        raise OSError("no space left")
 
-    made.parts.checkpoints.begin = begin_and_strike
-    summary = finish(made, tmp_path)
-    assert struck
-    assert summary["actor_restarts"] == 1
+    class Refused:
+        seconds, reference = 0.0, refuse.remote()
+
+        def pending(self):
+            return [self.reference]
+
+        def commit(self, keep):
+            return result_of(self.reference, "learner")
+
+    made.parts.checkpoints.saving = Refused()
+    made.parts.checkpoints.settle()  # as a recovery does first
+    assert made.parts.checkpoints.saving is None
+    assert made.run.recorder.counters["checkpoints_failed"] == 1
+    assert made.run.unsaved
 
 
 @pytest.mark.slow
