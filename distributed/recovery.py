@@ -8,7 +8,7 @@ from pathlib import Path
 from distributed.launcher import ActorLost, alive
 from distributed.parts import Parts
 from distributed.ray_internals import draining_nodes
-from worldloom.pretrained import newest_checkpoint
+from worldloom.manifest import newest_checkpoint
 
 RECOVERIES_ALLOWED = 5  # of learner, replay and acting server, without a checkpoint in between
 DRAIN_SECONDS = 1.0  # between two looks at nodes that are about to go

@@ -10,7 +10,7 @@ import yaml
 
 from worldloom.envs import EnvironmentFailed, VectorEnv
 from worldloom.envs.suites import AtariConfig, DMCConfig
-from worldloom.pretrained import CheckpointError
+from worldloom.files import CheckpointError
 from worldloom.runs.build import make_run_env
 from worldloom.runs.config import EnvConfig
 

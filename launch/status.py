@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from launch.runs import run_directory
-from worldloom.pretrained import CheckpointError
+from worldloom.files import CheckpointError
 from worldloom.report.page import read_metrics
 from worldloom.runs.verify import verify
 

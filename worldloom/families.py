@@ -15,7 +15,8 @@ import torch
 from worldloom import dreamerv3, tdmpc2
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
-from worldloom.pretrained import load_parameters, newest_checkpoint, read_description
+from worldloom.manifest import newest_checkpoint
+from worldloom.pretrained import load_parameters, read_description
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
 from worldloom.tdmpc2.tasks import read_options
 from worldloom.types import Agent, WorldModel

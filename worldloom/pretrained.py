@@ -16,10 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
-class CheckpointError(RuntimeError):
-    """The error of a checkpoint that is missing, damaged or of another kind."""
-
-
 def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
     """Write config.json and model.safetensors. Raises OSError if the disk refuses."""
     save_described(directory, description, model.state_dict())
@@ -67,12 +63,3 @@ def load_parameters(path: Path, model: nn.Module) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from error
-
-
-def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
-    """Return the newest complete checkpoint of a run. Raises CheckpointError if there is none."""
-    found = sorted(path.parent for path in Path(run_dir).glob("checkpoints/step-*/manifest.json"))
-    found = [path for path in found if path.suffix == ""]
-    if not found:
-        raise CheckpointError(f"{run_dir} holds no checkpoint. Give the directory of a run that saved one.")
-    return found[-1]

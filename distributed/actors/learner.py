@@ -18,8 +18,8 @@ from worldloom.acting.rollout import Acted
 from worldloom.acting.server import ActingServer, Client
 from worldloom.replay.buffer import as_batch
 from worldloom.report.pictures import sequence_picture
+from worldloom.runs.agent_state import copy_agent, load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.build import AgentSpec, EnvSpec, agent_spec, choose_device, make_run_agent
-from worldloom.runs.checkpoint import copy_agent, load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.config import RunConfig
 from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
 

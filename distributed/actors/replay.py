@@ -13,8 +13,8 @@ from distributed.actors.pulse import Process, timed
 from worldloom.replay.buffer import Acceptance
 from worldloom.replay.chunk import Chunk
 from worldloom.runs.build import AgentSpec, EnvSpec, make_replay
-from worldloom.runs.checkpoint import ReplayStore
 from worldloom.runs.config import RunConfig
+from worldloom.runs.rows import ReplayStore
 from worldloom.types import Array
 
 RECENT_DRAWS = 1000

@@ -10,9 +10,9 @@ import ray
 from distributed.coordinator import Coordinator
 from distributed.launcher import alive
 from tests.run_configs import dreamer_config, tiny_config
-from worldloom.pretrained import newest_checkpoint
+from worldloom.files import read_msgpack
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.replay.buffer import Acceptance
-from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig, EnvConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

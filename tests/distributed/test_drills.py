@@ -21,7 +21,7 @@ from tests.distributed.ray_runs import (
     slow_config,
 )
 from worldloom import load_agent
-from worldloom.pretrained import newest_checkpoint
+from worldloom.manifest import newest_checkpoint
 from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
@@ -300,10 +300,10 @@ def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
     for name in (
         "worldloom.runs.inline.begin_checkpoint",
         "worldloom.runs.inline.write_agent",
-        "worldloom.runs.checkpoint.write_msgpack",
-        "worldloom.runs.checkpoint.ReplayStore.write",
+        "worldloom.runs.rows.write_msgpack",
+        "worldloom.runs.rows.ReplayStore.write",
         "worldloom.runs.inline.commit_checkpoint",
-        "worldloom.runs.checkpoint.json.dumps",
+        "worldloom.manifest.json.dumps",
         "pathlib.Path.rename",
     ):
         trainer = InlineTrainer(longer, tmp_path / "run", resume=True)

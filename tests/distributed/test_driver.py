@@ -13,8 +13,7 @@ import pytest
 
 from launch.arguments import dump_config
 from tests.distributed.ray_runs import slow_config
-from worldloom.pretrained import newest_checkpoint
-from worldloom.runs.checkpoint import read_manifest
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
 from worldloom.runs.verify import verify
 

@@ -14,7 +14,7 @@ from distributed import collecting, watching
 from distributed.coordinator import Coordinator
 from tests.distributed.ray_runs import accepted, check, handle_of, ray_config, slow_config
 from worldloom.envs import EnvironmentFailed
-from worldloom.pretrained import newest_checkpoint
+from worldloom.manifest import newest_checkpoint
 from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, EvalConfig, LogConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.verify import verify

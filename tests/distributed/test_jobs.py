@@ -17,7 +17,7 @@ from launch import status
 from launch.runs import run_directory
 from launch.train import main
 from tests.run_configs import TINY_YAML
-from worldloom.pretrained import newest_checkpoint
+from worldloom.manifest import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).parent / "ray"

@@ -10,9 +10,9 @@ import torch
 
 from distributed.coordinator import train
 from tests.run_configs import dreamer_config, tiny_config
-from worldloom.pretrained import newest_checkpoint
+from worldloom.files import read_msgpack
+from worldloom.manifest import newest_checkpoint
 from worldloom.report.page import read_metrics
-from worldloom.runs.checkpoint import read_msgpack
 from worldloom.runs.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 

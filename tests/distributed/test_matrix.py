@@ -10,10 +10,10 @@ from distributed.launcher import Launcher
 from distributed.shards import Shards
 from tests.distributed.ray_runs import accepted as accepted_by
 from tests.distributed.ray_runs import matrix_config, run
-from worldloom.pretrained import CheckpointError, newest_checkpoint
+from worldloom.files import CheckpointError, read_msgpack
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import probe_env
-from worldloom.runs.checkpoint import read_manifest, read_msgpack
 from worldloom.runs.config import CheckpointConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

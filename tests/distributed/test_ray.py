@@ -15,7 +15,8 @@ from distributed.coordinator import Coordinator, train
 from tests.distributed.ray_runs import accepted, ray_config, run
 from tests.run_configs import diverging, dreamer_config
 from worldloom.envs import EnvironmentFailed
-from worldloom.pretrained import CheckpointError, newest_checkpoint
+from worldloom.files import CheckpointError
+from worldloom.manifest import newest_checkpoint
 from worldloom.runs.config import CheckpointConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 

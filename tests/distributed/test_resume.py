@@ -12,8 +12,8 @@ from distributed.coordinator import Coordinator
 from launch.arguments import dump_config
 from launch.train import main
 from tests.distributed.ray_runs import ray_config
-from worldloom.pretrained import newest_checkpoint
-from worldloom.runs.checkpoint import read_manifest, read_msgpack
+from worldloom.files import read_msgpack
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.config import RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

@@ -9,8 +9,7 @@ import pytest
 
 from launch import train
 from worldloom import load_agent
-from worldloom.pretrained import newest_checkpoint
-from worldloom.runs.checkpoint import read_manifest
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.verify import verify
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "data" / "runs_before_rooms.tar.xz"  # 120 steps of Pendulum-v1 each

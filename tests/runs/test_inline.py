@@ -16,9 +16,10 @@ from worldloom import load_agent
 from worldloom.acting.evaluation import evaluate
 from worldloom.encoding import pack, unpack
 from worldloom.envs import EnvironmentFailed, make_env
-from worldloom.pretrained import CheckpointError, newest_checkpoint
+from worldloom.files import CheckpointError
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.report.sinks import MetricsLogger
-from worldloom.runs.checkpoint import read_manifest, rescue_agent, take_agent
+from worldloom.runs.agent_state import rescue_agent, take_agent
 from worldloom.runs.config import (
     CheckpointConfig,
     EvalConfig,

@@ -8,8 +8,8 @@ import pytest
 
 from launch import status
 from tests.run_configs import dreamer_config, tiny_config
-from worldloom.pretrained import CheckpointError, newest_checkpoint
-from worldloom.runs.checkpoint import read_msgpack, write_msgpack
+from worldloom.files import CheckpointError, read_msgpack, write_msgpack
+from worldloom.manifest import newest_checkpoint
 from worldloom.runs.config import TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify

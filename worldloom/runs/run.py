@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from worldloom.manifest import read_manifest
 from worldloom.replay.chunk import row_bytes
 from worldloom.replay.memory import ring_bytes
 from worldloom.report.metrics import Recorder
 from worldloom.report.sinks import Sink
 from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns, subject_of
-from worldloom.runs.checkpoint import drop_partial, read_manifest
+from worldloom.runs.checkpoint import drop_partial
 from worldloom.runs.config import RunConfig
 from worldloom.runs.limiter import Every
 from worldloom.spaces import observation_shape

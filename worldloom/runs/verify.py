@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.pretrained import newest_checkpoint
-from worldloom.runs.checkpoint import read_manifest, read_msgpack
+from worldloom.files import read_msgpack
+from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.types import Array
 
 FLAGS = ("is_first", "terminated", "truncated", "rewards", "actions")

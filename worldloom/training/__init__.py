@@ -1,6 +1,6 @@
 """Training from recorded data, without a cluster."""
 
-from worldloom.pretrained import CheckpointError
+from worldloom.files import CheckpointError
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.recorded import read_episodes
 from worldloom.training.callbacks import CheckpointCallback, EarlyStoppingCallback, LoggingCallback

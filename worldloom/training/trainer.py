@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.pretrained import CheckpointError
+from worldloom.files import CheckpointError, read_msgpack, write_msgpack
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.report.display import Display
-from worldloom.runs.checkpoint import read_msgpack, write_msgpack
 from worldloom.runs.interrupt import GracefulStop
 from worldloom.training.config import TrainingConfig
 from worldloom.training.updates import make_learner

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from worldloom.pretrained import CheckpointError, load_parameters, save_model, save_parameters
+from worldloom.files import CheckpointError
+from worldloom.pretrained import load_parameters, save_model, save_parameters
 from worldloom.replay.buffer import ReplayBuffer
+from worldloom.runs.agent_state import check_finite
 from worldloom.runs.build import choose_device
-from worldloom.runs.checkpoint import check_finite
 from worldloom.training.config import TrainingConfig
 from worldloom.types import Agent, Batch, WorldModel
 
