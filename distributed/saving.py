@@ -12,6 +12,7 @@ from distributed.learning import Learning
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint, drop_partial
+from worldloom.runs.rows import SavedReplay
 
 
 class Saving:
@@ -49,10 +50,13 @@ class Saving:
         Raises OSError, ActorLost, or what the learner raised: then it leaves nothing behind.
         """
         try:
-            paused: float = result_of(self._learner, "learner")
-            rows = [result_of(names, "replay") for names in self._shards]
-            commit_checkpoint(self._partial, {**self._manifest, "rows": rows}, keep)
-            return paused
+            paused, files = result_of(self._learner, "learner")
+            shards: list[SavedReplay] = [result_of(saved, "replay") for saved in self._shards]
+            for shard in shards:
+                files |= shard.files
+            manifest = {**self._manifest, "rows": [shard.rows for shard in shards], "files": files}
+            commit_checkpoint(self._partial, manifest, keep)
+            return float(paused)
         except BaseException:
             drop_partial(self._run_dir)
             raise

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 ARRAY, TENSOR, BIG_INTEGER = 1, 2, 3
+TORCH_ERRORS = (AttributeError, RuntimeError)  # of a dtype or size that does not exist
 
 
 def pack(value: Any) -> bytes:
@@ -27,7 +28,7 @@ def unpack(data: bytes) -> Any:
     """
     try:
         return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False, raw=False)
-    except (msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, LookupError, OverflowError, *TORCH_ERRORS) as error:
         raise ValueError(f"not a complete WorldLoom msgpack file: {error}") from error
 
 

@@ -11,14 +11,30 @@ from worldloom.encoding import pack, unpack
 
 PARTIAL = ".partial"  # suffix of folders and files that are not complete
 ZLIB_MARK = b"x"  # first byte of data that zlib compressed; a msgpack mapping never starts with it
+BLOCK_BYTES = 2**20
 
 
 class CheckpointError(RuntimeError):
     """The error of a checkpoint that is missing, damaged or of another kind."""
 
 
-def write_msgpack(path: Path, value: Any, compress: bool = False) -> None:
-    """Write a file completely or not at all. compress: losslessly (zlib); `read_msgpack` detects it."""
+def checksum(data: bytes) -> str:
+    """Return the CRC-32 of data, in 8 hexadecimal digits. It finds every change of up to 32 bits in a row."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def checksum_of(path: Path) -> str:
+    """Return the checksum of a file, which is read in blocks. Raises OSError."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def write_msgpack(path: Path, value: Any, compress: bool = False) -> str:
+    """Write a file completely or not at all; return its checksum. compress: losslessly (zlib), which `read_msgpack`
+    detects."""
     partial = path.with_suffix(PARTIAL)
     packed = zlib.compress(pack(value), level=1) if compress else pack(value)
     try:
@@ -30,12 +46,18 @@ def write_msgpack(path: Path, value: Any, compress: bool = False) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+    return checksum(packed)
 
 
-def read_msgpack(path: Path) -> Any:
-    """Read a file. Raises CheckpointError, naming the file, if it is missing, cut short or of another kind."""
+def read_msgpack(path: Path, expected: str | None = None) -> Any:
+    """Read a file; expected: its checksum, None of files that were written without one.
+
+    Raises CheckpointError, naming the file, if it is missing, cut short, changed or of another kind.
+    """
     try:
         data = path.read_bytes()
+        if expected not in (None, checksum(data)):
+            raise ValueError(f"its checksum is {checksum(data)}, but {expected} when it was written")
         return unpack(zlib.decompress(data) if data[:1] == ZLIB_MARK else data)
     except (OSError, ValueError, zlib.error) as error:
         raise CheckpointError(

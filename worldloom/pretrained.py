@@ -45,8 +45,10 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json, expected a directory written by save_pretrained.")
     try:
-        description: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        description = json.loads(path.read_text())
+        if not isinstance(description, dict):
+            raise ValueError(f"it holds a {type(description).__name__}, expected an object")
+    except ValueError as error:  # not text, not JSON, or other JSON
         raise ValueError(f"{path} is not valid JSON ({error}). Save the model again.") from error
     return description
 

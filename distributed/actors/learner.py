@@ -139,11 +139,10 @@ class LearnerActor(Process):
         return time.monotonic() - begun
 
     @ray.method(concurrency_group="saving")
-    def write(self, folder: Path, taken: float) -> float:
-        """Write the snapshot while updates go on; return the seconds for which learning stood still."""
+    def write(self, folder: Path, taken: float) -> tuple[float, dict[str, str]]:
+        """Write the snapshot while updates go on; return the seconds for which learning stood still, and checksums."""
         try:
-            write_agent(folder, self._snapshot)
-            return taken
+            return taken, write_agent(folder, self._snapshot)
         finally:
             del self._snapshot
 

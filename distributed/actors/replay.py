@@ -14,7 +14,7 @@ from worldloom.replay.buffer import Acceptance
 from worldloom.replay.chunk import Chunk
 from worldloom.runs.build import AgentSpec, EnvSpec, make_replay
 from worldloom.runs.config import RunConfig
-from worldloom.runs.rows import ReplayStore
+from worldloom.runs.rows import ReplayStore, SavedReplay
 from worldloom.types import Array
 
 RECENT_DRAWS = 1000
@@ -79,16 +79,16 @@ class ReplayActor(Process):
         self._snapshot = self._store.snapshot(self._replay, self._exact)
 
     @ray.method(concurrency_group="saving")
-    def write(self, folder: Path, taken: None) -> list[str]:  # noqa: ARG002 - what it waits for
-        """Write the snapshot while other calls go on; return the names of the files that hold its rows."""
+    def write(self, folder: Path, taken: None) -> SavedReplay:  # noqa: ARG002 - what it waits for
+        """Write the snapshot while other calls go on."""
         try:
             return self._store.write(folder, self._snapshot)
         finally:
             del self._snapshot
 
     @timed
-    def save(self, folder: Path) -> list[str]:
-        """Write a checkpoint without a copy of the rows, while no other call runs; return the names as `write`."""
+    def save(self, folder: Path) -> SavedReplay:
+        """Write a checkpoint without a copy of the rows, while no other call runs."""
         return self._store.save(folder, self._replay, self._exact)
 
     @timed

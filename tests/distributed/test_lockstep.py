@@ -53,7 +53,7 @@ def outcome(run_dir, made):
     learner.pop("acting_generator")  # on Ray the learner does not act
     return {
         "learner": learner, "rows": replay.rows_between(0, replay.accepted().rows),
-        "draws": {"rng": saved["rng"], "starts": saved["starts"]}, "metrics": metrics, "counts": counts,
+        "draws": saved["rng"], "metrics": metrics, "counts": counts,
     }  # fmt: skip
 
 

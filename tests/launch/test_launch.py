@@ -19,6 +19,7 @@ from launch.arguments import dump_config, run_config, run_parser
 from launch.train import main
 from tests.run_configs import TINY_YAML
 from worldloom import load_agent
+from worldloom.manifest import newest_checkpoint, read_manifest, write_manifest
 from worldloom.runs.inline import InlineTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,10 +343,10 @@ def test_a_run_that_is_refused_leaves_no_directory(wrong, config, tmp_path, caps
 def test_a_checkpoint_of_a_newer_version_is_refused(config, tmp_path, capsys):
     run_dir = tmp_path / "run"
     main(["--config", config, "--run-dir", str(run_dir)])
-    path = next(run_dir.glob("checkpoints/step-*/manifest.json"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    folder = newest_checkpoint(run_dir)
+    write_manifest(folder, {**read_manifest(folder), "format": 99})
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 1
-    assert "is of format 99, but this version reads 2. Update WorldLoom" in capsys.readouterr().err
+    assert "is of format 99, but this version reads 2 and 3. Update WorldLoom" in capsys.readouterr().err
     assert json.loads(path.read_text())["format"] == 99
 
 

@@ -1,6 +1,5 @@
 """The invariants of a run, each broken on purpose."""
 
-import json
 import re
 import shutil
 
@@ -9,7 +8,7 @@ import pytest
 from launch import status
 from tests.run_configs import dreamer_config, tiny_config
 from worldloom.files import CheckpointError, read_msgpack, write_msgpack
-from worldloom.manifest import newest_checkpoint
+from worldloom.manifest import newest_checkpoint, read_manifest, write_manifest
 from worldloom.runs.config import TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
@@ -23,21 +22,18 @@ def run_dir(tmp_path_factory):
 
 
 def change(run_dir, tmp_path, name, edit):
-    """A copy of the run with one file of its checkpoint edited."""
+    """A copy of the run with one file of its checkpoint edited, and the checksums to it."""
 
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     folder = newest_checkpoint(copy)
-    if name == "rows":
-        path = folder.parent / "rows" / json.loads((folder / "manifest.json").read_text())["rows"][0][0]
-    else:
-        path = folder / name
-    value = json.loads(path.read_text()) if path.suffix == ".json" else read_msgpack(path)
+    manifest = read_manifest(folder)
+    path = folder / (f"../rows/{manifest['rows'][0][0]}" if name == "rows" else name)
+    value = manifest if name == "manifest.json" else read_msgpack(path)
     edit(value)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(value))
-    else:
-        write_msgpack(path, value)
+    if value is not manifest:
+        manifest["files"][f"../rows/{path.name}" if name == "rows" else name] = write_msgpack(path, value)
+    write_manifest(folder, manifest)
     return copy
 
 

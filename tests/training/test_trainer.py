@@ -384,5 +384,15 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
     trainer.save_checkpoint(tmp_path / "cut")
     file = tmp_path / "cut" / "trainer.msgpack"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cut is damaged: trainer.msgpack has checksum"):
         trainer.load_checkpoint(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.msgpack", "training.json", "manifest.json"])
+def test_a_checkpoint_that_changed_on_the_disk_is_refused_by_name(name, tmp_path):
+    trainer = Trainer(model_of("tdmpc2"), QUICK, callbacks=[])
+    path = trainer.save_checkpoint(tmp_path / "saved") / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(CheckpointError, match=name):
+        trainer.load_checkpoint(tmp_path / "saved")

@@ -43,6 +43,13 @@ class Ring:
 
     # In
 
+    def clear(self) -> None:
+        """Forget all rows, streams and counts."""
+        self.rows = self.steps = self.episodes = self.begin = 0
+        self.index.clear()
+        self.fresh.clear()
+        self._streams.clear()
+
     def check(self, columns: Mapping[str, Array], rows: int) -> None:
         """Raise ValueError for columns of other names, shapes or lengths, and for more rows than the capacity."""
         if columns.keys() != self.specs.keys():

@@ -21,7 +21,12 @@ FORMAT = 1  # version of saved buffers
 
 
 def take_state(ring: Ring, ledger: Ledger, rng: np.random.Generator) -> dict[str, Any]:
-    """Return everything but the rows themselves."""
+    """Return everything but the rows themselves.
+
+    The starts of windows follow from the rows. Their order, which draws depend on, does not; so it becomes that of the
+    ring here and in `restore`, and a buffer that goes on draws the same as one that is restored.
+    """
+    ring.index.sort()
     return {
         "rows": ring.rows,
         "begin": ring.oldest,
@@ -30,7 +35,6 @@ def take_state(ring: Ring, ledger: Ledger, rng: np.random.Generator) -> dict[str
         "chunks": ledger.chunks,
         "duplicates": ledger.duplicates,
         "sequence": [[actor, *last] for actor, last in ledger.newest.items()],
-        "starts": ring.index.starts(),
         "online": list(ring.fresh),
         "rng": rng.bit_generator.state,
         "specs": {name: [list(s.shape), s.dtype] for name, s in ring.specs.items()},
@@ -56,6 +60,7 @@ def restore(
     held = min(state["rows"] - state.get("begin", 0), ring.capacity)
     if rows + lost < held:
         raise ValueError(f"the checkpoint holds {rows} rows of replay, expected {held}.")
+    ring.clear()
     ring.rows = ring.begin = int(state["rows"]) - rows
     restarted: set[tuple[int, int]] | None = None  # streams whose first row after a gap was appended
     for segment in segments:
@@ -67,10 +72,7 @@ def restore(
     ring.steps, ring.episodes = int(state["steps"]), int(state["episodes"])
     ledger.chunks, ledger.duplicates = int(state["chunks"]), int(state["duplicates"])
     ledger.newest = {actor: (incarnation, sequence) for actor, incarnation, sequence in state["sequence"]}
-    order = np.asarray(state["starts"], np.int64)
-    if set(order.tolist()) == set(ring.index.starts().tolist()):  # the same ring: draw in the same order
-        ring.index.remove(order)
-        ring.index.add(order)
+    ring.index.sort()
     ring.fresh.clear()
     ring.fresh.extend(state["online"] if restarted is None else ())
     rng.bit_generator.state = state["rng"]

@@ -45,9 +45,15 @@ class WindowIndex:
         """Draw ring positions [B], uniformly and with replacement."""
         return self._starts[rng.integers(self.count, size=batch_size)]
 
-    def starts(self) -> Array:
-        """Return every valid start, in the order that `draw` indexes."""
-        return self._starts[: self.count].copy()
+    def sort(self) -> None:
+        """Bring the starts, which `draw` indexes, into the order of the ring."""
+        starts = np.flatnonzero(self._slot >= 0)
+        self._starts[: self.count] = starts
+        self._slot[starts] = np.arange(self.count)
+
+    def clear(self) -> None:
+        self._slot[:] = -1
+        self.count = 0
 
 
 class Stream:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worldloom.files import CheckpointError, read_msgpack, write_msgpack
+from worldloom.files import CheckpointError, checksum_of, read_msgpack, write_msgpack
 from worldloom.pretrained import read_description, save_described, save_parameters
 from worldloom.types import Agent
 
@@ -67,11 +67,13 @@ def copy_agent(agent: Agent) -> AgentSnapshot:
     return AgentSnapshot(taken.description, copied(taken.model), behaviour, copied(taken.state))
 
 
-def write_agent(folder: Path, snapshot: AgentSnapshot) -> None:
+def write_agent(folder: Path, snapshot: AgentSnapshot) -> dict[str, str]:
+    """Write a snapshot; return path relative to `folder` -> checksum, of its files."""
     save_described(folder / "agent", snapshot.description, snapshot.model)
     if snapshot.behaviour is not None:
         save_parameters(folder / "agent" / "behaviour.safetensors", snapshot.behaviour)
-    write_msgpack(folder / "learner.msgpack", snapshot.state)
+    files = {f"agent/{path.name}": checksum_of(path) for path in (folder / "agent").iterdir()}
+    return {**files, "learner.msgpack": write_msgpack(folder / "learner.msgpack", snapshot.state)}
 
 
 def rescue_agent(run_dir: Path, snapshot: AgentSnapshot) -> Path | None:
@@ -92,21 +94,34 @@ def load_agent_state(folder: Path, agent: Agent) -> None:
 
     Raises CheckpointError if the checkpoint is of another model.
     """
-    saved, expected = read_description(folder / "agent"), json.loads(json.dumps(agent.describe()))
+    expected = json.loads(json.dumps(agent.describe()))
     try:
-        if {**saved, "config": None} != {**expected, "config": None}:
-            raise ValueError("made for another task")
-        agent.load_state_dict(read_msgpack(folder / "learner.msgpack"))
-    except (RuntimeError, ValueError) as error:  # parameters of other shapes or names
+        saved = read_description(folder / "agent")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    if {**saved, "config": None} != {**expected, "config": None}:
+        raise _of_another_model(folder, saved, expected)
+    state = read_msgpack(folder / "learner.msgpack")
+    try:
+        agent.load_state_dict(state)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # of other shapes or names
+        if saved != expected:
+            raise _of_another_model(folder, saved, expected) from error
         raise CheckpointError(
-            f"{folder} is of another model: {_difference(saved, expected)}. Resume with its own config."
+            f"{folder / 'learner.msgpack'} is damaged, or of another version: {error}. Delete its checkpoint to use "
+            "the one before it."
         ) from error
+
+
+def _of_another_model(folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> CheckpointError:
+    difference = _difference(saved, expected)
+    return CheckpointError(f"{folder} is of another model: {difference}. Resume with its own config.")
 
 
 def _difference(saved: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str:
     parts = []
     for key in sorted(saved.keys() | expected.keys()):
-        a, b = saved.get(key), expected.get(key)
+        a, b = saved.get(key, "missing"), expected.get(key, "missing")
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             parts.append(_difference(a, b, f"{prefix}{key}."))
         elif a != b:

@@ -9,7 +9,6 @@ A folder without its final name is never loaded, so after a crash while saving t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.files import PARTIAL, CheckpointError
-from worldloom.manifest import FORMAT, newest_checkpoint, read_manifest
+from worldloom.manifest import checkpoints, newest_checkpoint, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
+
+DAMAGED = ".damaged"  # suffix of checkpoints that a resume passed over
 
 
 def checkpoint_folder(run_dir: Path, env_steps: int) -> Path:
@@ -42,11 +43,13 @@ def drop_partial(run_dir: Path) -> None:
 
 
 def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> Path:
-    """Write the manifest, rename the folder into place, then delete all but the `keep` newest checkpoints."""
-    with (partial / "manifest.json").open("w") as file:
-        file.write(json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the manifest, rename the folder into place, then delete all but the `keep` newest checkpoints.
+
+    Raises OSError, also if files of the checkpoint are gone."""
+    missing = [name for name in manifest["files"] if not (partial / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)} of the checkpoint were deleted while it was written")
+    write_manifest(partial, manifest)
     final, before = partial.with_suffix(""), partial.with_suffix(".old")
     if final.exists():  # a checkpoint of the same step
         shutil.rmtree(before, ignore_errors=True)
@@ -59,7 +62,7 @@ def commit_checkpoint(partial: Path, manifest: Mapping[str, Any], keep: int) -> 
 
 def _prune(folder: Path, keep: int) -> None:
     """Delete old checkpoints and rows files that no kept one uses; none of these while a kept manifest is damaged."""
-    valid = sorted(path.parent for path in folder.glob("step-*/manifest.json") if path.parent.suffix == "")
+    valid = checkpoints(folder.parent)
     for old in valid[:-keep]:
         shutil.rmtree(old)
     try:
@@ -77,6 +80,16 @@ def checkpoint_to_resume(run_dir: str | os.PathLike[str], shards: int) -> Path:
     folder = newest_checkpoint(run_dir)
     check_shards(folder, read_manifest(folder), shards)
     return folder
+
+
+def set_aside_newer(checkpoint: Path) -> None:
+    """Rename checkpoints that are newer than the one that a run goes on from, which are damaged, to NAME.damaged; else
+    they would count as the newest for ever."""
+    for folder in checkpoints(checkpoint.parent.parent):
+        if folder > checkpoint:
+            aside = folder.with_suffix(DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def check_shards(folder: Path, manifest: Mapping[str, Any], shards: int) -> None:

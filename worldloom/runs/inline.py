@@ -148,9 +148,10 @@ class InlineTrainer:
         manifest = self.run.manifest(self.run.incarnation)
         with self.run.saving():
             partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
-            write_agent(partial, snapshot)
-            rows = self.store.save(partial, self.replay, self.config.runtime.sync)
-            commit_checkpoint(partial, {**manifest, "rows": [rows]}, self.config.checkpoint.keep)
+            files = write_agent(partial, snapshot)
+            saved = self.store.save(partial, self.replay, self.config.runtime.sync)
+            manifest |= {"rows": [saved.rows], "files": files | saved.files}
+            commit_checkpoint(partial, manifest, self.config.checkpoint.keep)
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         self.save()

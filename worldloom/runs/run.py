@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from worldloom.files import CheckpointError
 from worldloom.manifest import read_manifest
 from worldloom.replay.chunk import row_bytes
 from worldloom.replay.memory import ring_bytes
 from worldloom.report.metrics import Recorder
 from worldloom.report.sinks import Sink
 from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns, subject_of
-from worldloom.runs.checkpoint import drop_partial
+from worldloom.runs.checkpoint import drop_partial, set_aside_newer
 from worldloom.runs.config import RunConfig
 from worldloom.runs.limiter import Every
 from worldloom.spaces import observation_shape
@@ -42,12 +43,18 @@ class Run:
         self.unsaved = False  # the last checkpoint could not be written
         manifest = read_manifest(checkpoint) if checkpoint else {}
         self.limiter = make_limiter(config, spec)
-        if manifest:
-            self.limiter.load_state_dict(manifest["limiter"])
-        self.incarnation = (
-            int(manifest.get("incarnation", -1)) + 1
-        )  # it distinguishes actors started now from earlier ones
-        counters = manifest.get("counters", {})
+        try:
+            if manifest:
+                self.limiter.load_state_dict(manifest["limiter"])
+            # It distinguishes actors started now from earlier ones.
+            self.incarnation = int(manifest.get("incarnation", -1)) + 1
+            counters = {name: float(value) for name, value in manifest.get("counters", {}).items()}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint}/manifest.json lacks what a run needs, or is damaged: {error}"
+            ) from error
+        if checkpoint:
+            set_aside_newer(checkpoint)
         self.recorder = Recorder(run_dir, subject_of(config), self.limiter, counters, spec.true_ends_hint, sinks)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)

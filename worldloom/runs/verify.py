@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.files import read_msgpack
-from worldloom.manifest import newest_checkpoint, read_manifest
+from worldloom.manifest import checkpoints, find_damage, newest_checkpoint, read_manifest
 from worldloom.types import Array
 
 FLAGS = ("is_first", "terminated", "truncated", "rewards", "actions")
@@ -20,12 +20,15 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
     I1: the reported steps are the steps that replay holds or has evicted. I2: no chunk was accepted twice. I3: rows
     are contiguous: an episode starts only after the end of the one before, an interrupted episode ends truncated, and
     action and reward of a first row are zero. I4: the learner made no more updates than the train ratio allows. I6:
-    learner and manifest agree on the number of updates. Two invariants do not show in files: acting weights are never
+    learner and manifest agree on the number of updates. Before them, every file of the checkpoint is compared with its
+    checksum; if one is damaged, only this is returned. Two invariants do not show in files: acting weights are never
     replaced by older ones (I5, see `worldloom.acting.local`), and no process is left running (I7).
 
     Raises CheckpointError if there is no checkpoint or it cannot be read.
     """
-    folder = newest_checkpoint(run_dir)
+    folder = next(reversed(checkpoints(run_dir)), None) or newest_checkpoint(run_dir)  # which raises if there is none
+    if damage := find_damage(folder, rows=True):
+        return [f"damaged: {folder.name}: {text}" for text in damage]
     manifest, learner = read_manifest(folder), read_msgpack(folder / "learner.msgpack")
     shards = [read_msgpack(folder / f"replay-{number}.msgpack") for number in range(len(manifest["rows"]))]
     limiter, counters = manifest["limiter"], manifest["counters"]

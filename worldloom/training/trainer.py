@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.files import CheckpointError, read_msgpack, write_msgpack
+from worldloom.files import CheckpointError, checksum_of, read_msgpack, write_msgpack
+from worldloom.manifest import MANIFEST, find_damage, write_manifest
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.report.display import Display
 from worldloom.runs.interrupt import GracefulStop
@@ -217,6 +218,7 @@ class Trainer:
         self._learner.save(partial)
         write_msgpack(partial / "trainer.msgpack", {"step": self.step, "learner": self._learner.state_dict()})
         self.config.save(partial / "training.json")
+        write_manifest(partial, {"files": {path.name: checksum_of(path) for path in sorted(partial.iterdir())}})
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -231,9 +233,16 @@ class Trainer:
         folder = Path(directory)
         if not (folder / "trainer.msgpack").is_file():
             raise CheckpointError(f"{folder} holds no checkpoint of a Trainer, expected one from save_checkpoint.")
+        if (folder / MANIFEST).is_file() and (damage := find_damage(folder)):
+            raise CheckpointError(f"{folder} is damaged: {'; '.join(damage)}. Use an earlier checkpoint.")
         state = read_msgpack(folder / "trainer.msgpack")
-        self._learner.load(folder, state["learner"])
-        self.step = int(state["step"])
+        try:
+            self._learner.load(folder, state["learner"])
+            self.step = int(state["step"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder} is of another version or damaged: {error}") from error
 
     def _end(self, quietly: bool = False) -> None:
         """Call on_train_end of every callback. quietly: ignore their errors, because another error is being raised."""
