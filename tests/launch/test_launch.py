@@ -347,7 +347,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(config, tmp_path, capsys):
     write_manifest(folder, {**read_manifest(folder), "format": 99})
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 1
     assert "is of format 99, but this version reads 2 and 3. Update WorldLoom" in capsys.readouterr().err
-    assert json.loads(path.read_text())["format"] == 99
+    assert json.loads((folder / "manifest.json").read_text())["format"] == 99  # nothing was written over
 
 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(config, tmp_path, capsys):
