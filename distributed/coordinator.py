@@ -20,11 +20,11 @@ from distributed.recovery import Recovery
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.envs import EnvironmentFailed
+from worldloom.interrupt import GracefulStop
 from worldloom.manifest import read_manifest
 from worldloom.runs.build import probe_env
 from worldloom.runs.checkpoint import checkpoint_to_resume
 from worldloom.runs.config import RunConfig
-from worldloom.runs.interrupt import GracefulStop
 from worldloom.runs.run import Run
 
 

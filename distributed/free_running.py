@@ -5,8 +5,8 @@ from __future__ import annotations
 from distributed.parts import Parts
 from distributed.recovery import Recovery
 from distributed.state import Limits
+from worldloom.interrupt import GracefulStop
 from worldloom.runs.config import RunConfig
-from worldloom.runs.interrupt import GracefulStop
 
 UPDATES_IN_FLIGHT = 2  # tasks at the learner: one being learned from, one whose batches are on the way
 UPDATES_PER_TASK = 8  # at most

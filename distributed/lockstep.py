@@ -10,8 +10,8 @@ from distributed.collector import Collector
 from distributed.parts import Parts
 from distributed.recovery import Recovery
 from distributed.state import Limits
+from worldloom.interrupt import GracefulStop
 from worldloom.runs.config import RunConfig
-from worldloom.runs.interrupt import GracefulStop
 
 
 class Lockstep:

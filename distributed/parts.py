@@ -15,7 +15,7 @@ from distributed.saving import Checkpoints
 from distributed.serving import Serving
 from distributed.shards import Shards
 from distributed.state import State
-from worldloom.runs.interrupt import GracefulStop
+from worldloom.interrupt import GracefulStop
 
 WAITED_TOGETHER = 50  # of so many references that are waited for, one at a time is taken in
 SHORT_SECONDS = 0.02

@@ -50,7 +50,7 @@ class Faulty(Counting):
 
 
 class Broken(Counting):
-    """Gives one kind of nonsense: "nan", "shape", "reward", "huge", "exit" or "raise"."""
+    """Gives one kind of nonsense: "nan", "shape", "reward", "huge", "exit", "interrupt" or "raise"."""
 
     def __init__(self, kind="nan", **kwargs):
         super().__init__(**kwargs)
@@ -62,6 +62,8 @@ class Broken(Counting):
             raise RuntimeError("the simulator exploded")
         if self.kind == "exit":
             sys.exit("no licence")
+        if self.kind == "interrupt":
+            raise KeyboardInterrupt
         if self.kind == "nan":
             obs[1] = np.nan
         if self.kind == "shape":
@@ -249,6 +251,15 @@ class AlwaysFaulty(Faulty):
 
     def __init__(self):
         super().__init__(period=2)
+
+
+class AlwaysInterrupting(Counting):
+    """Raises KeyboardInterrupt at every second step, as a simulator may that the user never interrupted."""
+
+    def step(self, action):
+        if self.count:
+            raise KeyboardInterrupt
+        return super().step(action)
 
 
 class SlowCounting(Counting):

@@ -91,9 +91,12 @@ def test_a_hanging_environment_is_replaced_after_the_time_out(tmp_path):
     assert summary["env_steps"] == accepted.steps >= 600
 
 
-def test_an_environment_that_always_fails_ends_the_run_with_its_traceback(tmp_path):
-    with pytest.raises(EnvironmentFailed, match="the simulator exploded") as failure:
-        train(ray_config("AlwaysFaulty", actors=2), tmp_path)  # which fails in both
+@pytest.mark.parametrize(
+    ("env", "error"), [("AlwaysFaulty", "the simulator exploded"), ("AlwaysInterrupting", "raised KeyboardInterrupt")]
+)
+def test_an_environment_that_always_fails_ends_the_run_with_its_traceback(env, error, tmp_path):
+    with pytest.raises(EnvironmentFailed, match=error) as failure:
+        train(ray_config(env, actors=2), tmp_path)  # which fails in both
     assert "environments.py" in str(failure.value.__cause__)
     assert newest_checkpoint(tmp_path).is_dir()  # what was accepted is kept for --resume
 

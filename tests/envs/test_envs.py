@@ -1,9 +1,13 @@
+import signal
+
 import gymnasium
 import numpy as np
 import pytest
 
 from tests import environments  # noqa: F401 - registers the test environments
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env
+from worldloom.envs.vector import guarded
+from worldloom.interrupt import GracefulStop, StopAtOnce
 from worldloom.spaces import ObservationCodec, observation_classes, observation_columns, resize_image
 from worldloom.types import ColumnSpec
 
@@ -130,6 +134,7 @@ def test_a_failing_environment_is_rebuilt_in_place():
     [
         ("raise", "the simulator exploded"),
         ("exit", "SystemExit: no licence"),
+        ("interrupt", "the environment raised KeyboardInterrupt"),
         ("nan", r"NaN or infinity at entries \[1\]"),
         ("shape", r"shape \(2,\), expected \(3,\)"),
         ("reward", "reward inf, expected a finite number"),
@@ -145,10 +150,23 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_own_error(kind, 
         for _ in range(20):
             env.step(np.zeros((1, 1), np.float32))
 
-    with pytest.raises(EnvironmentFailed, match=message) as failure:
+    with GracefulStop(), pytest.raises(EnvironmentFailed, match=message) as failure:
         run()
-    expected = {"raise": RuntimeError, "exit": SystemExit}.get(kind, ValueError)
+    expected = {"raise": RuntimeError, "interrupt": RuntimeError, "exit": SystemExit}.get(kind, ValueError)
     assert type(failure.value.__cause__) is expected
+
+
+def test_ctrl_c_within_an_environment_is_not_its_failure():
+    make = lambda: Environment(gymnasium.make("Broken-v0", kind="interrupt", disable_env_checker=True))  # noqa: E731
+    env = VectorEnv(make, num_envs=1, seed=0)
+    env.reset()
+    with pytest.raises(KeyboardInterrupt):  # without a handler of ours, it may be the user's
+        env.step(np.zeros((1, 1), np.float32))
+    with GracefulStop() as stop:
+        stop.requested = True
+        with pytest.raises(StopAtOnce):
+            guarded(signal.raise_signal, signal.SIGINT)
+    assert env.failures == 0
 
 
 def test_a_constructor_that_fails_once_in_a_rebuild_is_tried_again():

@@ -6,15 +6,19 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import gymnasium
 import numpy as np
 
 from worldloom.envs.environment import Environment
+from worldloom.interrupt import is_ctrl_c
 from worldloom.types import Array, ObsArray, join_obs, split_obs
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FAILURES_ALLOWED = 5  # so many failures of one environment within FAILURE_WINDOW steps end the run
 FAILURE_WINDOW = 100
@@ -23,6 +27,17 @@ FAILURES = (Exception, SystemExit)  # a simulator that calls sys.exit has failed
 
 class EnvironmentFailed(RuntimeError):
     """An environment failed in its first step or too often; its last error is the cause."""
+
+
+def guarded(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function of an environment. Raises RuntimeError in place of a KeyboardInterrupt that is not the user's, so
+    that it counts as a failure."""
+    try:
+        return function(*args, **kwargs)
+    except KeyboardInterrupt as error:
+        if is_ctrl_c(error):
+            raise
+        raise RuntimeError("the environment raised KeyboardInterrupt") from error
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ class VectorEnv:
         for i, env in enumerate(self._envs):
             arrived: ObsArray | None = None
             try:
-                arrived, rewards[i], terminated[i], truncated[i] = env.step(actions[i])
+                arrived, rewards[i], terminated[i], truncated[i] = guarded(env.step, actions[i])
             except FAILURES as error:
                 self._rebuild(i, error)
                 failed[i] = True
@@ -138,7 +153,7 @@ class VectorEnv:
     def _reset(self, index: int) -> ObsArray:
         while True:
             try:
-                return self._envs[index].reset(seed=int(self._seeds[index].integers(2**31)))
+                return guarded(self._envs[index].reset, seed=int(self._seeds[index].integers(2**31)))
             except FAILURES as error:
                 self._rebuild(index, error)
 
@@ -146,12 +161,12 @@ class VectorEnv:
         """Replace an environment that failed. Raises EnvironmentFailed if it failed too often."""
         self._count_failure(index, error)
         try:
-            self._envs[index].close()
+            guarded(self._envs[index].close)
         except FAILURES as closing:  # a broken environment may not close either; it is replaced anyway
             logger.warning("environment %d could not be closed: %r", index, closing)
         while True:
             try:
-                self._envs[index] = self._make()
+                self._envs[index] = guarded(self._make)
                 return
             except FAILURES as again:
                 self._count_failure(index, again)

@@ -18,6 +18,7 @@ import torch
 from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, Evaluator, Player, start_evaluation
 from worldloom.contract import check_acting, check_agent
 from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, make_environment
+from worldloom.envs.vector import guarded
 from worldloom.families import build_config, create_agent
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.replay.chunk import base_columns
@@ -73,7 +74,7 @@ def probe_env(config: RunConfig) -> EnvSpec:
 
 def _try_out(env: Environment) -> None:
     try:
-        env.step_once()
+        guarded(env.step_once)
     except (Exception, SystemExit) as error:
         raise EnvironmentFailed(
             f"{env.name} failed in its first step: {type(error).__name__}: {str(error).rstrip('.')}. "

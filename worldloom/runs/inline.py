@@ -13,6 +13,7 @@ from worldloom.acting.evaluation import Evaluation
 from worldloom.acting.local import LocalActing
 from worldloom.acting.rollout import Lane, Rollout
 from worldloom.envs import EnvironmentFailed
+from worldloom.interrupt import GracefulStop
 from worldloom.report.pictures import PICTURE_ROWS, sequence_picture
 from worldloom.runs.agent_state import load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.build import (
@@ -27,7 +28,6 @@ from worldloom.runs.build import (
 )
 from worldloom.runs.checkpoint import begin_checkpoint, checkpoint_to_resume, commit_checkpoint
 from worldloom.runs.config import RunConfig
-from worldloom.runs.interrupt import GracefulStop
 from worldloom.runs.rows import ReplayStore
 from worldloom.runs.run import Run
 from worldloom.types import Array, FreshColumns

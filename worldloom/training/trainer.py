@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from worldloom.files import CheckpointError, checksum_of, read_msgpack, write_msgpack
+from worldloom.interrupt import GracefulStop
 from worldloom.manifest import MANIFEST, find_damage, write_manifest
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.report.display import Display
-from worldloom.runs.interrupt import GracefulStop
 from worldloom.training.config import TrainingConfig
 from worldloom.training.updates import make_learner
 from worldloom.types import Agent, WorldModel

@@ -8,8 +8,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+class StopAtOnce(KeyboardInterrupt):
+    """The error that the second Ctrl-C raises, wherever the program is."""
+
+
 class GracefulStop:
-    """A context in which SIGINT and SIGTERM set `requested`; a second SIGINT raises KeyboardInterrupt."""
+    """A context in which SIGINT and SIGTERM set `requested`; a second SIGINT raises StopAtOnce."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -29,5 +33,13 @@ class GracefulStop:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise StopAtOnce
         self.requested = True
+
+
+def is_ctrl_c(error: KeyboardInterrupt) -> bool:
+    """Return whether the user's Ctrl-C raised this error, and not a program that happens to use its class."""
+    if isinstance(error, StopAtOnce):
+        return True
+    in_main = threading.current_thread() is threading.main_thread()  # the only one that signals reach
+    return in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
