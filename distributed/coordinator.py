@@ -152,16 +152,16 @@ class Coordinator:
 
 
 def train(
-    config: RunConfig, run_dir: Path, resume: bool = False, on_start: Callable[[], None] = lambda: None
+    config: RunConfig, run_dir: Path, resume: bool = False, on_start: Callable[[Run], None] = lambda run: None
 ) -> dict[str, Any]:
     """Train a whole run on Ray. Return what summary.json holds; whatever happens, no actor is left behind.
 
-    on_start: called once everything is up, and restored if `resume`, before the first step.
+    on_start: called with the run once everything is up, and restored if `resume`, before the first step.
     """
     coordinator = Coordinator(config, run_dir)
     try:
         coordinator.start(resume)
-        on_start()
+        on_start(coordinator.run)
         return coordinator.train()
     finally:
         coordinator.close()

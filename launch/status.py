@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from launch.claim import LOCK, SILENT_SECONDS, holder_of, silence
 from launch.runs import run_directory
 from worldloom.files import CheckpointError
 from worldloom.report.page import read_metrics
@@ -88,11 +89,20 @@ FIGURES = [
 
 
 def _state(run_dir: Path, metrics: Path) -> str:
-    """Return the status in summary.json, unless the run went on after it was written."""
-    summary, written = run_dir / "summary.json", metrics.stat().st_mtime
-    if summary.is_file() and summary.stat().st_mtime >= written:
+    """Return whether the run goes on, or how it ended: as summary.json says, unless the run went on after it."""
+    holder, summary = holder_of(run_dir), run_dir / "summary.json"
+    begun = max(metrics.stat().st_mtime, holder.started if holder else 0.0)
+    if summary.is_file() and summary.stat().st_mtime >= begun:
         return str(json.loads(summary.read_text())["status"])
-    quiet = time.time() - written
+    if holder:
+        quiet = silence(run_dir, holder)
+        if quiet < SILENT_SECONDS:
+            return f"running ({holder.describe()})"
+        how = "is gone" if quiet == float("inf") else f"gave no sign of life for {quiet / 60:.1f} minutes"
+        return f"died: {holder.describe()}, {how}; go on with --resume"
+    if (run_dir / LOCK).exists():
+        return "stopped before its end; go on with --resume"
+    quiet = time.time() - metrics.stat().st_mtime  # a program other than launch.train runs it
     if quiet > QUIET_SECONDS:
         return f"no new metrics for {quiet / 60:.0f} minutes; if the run was killed, go on with --resume"
     return "running"

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
+from launch.claim import HEARTBEAT, LOCK, Claim
 from launch.runs import run_directory, runs_folder
 from worldloom.envs import EnvironmentFailed
+from worldloom.files import write_text
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RunConfig
 
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_config(config)
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_claimed(run_dir))
+            held.enter_context(Claim(run_dir, f"Go on from the last checkpoint with:\n  {_resume_command(run_dir)}"))
             if fresh:
                 held.callback(_remove_empty_run_dir, run_dir)
             if not parsed.resume:
@@ -61,7 +59,7 @@ def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
         return 130
     except Exception as error:
         if before is not None and _checkpoints(run_dir) == saved:  # they belong to the earlier config
-            _write(path, before)
+            write_text(path, before)
         if not isinstance(error, EXPECTED):
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
@@ -101,22 +99,6 @@ def _check_unused(run_dir: Path) -> None:
         raise ValueError(f"{run_dir} already holds a run. Go on with it by --resume, or choose another --run-dir.")
 
 
-@contextlib.contextmanager
-def _claimed(run_dir: Path) -> Iterator[None]:
-    """Lock the directory for this process. Raises ValueError if another process holds the lock."""
-    with (run_dir / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{run_dir} is in use by {holder}. Wait for it, or choose another --run-dir.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
 def _remove_empty_run_dir(run_dir: Path) -> None:
     """Remove the directory of a run that ended before it logged any metrics."""
     metrics = run_dir / "metrics.jsonl"
@@ -130,26 +112,16 @@ def _checkpoints(run_dir: Path) -> set[Path]:
 
 def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
     """Train and return the summary. Writes config.yaml once everything has started and, on a resume, is restored."""
-
-    def write_config() -> None:
-        _write(run_dir / "config.yaml", dump_config(config))
-
+    text = dump_config(config)
     if config.runtime.kind == "inline":
         from worldloom.runs.inline import InlineTrainer
 
         trainer = InlineTrainer(config, run_dir, resume)
-        write_config()
+        trainer.run.write_config(text)
         return trainer.train()
     from distributed.coordinator import train
 
-    return train(config, run_dir, resume, write_config)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the file completely or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    return train(config, run_dir, resume, lambda run: run.write_config(text))
 
 
 def _results(run_dir: Path) -> Path:
@@ -186,8 +158,7 @@ RUN_DIR_HELP = (
     "directory of the run; default: runs/ENV-ALGORITHM-TIME; in a Ray job, relative directories lie in "
     "~/worldloom/runs, or in $WORLDLOOM_RUNS if that is set"
 )
-LOCK = ".lock"
-LEFTOVERS = (LOCK, "config.yaml", "metrics.jsonl", "tensorboard")  # written before the first line of metrics
+LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "tensorboard")  # written before the first line of metrics
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
 
 if __name__ == "__main__":

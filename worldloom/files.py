@@ -32,6 +32,13 @@ def checksum_of(path: Path) -> str:
     return f"{value:08x}"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    partial = path.with_suffix(PARTIAL)
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def write_msgpack(path: Path, value: Any, compress: bool = False) -> str:
     """Write a file completely or not at all; return its checksum. compress: losslessly (zlib), which `read_msgpack`
     detects."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.arguments import dump_config
+from launch.status import status
 from tests.distributed.ray_runs import slow_config
 from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
@@ -104,8 +105,10 @@ def test_sigterm_leaves_a_manifest_within_the_stop_window_and_the_run_goes_on(wi
     assert verify(run_dir) == []
 
 
-def test_sigkill_of_the_driver_leaves_no_actor_behind(driver):
-    process, _, others = driver
+def test_sigkill_of_the_driver_leaves_no_actor_behind_and_is_told(driver):
+    process, run_dir, others = driver
+    assert time.time() - (run_dir / ".heartbeat").stat().st_mtime <= 10
+    assert dict(status(run_dir))["status"].startswith(f"running (process {process.pid} on ")
     names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in others}
     ours = re.compile(r"ray::(LearnerActor|ReplayActor|EnvActor|learner|replay|env)")  # by class while it is idle
     actors = {pid for pid, name in names.items() if ours.match(name)}
@@ -113,3 +116,18 @@ def test_sigkill_of_the_driver_leaves_no_actor_behind(driver):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for(lambda: not running(actors), 30, "an actor still runs")
+    wait_for(lambda: "ended without a word" in (run_dir.parent / "log").read_text(), 30, "nothing was told")
+    found = dict(status(run_dir))["status"]
+    assert re.match(rf"died: process {process.pid} on .*, is gone; go on with --resume", found)
+
+
+@pytest.mark.slow
+def test_the_end_of_the_cluster_is_told_with_the_resume_command(driver):
+    """Ray ends the driver, without a word, once the head (GCS) has not answered for 60 s."""
+    process, run_dir, others = driver
+    (head,) = (pid for pid in others if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])
+    os.kill(head, signal.SIGKILL)
+    process.wait(timeout=150)
+    told = run_dir.parent / "log"
+    wait_for(lambda: "its Ray cluster is gone. Nothing was saved yet." in told.read_text(), 30, "nothing was told")
+    assert dict(status(run_dir))["status"].startswith("died: ")

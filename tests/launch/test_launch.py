@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.arguments import dump_config, run_config, run_parser
+from launch.claim import Claim
 from launch.train import main
-from tests.run_configs import TINY_YAML
+from tests.run_configs import TINY_YAML, tiny_config
 from worldloom import load_agent
 from worldloom.manifest import newest_checkpoint, read_manifest, write_manifest
+from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint
 from worldloom.runs.inline import InlineTrainer
+from worldloom.runs.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -171,6 +175,10 @@ def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
     assert told["train ratio"] == "12"
     assert told["limited by"] in ("learner", "ratio", "environments", "replay", "environments (warm-up)")
     os.utime(run_dir / "summary.json", (1, 1))  # the run went on after it
+    assert dict(status.status(run_dir))["status"] == "stopped before its end; go on with --resume"
+    with Claim(run_dir, ""):
+        assert dict(status.status(run_dir))["status"].startswith(f"running (process {os.getpid()} on ")
+    (run_dir / ".lock").unlink()  # as of a program that uses the library
     assert dict(status.status(run_dir))["status"] == "running"
     os.utime(run_dir / "metrics.jsonl", (2, 2))
     assert "go on with --resume" in dict(status.status(run_dir))["status"]
@@ -316,12 +324,10 @@ def test_a_run_whose_end_is_nowhere_on_disk_says_so_and_saves_its_agent(config, 
 
 
 def test_two_runs_on_one_directory_are_refused_and_the_first_goes_on(config, tmp_path, capsys):
-    from launch.train import _claimed
-
     run_dir = tmp_path / "run"
     assert main(["--config", config, "--run-dir", str(run_dir)]) == 0
     before = (run_dir / "config.yaml").read_text()
-    with _claimed(run_dir):
+    with Claim(run_dir, ""):
         said = refusal(capsys, "--resume", "--run-dir", str(run_dir), "--train.total_steps", "400")
         assert f"is in use by process {os.getpid()} on" in said
         assert (run_dir / "config.yaml").read_text() == before
@@ -358,3 +364,35 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(config, tmp_path, cap
     assert "is of another model" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == before
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0
+
+
+def test_a_directory_that_is_deleted_during_the_run_is_made_again(config, tmp_path, capsys):
+    run_dir, made = tmp_path / "run", InlineTrainer.save
+    deleted = []
+
+    def save(self):
+        if deleted == [1]:
+            shutil.rmtree(run_dir)
+        deleted.append(1)
+        made(self)
+
+    arguments = ["--config", config, "--run-dir", str(run_dir), "--checkpoint.interval", "100"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlineTrainer, "save", save)
+        assert main(arguments) == 0
+    assert f"{run_dir} was deleted; it is made again" in capsys.readouterr().out
+    assert (run_dir / "metrics.jsonl").is_file()
+    assert verify(run_dir) == []
+    assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "350"]) == 0
+    rows = read_manifest(newest_checkpoint(run_dir))["rows"][0]
+    assert rows[0].startswith("0-000000000000-")  # all rows, also those of the checkpoint that was deleted
+
+
+def test_files_of_rows_that_vanish_while_a_checkpoint_is_written_make_it_invalid(tmp_path):
+    InlineTrainer(tiny_config(), tmp_path / "run").train()
+    folder = newest_checkpoint(tmp_path / "run")
+    manifest = read_manifest(folder)
+    partial = begin_checkpoint(tmp_path / "run", 999)
+    with pytest.raises(FileNotFoundError, match="replay-0.msgpack of the checkpoint were deleted while"):
+        commit_checkpoint(partial, manifest, keep=2)
+    assert newest_checkpoint(tmp_path / "run") == folder

@@ -27,15 +27,19 @@ class MetricsLogger:
     """
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink] = ()) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._sinks = sinks
+        self._dir, self._sinks = run_dir, sinks
         self._refused = False
+        self._open()
+
+    def _open(self) -> None:
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._file = (self._dir / "metrics.jsonl").open("a", buffering=1)
         self._board: Any = None
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), max_queue=QUEUE)
+        self._board = SummaryWriter(str(self._dir / "tensorboard"), max_queue=QUEUE)
 
     def write(
         self, env_steps: int | None, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
@@ -53,6 +57,9 @@ class MetricsLogger:
     def _append(self, line: str) -> None:
         """Append a line. If the disk is full, lines are lost but the run goes on; the first loss is logged."""
         try:
+            if not (self._dir / "metrics.jsonl").exists():  # the directory was deleted
+                self.close()
+                self._open()
             self._file.write(line)
         except OSError as error:
             if not self._refused:

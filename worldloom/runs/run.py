@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from worldloom.files import CheckpointError
+from worldloom.files import CheckpointError, write_text
 from worldloom.manifest import read_manifest
 from worldloom.replay.chunk import row_bytes
 from worldloom.replay.memory import ring_bytes
@@ -41,6 +41,7 @@ class Run:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = checkpoint
         self.unsaved = False  # the last checkpoint could not be written
+        self._config_text: str | None = None  # of config.yaml
         manifest = read_manifest(checkpoint) if checkpoint else {}
         self.limiter = make_limiter(config, spec)
         try:
@@ -99,11 +100,23 @@ class Run:
             "incarnation": incarnation,
         }
 
+    def write_config(self, text: str) -> None:
+        """Write config.yaml, and again with a checkpoint if it is deleted."""
+        self._config_text = text
+        write_text(self.dir / "config.yaml", text)
+
+    def _write_again_what_was_deleted(self) -> None:
+        if self._config_text is not None and not (self.dir / "config.yaml").exists():
+            self.recorder.say(f"warning: {self.dir} was deleted; it is made again with this checkpoint")
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.write_config(self._config_text)
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Wrap the writing of a checkpoint: report a disk error, and raise it if checkpoint.on_error is stop. Earlier
         checkpoints stay valid."""
         try:
+            self._write_again_what_was_deleted()
             yield
             self.unsaved = False
         except OSError as error:
