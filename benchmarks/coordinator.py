@@ -25,9 +25,7 @@ from distributed.collector import Collector
 from distributed.coordinator import Coordinator
 from worldloom.replay.buffer import Acceptance
 from worldloom.replay.chunk import Chunk, ChunkInfo, ChunkKey
-from worldloom.runs.config import RunConfig
-
-CHUNKS_A_SECOND = 200  # of all stubs together, at most
+from worldloom.runs.config import CHUNKS_PER_SECOND, RunConfig
 
 
 class StubEnvs:
@@ -79,7 +77,7 @@ def measure(config: RunConfig, actors: int, seconds: float) -> tuple[float, floa
             coordinator.start(resume=False)
             steps = config.runtime.chunk_steps * config.env.num_envs
             rows = {"obs": np.zeros((steps, 3), np.float32)}
-            pause = actors / CHUNKS_A_SECOND
+            pause = actors / CHUNKS_PER_SECOND
             stub = ray.remote(max_concurrency=actors, num_cpus=0)(StubEnvs).remote(rows, steps, pause)
             parts.replay.handles = [ray.remote(num_cpus=0)(StubReplay).remote()]
             parts.collecting.own = None

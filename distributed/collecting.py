@@ -23,7 +23,7 @@ from worldloom.envs import EnvironmentFailed
 RESTARTS_ALLOWED = 5  # of one env actor in a row, without a chunk in between
 HANGS_ALLOWED = 10  # of one env actor within HANG_WINDOW times runtime.collect_timeout
 HANG_WINDOW = 30
-SILENT_SECONDS = 10.0  # beyond runtime.chunk_seconds, after which an env actor is named on screen
+SILENT_SECONDS = 10.0  # beyond runtime.collect_seconds, after which an env actor is named on screen
 LOOK_SECONDS = 1.0  # between two looks at who is silent
 
 
@@ -169,7 +169,7 @@ class Collecting:
             silence, patience = now - collector.since, collector.patience(self._state)
             if silence > patience:
                 self.replace_silent(collector)
-            elif silence > SILENT_SECONDS + runtime.chunk_seconds and not collector.named:
+            elif silence > SILENT_SECONDS + runtime.collect_seconds and not collector.named:
                 collector.named = True
                 doing = {BUILD: "building an environment", EVALUATION: "evaluating"}.get(collector.chunk, "collecting")
                 self._state.say(
@@ -232,6 +232,7 @@ class Collecting:
             self._evaluating.finished(result)
         elif not isinstance(chunk, str):
             collector.restarts = 0
+            self.budget.size.count()
             self._inserting.begin(chunk, result)
 
     # Losing

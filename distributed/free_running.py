@@ -6,7 +6,7 @@ from distributed.parts import Parts
 from distributed.recovery import Recovery
 from distributed.state import Limits
 from worldloom.interrupt import GracefulStop
-from worldloom.runs.config import RunConfig
+from worldloom.runs.config import CHUNKS_PER_SECOND, RunConfig
 
 UPDATES_IN_FLIGHT = 2  # tasks at the learner: one being learned from, one whose batches are on the way
 UPDATES_PER_TASK = 8  # at most
@@ -20,7 +20,7 @@ class FreeRunning:
 
     @staticmethod
     def limits(config: RunConfig) -> Limits:
-        return Limits(UPDATES_IN_FLIGHT, UPDATES_PER_TASK, config.runtime.chunk_steps)
+        return Limits(UPDATES_IN_FLIGHT, UPDATES_PER_TASK, config.runtime.chunk_steps, CHUNKS_PER_SECOND)
 
     def advance(self, stop: GracefulStop) -> None:  # noqa: ARG002 - see Lockstep
         """Give work to everybody, and take in what is ready."""

@@ -19,7 +19,8 @@ class Limits:
 
     updates_in_flight: int  # tasks at the learner
     updates_per_task: int
-    chunk_steps: int  # vector steps of one collect
+    chunk_steps: int  # vector steps of one collect, at least
+    chunks_per_second: float = float("inf")  # at most; where more came, collects become longer
 
 
 @dataclass

@@ -77,7 +77,7 @@ class EnvActor(Process):
         for lane in self._rollout.lanes:
             if isinstance(lane.acting, RemoteActing):
                 lane.acting.server = server
-        chunk = self._rollout.collect(steps, random, self._config.runtime.chunk_seconds, self._interrupted.is_set)
+        chunk = self._rollout.collect(steps, random, self._config.runtime.collect_seconds, self._interrupted.is_set)
         return chunk, chunk.info
 
     def evaluate(self, start: Weights | int | None, server: Any = None) -> Evaluation | None:

@@ -93,6 +93,9 @@ class TrainConfig:
         _require(self.seed >= 0, "train.seed", self.seed, "0 or more")
 
 
+CHUNKS_PER_SECOND = 200  # of all env actors together, at most: each costs the coordinator about 1 ms
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """The parts of a run: where they run, and how often they exchange data.
@@ -106,8 +109,9 @@ class RuntimeConfig:
             for all; auto takes server for agents that plan, if the learner has a GPU
         acting_server: where the server runs: in the learner's process, or in an actor of its own
         acting_deadline: longest time in seconds from the first observation of a server's batch until the batch closes
-        chunk_steps: vector steps per collect; a collect ends earlier after chunk_seconds
-        chunk_seconds: longest time of a collect in seconds
+        chunk_steps: vector steps per collect, more where over 200 chunks a second would arrive otherwise; a collect
+            ends earlier after chunk_seconds
+        chunk_seconds: longest time of a collect in seconds, longer with over 200 env actors for each of these seconds
         publish_interval: updates between two versions of the weights
         learner_threads: CPU threads of the learner; 0 takes those that the env actors leave (inline: torch's default)
         collect_timeout: seconds without an answer after which an env actor is replaced
@@ -148,6 +152,11 @@ class RuntimeConfig:
         )
         for name in ("collect_timeout", "build_timeout", "silence_timeout", "learner_timeout", "replay_timeout"):
             _require(getattr(self, name) > 0, f"runtime.{name}", getattr(self, name), "above 0")
+
+    @property
+    def collect_seconds(self) -> float:
+        """Seconds after which a collect ends: so many that not too many of them end each second."""
+        return max(self.chunk_seconds, self.env_actors / CHUNKS_PER_SECOND)
 
 
 @dataclass(frozen=True, kw_only=True)
