@@ -205,8 +205,8 @@ def test_a_pickled_object_is_refused_and_not_executed(tmp_path, monkeypatch):
     current = layout_c(model_of(), tmp_path / "c.pt")
     torch.save({"model": {**current, "extra": Bomb()}}, tmp_path / "bomb.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Bomb()))
-    for name in ("bomb.pt", "bare.pt"):
-        with pytest.raises(ValueError, match=f"{name} is not a checkpoint of TD-MPC2, is cut short, or holds objects"):
+    for name, message in (("bomb.pt", "extra is of type posix.mkdir, expected"), ("bare.pt", "is not a checkpoint of")):
+        with pytest.raises(ValueError, match=f"{name}:? {message}"):
             load_official(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
@@ -236,7 +236,7 @@ def test_files_that_are_cut_short_or_foreign_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"lacks {lost}"):
             load_official(save(less, tmp_path / "less.pt"))
     single = {**current, "_dynamics.0.weight": torch.tensor(1.0)}
-    with pytest.raises(ValueError, match=r"_dynamics\.0\.weight is a single number"):
+    with pytest.raises(ValueError, match=r"_dynamics\.0\.weight has shape \(\), expected 2 axes"):
         load_official(save(single, tmp_path / "single.pt"))
     bent = {**current, "_reward.1.weight": torch.zeros(24, 23)}
     with pytest.raises(ValueError, match=r"_reward.1.weight is \(24, 23\), expected \(24, 24\)"):

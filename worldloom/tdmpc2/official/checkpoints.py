@@ -1,17 +1,14 @@
 """Checkpoint files of TD-MPC2's authors: a reader of all three layouts, and a writer of the current one.
 
 Layout C is that of their code today, B that of October 2023 to November 2024, A is older than the public code; A's
-encoders take symlog of the observation first. Files are read with torch.load(weights_only=True), which executes
-nothing in them.
+encoders take symlog of the observation first. Nothing in a file is executed, and no model is built before all tensors
+fit it; see `worldloom.tdmpc2.official.tensors`.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.tdmpc2.official.tensors import TensorFile, listed
 from worldloom.tdmpc2.tasks import DM_CONTROL_STEPS, MT30, MT80, Task
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import ObsShape
@@ -44,18 +42,8 @@ OURS = {  # prefix in layout C -> prefix of our parameters
     "_target_Qs_params.2.": "target_q.output.",
 }
 PIXELS = (64, 64)  # height and width that the authors' image encoder takes
-UNREADABLE = (  # errors of torch.load for files that are cut short, or not torch.save's
-    pickle.UnpicklingError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
+NO_CHECKPOINT = "not a checkpoint of TD-MPC2"
+COUNTS = ("log_std_min", "log_std_dif", "_action_masks")  # tensors that may be integers
 FLAT_Q = ("weight", "bias", "ln.weight", "ln.bias")  # the order of a value layer's tensors in layouts A and B
 LAYOUT_A_MLP = {"0": "0", "1": "0.ln", "3": "1", "4": "1.ln", "6": "2"}
 LAYOUT_A_DYNAMICS = {"0.0": "0", "0.1": "0.ln", "0.3": "1", "0.4": "1.ln", "0.6": "2", "1": "2.ln"}
@@ -74,8 +62,8 @@ def load_official(
 
     obs_shape, action_dim: checked against the file if given. episode_length: agent steps, by default 500 (DeepMind
     Control); it sets the discount, which no file holds. tasks: those of a multi-task file, by default mt30 for 30 tasks
-    and mt80 for 80. Raises ValueError for files that are not TD-MPC2's, are cut short, hold other objects than tensors,
-    or have unexpected keys or sizes.
+    and mt80 for 80. Raises FileNotFoundError, or ValueError for files that are not TD-MPC2's, are damaged, hold
+    anything but tensors of finite real numbers, or have unexpected keys or sizes.
     """
     state, symlog_obs = as_current(read_official(path), path)
     ours = _rename(state, path)
@@ -92,12 +80,19 @@ def load_official(
     for name, wanted, found in (("obs_shape", wanted_shape, shape), ("action_dim", action_dim, size)):
         if wanted is not None and wanted != found:
             raise ValueError(f"{path} holds a model with {name}={found}, but {name}={wanted} was asked for.")
-    config = TDMPC2Config(**{**fields, "symlog_obs": symlog_obs, **(overrides or {})})
-    model = TDMPC2WorldModel(shape, size, config, episode_length or DM_CONTROL_STEPS, known)
+    try:
+        config = TDMPC2Config(**{**fields, "symlog_obs": symlog_obs, **(overrides or {})})
+        arguments = (shape, size, config, episode_length or DM_CONTROL_STEPS, known)
+        with torch.device("meta"):  # a model without memory: so far, the file alone has chosen its sizes
+            expected = TDMPC2WorldModel(*arguments).state_dict()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: no model has its sizes and these settings: {error}") from error
+    _check_shapes(expected, ours, path)
+    model = TDMPC2WorldModel(*arguments)
     embedding = model.task_embedding
-    if masks is not None and embedding is not None and not torch.equal(masks.float(), embedding.action_masks):
+    if masks is not None and (embedding is None or not torch.equal(masks.float(), embedding.action_masks)):
         raise ValueError(f"{path} masks actions differently than these {len(known)} tasks do. Give its own tasks.")
-    _fill(model, ours, path)
+    model.load_state_dict(ours)
     return model.to(device)
 
 
@@ -131,21 +126,23 @@ def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None
 
 
 def read_official(path: str | os.PathLike[str]) -> State:
-    """Return a file's tensors by their names there; execute nothing. Raises ValueError for a file of another kind."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of TD-MPC2, is cut short, or holds objects other than tensors, which are "
-            "never loaded. Download it again, or check where it comes from."
-        ) from error
-    model = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(model, dict) or not any(str(key).startswith("_dynamics.") for key in model):
-        raise ValueError(f'{path} is not a checkpoint of TD-MPC2: expected a mapping "model" with keys "_dynamics…".')
-    state = {str(k): v for k, v in model.items() if not str(k).rpartition(".")[2].startswith("__")}
-    if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path}: {', '.join(foreign)} is not a tensor, expected only tensors.")
+    """Return a file's tensors by their names there; execute nothing. Raises ValueError for a file of another kind, or
+    with a tensor that no network has."""
+    file = TensorFile(path, NO_CHECKPOINT)
+    model = file.content.get("model", file.content) if isinstance(file.content, dict) else None
+    if not isinstance(model, dict) or not any(_text(key).startswith("_dynamics.") for key in model):
+        raise ValueError(f'{path} is {NO_CHECKPOINT}: expected a mapping "model" with keys "_dynamics…".')
+    state = file.tensors({k: v for k, v in model.items() if not _text(k).rpartition(".")[2].startswith("__")})
+    for name, value in state.items():
+        if name not in COUNTS and not value.is_floating_point():
+            raise ValueError(f"{path}: {name} is {value.dtype}, expected floats. Check where the file comes from.")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity, expected finite numbers. Use another checkpoint.")
     return state
+
+
+def _text(key: Any) -> str:
+    return key if isinstance(key, str) else ""
 
 
 def as_current(state: State, path: object = "the checkpoint") -> tuple[State, bool]:
@@ -181,8 +178,8 @@ def _from_layout_a(key: str) -> str:
 
 def _unique(renamed: Mapping[str, tuple[str, Tensor]], state: State, path: object) -> State:
     if len(renamed) != len(state):
-        lost = sorted(state.keys() - {old for old, _ in renamed.values()})
-        raise ValueError(f"{path} has keys that are not TD-MPC2's: {', '.join(lost)}.")
+        lost = state.keys() - {old for old, _ in renamed.values()}
+        raise ValueError(f"{path} has keys that are not TD-MPC2's: {listed(lost)}.")
     return {new: value for new, (_, value) in renamed.items()}
 
 
@@ -199,15 +196,16 @@ def _from_flat_q(key: str) -> str:
 def _rename(state: State, path: object) -> State:
     """Return layout C under our names. `_detach_Qs_params` replaces `_Qs.params`, as in the authors' code."""
     state = dict(state)
-    low, span = state.pop("log_std_min", torch.tensor(-10)), state.pop("log_std_dif", torch.tensor(12))
-    if (int(low), int(span)) != (-10, 12):
-        raise ValueError(f"{path} has log_std in [{int(low)}, {int(low + span)}], expected [-10, 2].")
+    for name, expected in (("log_std_min", -10), ("log_std_dif", 12)):
+        found = state.pop(name, torch.tensor(expected))
+        if found.numel() != 1 or found.item() != expected:
+            raise ValueError(f"{path}: {name} is not {expected}, expected log_std in [-10, 2].")
     detached = {k: state.pop(k) for k in list(state) if k.startswith("_detach_Qs_params.")}
     if detached:
         names = {"_Qs.params." + key.removeprefix("_detach_Qs_params.") for key in detached}
         own = {key for key in state if key.startswith("_Qs.params.")}
         if names != own:
-            raise ValueError(f"{path}: _detach_Qs_params and _Qs.params differ in {', '.join(sorted(names ^ own))}.")
+            raise ValueError(f"{path}: _detach_Qs_params and _Qs.params differ in {listed(names ^ own)}.")
         state |= {"_Qs.params." + key.removeprefix("_detach_Qs_params."): value for key, value in detached.items()}
     ours = {}
     for key, value in state.items():
@@ -227,8 +225,11 @@ def infer_sizes(ours: State, path: object = "the checkpoint") -> dict[str, Any]:
         raise ValueError(
             f"{path} lacks {', '.join(map(_official_name, missing))}: it is no checkpoint of TD-MPC2, or is cut short."
         )
-    if flat := [name for name, value in ours.items() if name.endswith("weight") and value.ndim == 0]:
-        raise ValueError(f"{path}: {', '.join(map(_official_name, flat))} is a single number, expected a matrix.")
+    for name in (*needed, "task_embedding.weight"):
+        axes = 4 if ".convs." in name else 3 if "q." in name else 2
+        if name in ours and ours[name].ndim != axes:
+            found = tuple(ours[name].shape)
+            raise ValueError(f"{path}: {_official_name(name)} has shape {found}, expected {axes} axes.")
     embedding = ours.get("task_embedding.weight")
     encoder = (
         {
@@ -260,18 +261,16 @@ def _tasks_of(ours: State, tasks: Sequence[Task], path: object) -> Sequence[Task
     return known
 
 
-def _fill(model: TDMPC2WorldModel, ours: State, path: object) -> None:
-    expected = model.state_dict()
+def _check_shapes(expected: State, ours: State, path: object) -> None:
     for word, names in (("lacks", expected.keys() - ours.keys()), ("has unknown", ours.keys() - expected.keys())):
         if names:
-            raise ValueError(f"{path} {word} {', '.join(sorted(map(_official_name, names)))}.")
+            raise ValueError(f"{path} {word} {listed(map(_official_name, names))}, expected one model's tensors.")
     for name, value in ours.items():
         if value.shape != expected[name].shape:
             raise ValueError(
                 f"{path}: {_official_name(name)} is {tuple(value.shape)}, expected {tuple(expected[name].shape)} "
                 "to fit the other tensors."
             )
-    model.load_state_dict(ours)
 
 
 def _official_name(name: str) -> str:

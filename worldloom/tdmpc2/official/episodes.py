@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldloom.tdmpc2.official.checkpoints import UNREADABLE
+from worldloom.archive import UNREADABLE
 
 COLUMNS = {"obs", "action", "reward"}
 
