@@ -192,8 +192,8 @@ class Bomb:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (Bomb(), "no file of episodes that can be read safely"),
-        ({"obs": torch.zeros(2, 5, 3)}, r"holds \['obs'\], expected a TensorDict"),
+        (Bomb(), "holds __builtin__.exec, expected a TensorDict"),
+        ({"obs": torch.zeros(2, 5, 3)}, "holds obs, expected a TensorDict of action, obs, reward"),
         ({"obs": torch.zeros(2, 4, 3), "action": torch.zeros(2, 5, 2), "reward": torch.zeros(2, 5)}, "of one length T"),
         (3, "holds int, expected"),
     ],

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldloom.archive import UNREADABLE
+from worldloom.tdmpc2.official.tensors import Named, TensorFile, listed
 
-COLUMNS = {"obs", "action", "reward"}
+COLUMNS = ("action", "obs", "reward")
+OPTIONAL = ("task", "terminated")
+ONE_NUMBER = ("reward", "task", "terminated")  # [episodes, T] or [episodes, T, 1]
+TENSOR_DICTS = tuple(f"tensordict.{name}TensorDict" for name in ("_td.", "tensordict.", ""))  # over the years
 
 
 def read_official_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -19,7 +22,8 @@ def read_official_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, A
 
     A file is a TensorDict [episodes, T] of obs, action, reward and, with several tasks, task. The action and reward of
     a row led to it; those of row 0 are NaN. The tensordict package is not needed, and nothing in the file is executed;
-    its tensors stay on disk until they are read. Raises FileNotFoundError, or ValueError for other files.
+    its tensors stay on disk until they are read. Raises FileNotFoundError, or ValueError for other files and for
+    episodes with numbers that are not finite.
 
         for file in sorted(Path("mt30").glob("*.pt")):
             for episode in read_official_episodes(file):
@@ -28,53 +32,64 @@ def read_official_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, A
     columns = _read(path)
     episodes, rows = columns["reward"].shape[:2]
     for index in range(episodes):
-        row = {name: column[index] for name, column in columns.items()}
-        ends = row.get("terminated", torch.zeros(rows)) > 0.5
+        row = {name: column[index].float() for name, column in columns.items()}
+        led = {name: row[name][1:] for name in ("action", "reward", "terminated") if name in row}
+        for name, values in (row | led).items():
+            if not values.isfinite().all():
+                raise ValueError(f"{path}: {name} of episode {index} holds NaN or infinity, expected finite numbers.")
+        ends = led.get("terminated", torch.zeros(rows - 1)) > 0.5
         episode = {
-            "obs": row["obs"].float().numpy(),
-            "actions": row["action"][1:].float().numpy(),
-            "rewards": row["reward"][1:].float().reshape(rows - 1).numpy(),
-            "dones": ends[1:].reshape(rows - 1).numpy(),
+            "obs": row["obs"].numpy(),
+            "actions": led["action"].numpy(),
+            "rewards": led["reward"].reshape(rows - 1).numpy(),
+            "dones": ends.reshape(rows - 1).numpy(),
             "truncated": True,
         }
         if "task" in row:
-            episode["task"] = int(row["task"].reshape(-1)[0])
+            task = row["task"].flatten()[0].item()
+            if task < 0 or task % 1 or (row["task"] != task).any():
+                raise ValueError(f"{path}: task of episode {index} is not one number from 0 in all rows.")
+            episode["task"] = int(task)
         yield episode
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist, expected a .pt file of episodes.")
-    known: list[Any] = [(_rebuild, "tensordict._reductions._make_td")]
-    known += [(_TensorDict, f"tensordict.{module}TensorDict") for module in ("_td.", "tensordict.", "")]
-    try:
-        with torch.serialization.safe_globals(known):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is no file of episodes that can be read safely: {reason}") from error
-    columns = getattr(found, "columns", found)
-    if not isinstance(columns, Mapping) or not columns.keys() >= COLUMNS:
-        holds = sorted(columns) if isinstance(columns, Mapping) else type(columns).__name__
-        raise ValueError(f"{path} holds {holds}, expected a TensorDict of {sorted(COLUMNS)} [episodes, T, ...].")
-    columns = {name: value for name, value in columns.items() if isinstance(value, Tensor)}
+    file = TensorFile(path, "no file of episodes that can be read safely")
+    found = _entries(file.content)
+    if not isinstance(found, dict) or not all(name in found for name in COLUMNS):
+        holds = listed(name for name in found if isinstance(name, str)) if isinstance(found, dict) else _kind(found)
+        raise ValueError(f"{path} holds {holds}, expected a TensorDict of {listed(COLUMNS)} [episodes, T, ...].")
+    columns = file.tensors({name: found[name] for name in (*COLUMNS, *OPTIONAL) if name in found})
+    for name, column in columns.items():
+        if name in COLUMNS and not (column.is_floating_point() or (name == "obs" and column.dtype == torch.uint8)):
+            raise ValueError(f"{path}: {name} is {column.dtype}, expected floats. Check where the file comes from.")
     lead = tuple(columns["reward"].shape[:2])
-    if len(lead) != 2 or lead[1] < 2 or any(tuple(column.shape[:2]) != lead for column in columns.values()):
+    if len(lead) != 2 or lead[1] < 2 or not all(_fits(name, column, lead) for name, column in columns.items()):
         shapes = {name: tuple(column.shape) for name, column in columns.items()}
         raise ValueError(f"{path} holds {shapes}, expected [episodes, T, ...] of one length T of at least 2.")
     return columns
 
 
-class _TensorDict:
-    """The stand-in for a TensorDict: its entries."""
+def _entries(content: Any) -> Any:
+    """Return the entries of a TensorDict, which is made by a call or by its state, or the content itself."""
+    if not isinstance(content, Named) or _kind(content) not in ("tensordict._reductions._make_td", *TENSOR_DICTS):
+        return content
+    state = content.state or content.args[-1:]  # (state, slots) in some versions; else the last argument of the call
+    state = state[0] if isinstance(state, tuple) and state else state
+    return state.get("_tensordict") if isinstance(state, dict) else None
 
-    columns: Mapping[str, Any]
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.columns = state.get("_tensordict", {})
+def _fits(name: str, column: Tensor, lead: tuple[int, ...]) -> bool:
+    """Return whether a column [episodes, T, ...] has the axes of its kind."""
+    rest = tuple(column.shape[2:])
+    if column.shape[:2] != lead:
+        return False
+    if name in ONE_NUMBER:
+        return rest in ((), (1,))
+    return len(rest) == 1 if name == "action" else len(rest) >= 1
 
 
-def _rebuild(kind: type[_TensorDict], state: Mapping[str, Any]) -> _TensorDict:
-    read = kind()
-    read.__setstate__(state)
-    return read
+def _kind(found: Any) -> str:
+    return type(found).__name__[:80]
