@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from worldloom.archive import UNREADABLE, explain
 from worldloom.replay.chunk import Chunk, Ledger, base_columns, observation_dtypes, with_seam
 from worldloom.replay.memory import ring_bytes
 from worldloom.replay.recorded import LAST_ACTION_DROPPED, constant_columns, episode_columns, read_trajectories
@@ -323,19 +324,22 @@ class ReplayBuffer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReplayBuffer:
-        """Load a buffer that `save` wrote; it goes on with the same draws. Raises ValueError for a file of another kind
-        or one that is cut short, FileNotFoundError if there is none."""
+        """Load a buffer that `save` wrote; it goes on with the same draws. Raises FileNotFoundError, or ValueError for
+        a file of another kind, one that is damaged, or one whose capacity does not fit in memory."""
         about, columns = read_buffer(path)
-        specs = {name: ColumnSpec(tuple(shape), dtype) for name, (shape, dtype) in about["state"]["specs"].items()}
-        buffer = cls(
-            about["capacity"],
-            join_obs({name: spec.shape for name, spec in specs.items()}),
-            about["action_dim"],
-            obs_dtype=join_obs({name: spec.dtype for name, spec in specs.items()}),
-            windows=WindowSpec(**about["windows"]),
-            columns={name: specs[name] for name in about["extra"]},
-        )
-        buffer.load_state_dict(about["state"], [columns], len(columns["rewards"]))
+        try:
+            specs = {name: ColumnSpec(tuple(shape), dtype) for name, (shape, dtype) in about["state"]["specs"].items()}
+            buffer = cls(
+                about["capacity"],
+                join_obs({name: spec.shape for name, spec in specs.items()}),
+                about["action_dim"],
+                obs_dtype=join_obs({name: spec.dtype for name, spec in specs.items()}),
+                windows=WindowSpec(**about["windows"]),
+                columns={name: specs[name] for name in about["extra"]},
+            )
+            buffer.load_state_dict(about["state"], [columns], len(columns["rewards"]))
+        except UNREADABLE as error:
+            raise ValueError(f"{path} cannot be loaded: {explain(error)}") from error
         return buffer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ def observation_dtypes(shapes: Mapping[str, Any], given: str | Mapping[str, str]
 
 
 def row_bytes(columns: Mapping[str, ColumnSpec]) -> int:
-    return sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in columns.values())
+    return sum(math.prod(c.shape) * np.dtype(c.dtype).itemsize for c in columns.values())
 
 
 class ChunkBuilder:

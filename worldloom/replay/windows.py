@@ -45,6 +45,11 @@ class WindowIndex:
         """Draw ring positions [B], uniformly and with replacement."""
         return self._starts[rng.integers(self.count, size=batch_size)]
 
+    def holds(self, positions: Array) -> Array:
+        """Return flags [n]: whether these ring positions start a complete window."""
+        held: Array = self._slot[positions] >= 0
+        return held
+
     def sort(self) -> None:
         """Bring the starts, which `draw` indexes, into the order of the ring."""
         starts = np.flatnonzero(self._slot >= 0)
