@@ -261,9 +261,11 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "c.hdf5").write_text("no")
     np.savez(tmp_path / "d.npz", x=np.ones(2))
     np.savez(tmp_path / "e.npz", observations=np.array([{}], dtype=object))
+    (tmp_path / "f.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:-30])
     for name, message in [
         ("a.csv", "ends in '.csv', expected"), ("b.npz", "cannot be read"), ("c.hdf5", "cannot be read"),
         ("d.npz", "holds \\['x'\\], expected at least observations"), ("e.npz", "cannot be read"),
+        ("f.npz", "cannot be read: File is not a zip file"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             list(read_episodes(tmp_path / name))

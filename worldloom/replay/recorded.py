@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.archive import UNREADABLE, explain
 from worldloom.types import Array, ColumnSpec, ObsShape
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -104,8 +105,10 @@ def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         try:
             with np.load(found, allow_pickle=False) as archive:
                 columns = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read: {error}. Expected an npz file of plain arrays.") from error
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{path} cannot be read: {explain(error)}. Expected an npz file of plain arrays."
+            ) from error
         yield from _split(columns, str(path))
     elif found.suffix in (".hdf5", ".h5"):
         yield from _read_hdf5(found)
