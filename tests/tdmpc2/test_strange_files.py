@@ -306,6 +306,12 @@ def bomb_of_a_call(folder, layouts):
     return _pickled(b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", folder / "call.pt")
 
 
+def bomb_of_a_key(folder, layouts):
+    """A key whose hash takes 2 ** 60 steps: a tuple of one tuple twice, 60 times."""
+    nested = b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))
+    return _pickled(b"\x80\x02}X\0\0\0\0" + nested + b"Ns.", folder / "key.pt")
+
+
 def _pickled(content, path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", content)
@@ -318,7 +324,7 @@ def _pickled(content, path):
         (bomb_of_wide_layers, "expected"), (bomb_of_repeats, "repeats its numbers to more bytes than the file has"),
         (bomb_of_many_repeats, "its tensors claim"), (bomb_of_claims, "_dynamics.0.weight is damaged"),
         (bomb_of_zeros, "is compressed"), (bomb_of_a_table, "numbers an object"),
-        (bomb_of_a_call, "expected a mapping"),
+        (bomb_of_a_call, "expected a mapping"), (bomb_of_a_key, "uses a tuple again"),
     ],
 )  # fmt: skip
 def test_a_small_file_that_asks_for_much_is_refused_before_anything_is_built(bomb, message, folder, layouts, no_model):

@@ -40,7 +40,13 @@ OTHERS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
 }
 PICKLE_BYTES = 2**18  # more than ten times that of the largest published file
-PICKLE_PROTOCOL = 2  # that of torch.save
+TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+MADE = ("BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "GLOBAL", "NEWOBJ", "REDUCE", *TUPLES)  # then torch.save numbers it
+OPCODES = (  # all that torch.save writes for tensors, numbers, text, dicts and lists
+    *MADE, "APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID", "BINPUT", "BUILD",
+    "EMPTY_TUPLE", "LONG1", "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWTRUE", "NONE", "PROTO", "SETITEM",
+    "SETITEMS", "STOP",
+)  # fmt: skip
 NAME_LENGTH = 200  # more than any tensor's name has, so that messages stay short
 AXES = 8  # more than any tensor of a model or of episodes has
 SHARED = 4  # tensors may share bytes, as the value heads do with their detached copy: twice, in some files three times
@@ -147,12 +153,28 @@ def _unpickle(pickled: bytes) -> Any:
     """Return the content of a pickle, in which nothing is imported. Raises errors of UNREADABLE."""
     if len(pickled) > PICKLE_BYTES:
         raise ValueError(f"its data.pkl has {len(pickled):,} bytes, expected at most {PICKLE_BYTES:,}")
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.proto > PICKLE_PROTOCOL:
-            raise ValueError(f"its pickle has {opcode.name} of protocol {opcode.proto}, expected {PICKLE_PROTOCOL}")
-        if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(pickled):
-            raise ValueError(f"its pickle numbers an object {argument:,}")  # for which a table would be allocated
+    _check_pickle(pickled)
     return _Unpickler(io.BytesIO(pickled)).load()
+
+
+def _check_pickle(pickled: bytes) -> None:
+    """Raise ValueError for a pickle that torch.save does not write.
+
+    Pickle would allocate a table up to the number that an object is given. A tuple of a tuple twice, of a tuple twice,
+    and so on, has few bytes, but as a key of a dict it takes forever to hash: so no tuple is used again.
+    """
+    before, tuples = "", set()
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name not in OPCODES:
+            raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            if before not in MADE or (number := int(argument or 0)) > len(pickled):
+                raise ValueError(f"its pickle numbers an object {argument} in a way that torch.save does not")
+            if before in TUPLES:
+                tuples.add(number)
+        if opcode.name in ("BINGET", "LONG_BINGET") and argument in tuples:
+            raise ValueError("its pickle uses a tuple again, which torch.save does not")
+        before = opcode.name
 
 
 def _made_by(found: Any) -> str:
