@@ -39,7 +39,6 @@ class Run:
     ) -> None:
         self.config, self.dir, self.spec = config, run_dir, spec
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = checkpoint
         self.unsaved = False  # the last checkpoint could not be written
         self._config_text: str | None = None  # of config.yaml
         manifest = read_manifest(checkpoint) if checkpoint else {}
@@ -61,9 +60,9 @@ class Run:
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.picture_clock = Every(config.log.picture_interval, self.limiter.env_steps)
         self.log_clock = Every(config.log.interval, self.limiter.env_steps)
-        self._print_header(env)
+        self._print_header(env, checkpoint)
 
-    def _print_header(self, env: EnvSpec) -> None:
+    def _print_header(self, env: EnvSpec, checkpoint: Path | None) -> None:
         spec, config, say = self.spec, self.config, self.recorder.say
         say(f"run directory: {self.dir.resolve()}")
         shape = _shown(observation_shape(env.observation_space))
@@ -77,9 +76,9 @@ class Run:
             own, names = row_bytes(spec.columns), ", ".join(spec.columns)
             say(f"of which {names}: {own:,} bytes a row, {config.replay.capacity * own / 2**20:,.1f} MiB")
         say(self.limiter.describe())
-        if self.checkpoint:
+        if checkpoint:
             done = f"{self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
-            say(f"resumed from {self.checkpoint.name}: {done}")
+            say(f"resumed from {checkpoint.name}: {done}")
 
     @property
     def finished(self) -> bool:
