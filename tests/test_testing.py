@@ -24,15 +24,16 @@ QUICK = {  # what learns the task of two states in a quarter of a minute
         "classes": 4,
         "depth": 2,
         "blocks": 4,
-        "batch_size": 16,
+        "batch_size": 32,
         "batch_length": 8,
         "imagination_length": 2,
         "discount_horizon": 5.0,
         "lam": 0.8,
-        "lr": 5e-3,
+        "lr": 1e-3,
         "warmup": 20,
     },
 }
+UPDATES = {"tdmpc2": 300, "dreamerv3": 600}  # 12 and 14 seeds of as many tried are then above 0.7; chance is 0
 
 
 @pytest.mark.parametrize(("model", "fields"), FAMILIES, ids=["tdmpc2", "dreamerv3"])
@@ -42,7 +43,8 @@ def test_our_families_hold_what_is_asked_of_one_with_choices_for_actions(model, 
 
 @pytest.mark.parametrize(("model", "fields"), FAMILIES, ids=["tdmpc2", "dreamerv3"])
 def test_our_families_hold_what_is_asked_of_one_and_learn(model, fields):
-    found = check_family(model, updates=300, **{**fields, **QUICK[model.partition(":")[0]]})
+    family = model.partition(":")[0]
+    found = check_family(model, updates=UPDATES[family], **{**fields, **QUICK[family]})
     assert found[-1].name == "beats chance"
     assert not [line for line in found if line.wrong]
 

@@ -67,6 +67,27 @@ class GuardedAdam:
         self.adam.step()
         return made, norm
 
+    @torch.no_grad()
+    def update_norm(self) -> Tensor:
+        """Return the norm of the last change of all parameters, a scalar on the device; 0 before the first step.
+
+        It follows from Adam's state, so that steps do nothing for it: with m, v of step k, the change of a parameter is
+        lr (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps).
+        """
+        norms = [torch.zeros((), device=self.params[0].device)]
+        for group in self.adam.param_groups:
+            states = [state for p in group["params"] if (state := self.adam.state.get(p))]
+            if not states:
+                continue
+            (beta1, beta2), steps = group["betas"], states[0]["step"].to(self.params[0].device)
+            sizes = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
+            torch._foreach_div_(sizes, (1 - beta2**steps).sqrt())
+            torch._foreach_add_(sizes, group["eps"])
+            change = torch._foreach_div([state["exp_avg"] for state in states], sizes)
+            norms.append(torch.stack(torch._foreach_norm(change)).norm() * group["lr"] / (1 - beta1**steps))
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return whole
+
 
 class LaProp(torch.optim.Optimizer):
     """LaProp (Ziyin et al. 2020), normalisation before momentum, after adaptive gradient clipping (Brock et al. 2021).

@@ -238,6 +238,17 @@ def test_gradients_are_clipped_to_a_norm_of_twenty_the_policys_apart():
         assert norm == pytest.approx(20, rel=1e-4)
 
 
+def test_metrics_show_the_size_of_updates():
+    agent = TDMPC2Agent(shake(tiny_model()))
+    trained = agent.learning.model_optimizer.params
+    assert agent.learning.model_optimizer.update_norm() == 0
+    for _ in range(3):
+        before = torch.cat([p.detach().flatten().clone() for p in trained])
+        metrics, _ = agent.update(batch_of(agent.world_model))
+        moved = (torch.cat([p.detach().flatten() for p in trained]) - before).norm().item()
+        assert float(metrics["update_norm"]) == pytest.approx(moved, rel=1e-3)
+
+
 def test_the_policy_learns_on_every_rolled_out_state_with_values_after_their_step():
     model = shake(tiny_model())
     agent, batch = TDMPC2Agent(model), batch_of(model)

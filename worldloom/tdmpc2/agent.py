@@ -166,7 +166,8 @@ class TDMPC2Agent:
 
     def collect(self) -> Metrics:
         """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
-        return self._learner.collect()
+        means = self._learner.collect()
+        return {**means, "update_norm": self.learning.model_optimizer.update_norm().item()}
 
     # Exchange
 
