@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: $(VENV)/.installed  ## train TD-MPC2 on Pendulum-v1 through Ray and say how well it does
 	$(BIN)/python -m launch.train --config configs/tdmpc2_pendulum.yaml $(ARGS)
 
-test: $(VENV)/.installed  ## run the test suite (without the slow learning tests)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed  ## run the test suite (without the slow learning tests), in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.installed  ## run the tests that show learning (minutes each)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -12,6 +12,13 @@ from tests.own_families import EXAMPLE, ROOT
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file, and all that share the Ray cluster, in one process of `make test`, which has two."""
+    for item in items:
+        group = "ray" if item.path.parent.name == "distributed" else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ray_token(tmp_path_factory):
     """Ray 2.60 keeps its token in the home directory, unless told otherwise."""
