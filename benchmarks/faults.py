@@ -1,8 +1,12 @@
-"""Kill env actor, learner and replay of a small run, and time how soon each works again: python -m benchmarks.faults
+"""Kill and freeze parts of a small run, and time how soon each works again: python -m benchmarks.faults
 
-A tiny TD-MPC2 on Pendulum-v1, on a local Ray of its own. After each kill the time is taken until the part that was lost
-delivers again: a chunk of the new env actor, an update of the new learner, a step accepted by the new replay. At the
-end the invariants are checked (`worldloom.runs.verify`).
+A tiny TD-MPC2 on Pendulum-v1, on a local Ray of its own. Env actor, learner and replay are killed (SIGKILL) and frozen
+(SIGSTOP). The time is taken until the part that was lost delivers again: a chunk of the new env actor, an update of the
+new learner, a step accepted by the new replay. A frozen part is replaced after 5 s here (runtime.silence_timeout and
+collect_timeout; the defaults are 60 and 300 s). While an env actor is frozen, the other one should go on: the time is
+taken until it collects at 80 % of its rate before, over one second. Learner and replay have no others: collecting waits
+for them by the train ratio, and because chunks on their way are bounded. At the end the invariants are checked
+(`worldloom.runs.verify`).
 """
 
 from __future__ import annotations
@@ -13,13 +17,16 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from distributed.coordinator import Coordinator
+from worldloom.replay.chunk import ChunkInfo
 from worldloom.runs.config import (
     CheckpointConfig,
     EnvConfig,
@@ -38,42 +45,90 @@ CONFIG = RunConfig(
     env=EnvConfig(id="Pendulum-v1", num_envs=2, action_repeat=2),
     replay=ReplayConfig(capacity=50_000),
     train=TrainConfig(learning_starts=200, train_ratio=48),
-    runtime=RuntimeConfig(env_actors=2, chunk_steps=8, publish_interval=10, learner_threads=1),
+    runtime=RuntimeConfig(
+        env_actors=2,
+        chunk_steps=8,
+        publish_interval=10,
+        learner_threads=1,
+        silence_timeout=5.0,
+        collect_timeout=5.0,
+    ),
     eval=EvalConfig(interval=0, episodes=1),
     checkpoint=CheckpointConfig(interval=500),
     log=LogConfig(interval=1_000),
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """One loss. others: seconds until the others collect at full rate; None where there are none."""
+
+    what: str
+    step: int
+    seconds: float
+    others: float | None = None
+
+
 class Drill:
-    """Kills parts of a running coordinator, one after the other, and times their return."""
+    """Kills and freezes parts of a running coordinator, one after the other, and times their return."""
 
     def __init__(self, coordinator: Coordinator, rounds: int) -> None:
         self._coordinator, self._rounds = coordinator, rounds
-        self.rows: list[tuple[str, int, float]] = []
+        self._steps: Counter[int] = Counter()  # by env actor
+        self._begin, coordinator.parts.inserting.begin = coordinator.parts.inserting.begin, self._count  # type: ignore[method-assign]
+        self.rows: list[Row] = []
         self.done = threading.Event()
+
+    def _count(self, chunk: Any, info: ChunkInfo) -> None:
+        self._steps[info.key.actor] += info.steps
+        self._begin(chunk, info)
 
     def run(self) -> None:
         c = self._coordinator
         while c.run.limiter.env_steps < 1_200:  # learning, and two checkpoints written
             time.sleep(0.05)
         for _ in range(self._rounds):
-            self._kill("env actor", c.parts.collecting.collectors[1].handle, self._new_env_actor_delivers(1))
-            self._kill("learner", c.parts.learning.learner, self._grows(lambda: c.run.limiter.updates))
-            self._kill("replay", c.parts.replay.handles[0], self._grows(lambda: c.run.limiter.env_steps))
+            for how in (signal.SIGKILL, signal.SIGSTOP):
+                self._lose(how, "env actor", lambda: c.parts.collecting.collectors[1].handle, self._actor_delivers)
+                self._lose(how, "learner", lambda: c.parts.learning.learner, self._updates_grow)
+                self._lose(how, "replay", lambda: c.parts.replay.handles[0], self._steps_grow)
         self.done.set()
 
-    def _kill(self, name: str, handle: object, recovered: Callable[[], bool]) -> None:
-        restarts = self._coordinator.run.recorder.counters
-        before, at = restarts["actor_restarts"], self._coordinator.run.limiter.env_steps
-        os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)  # type: ignore[attr-defined]
-        begun = time.monotonic()
+    def _lose(
+        self, how: signal.Signals, name: str, handle: Callable[[], Any], delivering: Callable[[], Callable[[], bool]]
+    ) -> None:
+        recovered, restarts = delivering(), self._coordinator.run.recorder.counters
+        before, at, pid = restarts["actor_restarts"], self._steps_done(), ray.get(handle().pid.remote())
+        frozen = how == signal.SIGSTOP
+        rate = self._rate() if frozen else 0.0
+        os.kill(pid, how)
+        begun, seen = time.monotonic(), []
         while restarts["actor_restarts"] == before or not recovered():
+            seen.append((time.monotonic() - begun, self._steps[0]))
             time.sleep(0.02)
-        self.rows.append((name, at, time.monotonic() - begun))
-        settled = self._coordinator.run.limiter.env_steps + 600  # a checkpoint further
-        while self._coordinator.run.limiter.env_steps < settled:
+        others = time_to_full_rate(seen, rate) if frozen and name == "env actor" else None
+        self.rows.append(Row(f"{name} {'frozen' if frozen else 'killed'}", at, time.monotonic() - begun, others))
+        settled = self._steps_done() + 600  # a checkpoint further
+        while self._steps_done() < settled:
             time.sleep(0.05)
+
+    def _steps_done(self) -> int:
+        return self._coordinator.run.limiter.env_steps
+
+    def _rate(self) -> float:
+        """Return the steps a second of env actor 0, over the next three."""
+        before = self._steps[0]
+        time.sleep(3.0)
+        return (self._steps[0] - before) / 3.0
+
+    def _actor_delivers(self) -> Callable[[], bool]:
+        return self._new_env_actor_delivers(1)
+
+    def _updates_grow(self) -> Callable[[], bool]:
+        return self._grows(lambda: self._coordinator.run.limiter.updates)
+
+    def _steps_grow(self) -> Callable[[], bool]:
+        return self._grows(self._steps_done)
 
     def _new_env_actor_delivers(self, index: int) -> Callable[[], bool]:
         old = self._coordinator.parts.collecting.collectors[index].incarnation
@@ -95,11 +150,20 @@ class Drill:
         return grown
 
 
+def time_to_full_rate(seen: list[tuple[float, int]], rate: float) -> float:
+    """Return when a second begins in which the count grows by 80 % of `rate`, of (seconds, count) in order."""
+    for begun, count in seen:
+        later = next((n for at, n in seen if at >= begun + 1.0), None)
+        if later is not None and later - count >= 0.8 * rate:
+            return begun
+    return float("inf")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="kills of each part")
+    parser.add_argument("--rounds", type=int, default=3, help="kills and freezes of each part")
     rounds = parser.parse_args().rounds
-    config = replace(CONFIG, train=replace(CONFIG.train, total_steps=4_000 + 3_000 * rounds))
+    config = replace(CONFIG, train=replace(CONFIG.train, total_steps=4_000 + 8_000 * rounds))
     with tempfile.TemporaryDirectory() as folder:
         coordinator = Coordinator(config, Path(folder) / "drill")
         try:
@@ -110,12 +174,16 @@ def main() -> None:
         finally:
             coordinator.close()
         broken = verify(Path(folder) / "drill")
-    print("\n| killed | at step | seconds until it delivers again |\n|---|---|---|")
-    for name, step, seconds in drill.rows:
-        print(f"| {name} | {step:,} | {seconds:.1f} |")
+    print(
+        "\n| lost | at step | seconds until it delivers again | until the others are at full rate |\n|---|---|---|---|"
+    )
+    for row in drill.rows:
+        print(
+            f"| {row.what} | {row.step:,} | {row.seconds:.1f} | {'' if row.others is None else f'{row.others:.1f}'} |"
+        )
     counted = ("env_steps", "updates", "actor_restarts", "env_steps_discarded", "updates_lost")
     print("\n" + ", ".join(f"{name} {summary[name]:,}" for name in counted))
-    print("all kills made" if drill.done.is_set() else "the run ended before all kills were made")
+    print("all losses made" if drill.done.is_set() else "the run ended before all losses were made")
     print("invariants: " + ("hold" if not broken else "; ".join(broken)))
 
 
