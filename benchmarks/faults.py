@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ CONFIG = RunConfig(
 
 @dataclass(frozen=True)
 class Row:
-    """One loss. others: seconds until the others collect at full rate; None where there are none."""
+    """One loss. others: seconds until the other collects at full rate, and its longest pause; None without another."""
 
     what: str
     step: int
     seconds: float
-    others: float | None = None
+    others: tuple[float, float] | None = None
 
 
 class Drill:
@@ -106,7 +107,7 @@ class Drill:
         while restarts["actor_restarts"] == before or not recovered():
             seen.append((time.monotonic() - begun, self._steps[0]))
             time.sleep(0.02)
-        others = time_to_full_rate(seen, rate) if frozen and name == "env actor" else None
+        others = (time_to_full_rate(seen, rate), longest_pause(seen)) if name == "env actor" and frozen else None
         self.rows.append(Row(f"{name} {'frozen' if frozen else 'killed'}", at, time.monotonic() - begun, others))
         settled = self._steps_done() + 600  # a checkpoint further
         while self._steps_done() < settled:
@@ -159,6 +160,12 @@ def time_to_full_rate(seen: list[tuple[float, int]], rate: float) -> float:
     return float("inf")
 
 
+def longest_pause(seen: list[tuple[float, int]]) -> float:
+    """Return the longest time without growth of the count, of (seconds, count) in order."""
+    grown = [0.0, *(at for (at, n), (_, before) in zip(seen[1:], seen, strict=False) if n > before), seen[-1][0]]
+    return max(later - earlier for earlier, later in pairwise(grown))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="kills and freezes of each part")
@@ -175,12 +182,12 @@ def main() -> None:
             coordinator.close()
         broken = verify(Path(folder) / "drill")
     print(
-        "\n| lost | at step | seconds until it delivers again | until the others are at full rate |\n|---|---|---|---|"
+        "\n| lost | at step | seconds until it delivers again | until the other is at full rate | its longest pause |"
     )
+    print("|---|---|---|---|---|")
     for row in drill.rows:
-        print(
-            f"| {row.what} | {row.step:,} | {row.seconds:.1f} | {'' if row.others is None else f'{row.others:.1f}'} |"
-        )
+        others = " | ".join(["", ""] if row.others is None else [f"{each:.1f}" for each in row.others])
+        print(f"| {row.what} | {row.step:,} | {row.seconds:.1f} | {others} |")
     counted = ("env_steps", "updates", "actor_restarts", "env_steps_discarded", "updates_lost")
     print("\n" + ", ".join(f"{name} {summary[name]:,}" for name in counted))
     print("all losses made" if drill.done.is_set() else "the run ended before all losses were made")

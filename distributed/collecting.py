@@ -62,13 +62,18 @@ class Collecting:
             f"{state.shares.learner_threads} threads"
         )
 
-    def _start(self, index: int) -> Collector:
-        """Start an env actor in the newest incarnation."""
+    def _start(self, index: int, again: bool = False) -> Collector:
+        """Start an env actor in the newest incarnation.
+
+        again: under a new name, because Ray gives the name of a frozen actor free only 5 s after its end, and nobody is
+        to wait for that.
+        """
         state = self._state
         made = Collector(index, state.incarnation, None, None)
+        name = f"{made.name}-{state.incarnation}" if again else made.name
         arguments = (state.config, state.spec, index, state.incarnation, state.server is not None)
         made.handle = state.launcher.start(
-            EnvActor, made.name, *arguments, cpus=state.shares.cpus, threads={"control": 1}, where="SPREAD"
+            EnvActor, name, *arguments, cpus=state.shares.cpus, threads={"control": 1}, where="SPREAD"
         )
         made.coming = made.handle.node.remote()
         self._tasks[made.coming] = made
@@ -276,7 +281,7 @@ class Collecting:
             self._tasks.pop(reference, None)
         self._idle.pop(collector.index, None)
         self.budget.requested -= collector.requested
-        fresh = self._start(collector.index)
+        fresh = self._start(collector.index, again=True)
         fresh.restarts = restarts
         self.collectors[collector.index] = fresh
 
