@@ -12,6 +12,7 @@ from tests.own_families import EXAMPLE, ROOT
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file, and all that share the Ray cluster, in one process of `make test`, which has two."""
     for item in items:
