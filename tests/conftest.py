@@ -10,14 +10,15 @@ import torch
 from tests.own_families import EXAMPLE, ROOT
 
 torch.set_num_threads(1)
+APART = ("test_driver.py", "test_lockstep.py")  # of the Ray tests, so that both processes have as much to do
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file, and all that share the Ray cluster, in one process of `make test`, which has two."""
+    """Keep the tests of a file, and most that share the Ray cluster, in one process of `make test`, which has two."""
     for item in items:
-        group = "ray" if item.path.parent.name == "distributed" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        shares = item.path.parent.name == "distributed" and item.path.name not in APART
+        item.add_marker(pytest.mark.xdist_group("ray" if shares else item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -160,8 +160,12 @@ def test_ctrl_c_within_an_environment_is_not_its_failure():
     make = lambda: Environment(gymnasium.make("Broken-v0", kind="interrupt", disable_env_checker=True))  # noqa: E731
     env = VectorEnv(make, num_envs=1, seed=0)
     env.reset()
-    with pytest.raises(KeyboardInterrupt):  # without a handler of ours, it may be the user's
-        env.step(np.zeros((1, 1), np.float32))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of pytest-xdist has not
+    try:
+        with pytest.raises(KeyboardInterrupt):  # without a handler of ours, it may be the user's
+            env.step(np.zeros((1, 1), np.float32))
+    finally:
+        signal.signal(signal.SIGINT, before)
     with GracefulStop() as stop:
         stop.requested = True
         with pytest.raises(StopAtOnce):

@@ -266,14 +266,14 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     assert [int(name[-12:]) // 140 for name in names] == [1, 2, 2]  # at 140, 280 and the end at 300
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format": "2", "rows": []}'])
-def test_a_damaged_manifest_is_named_and_does_not_end_a_healthy_run(damage, tmp_path):
+def test_a_damaged_manifest_is_named_and_does_not_end_a_healthy_run(tmp_path):
     config = tiny_config(checkpoint=CheckpointConfig(interval=140, keep=3))
     InlineTrainer(config, tmp_path).train()
     oldest, *_ = sorted((tmp_path / "checkpoints").glob("step-*"))
-    (oldest / "manifest.json").write_bytes(damage)
-    with pytest.raises(CheckpointError, match=f"{oldest.name} has no readable manifest"):
-        read_manifest(oldest)
+    for damage in (b"", b"{", b"[]", b"\xff\xfe", b'{"format": "2", "rows": []}', b"{}"):
+        (oldest / "manifest.json").write_bytes(damage)
+        with pytest.raises(CheckpointError, match=f"{oldest.name} has no readable manifest"):
+            read_manifest(oldest)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=440))
     summary = InlineTrainer(longer, tmp_path, resume=True).train()
     assert summary["status"] == "completed"
