@@ -63,6 +63,7 @@ class Coordinator:
         rows_lost = self._restore(checkpoint) if checkpoint else 0
         gauges = RayGauges(self._run_dir.name)
         state.run = Run(self.config, self._run_dir, state.env, state.spec, checkpoint, [gauges])
+        parts.replay.count(state.run.limiter)
         state.run.recorder.rows_lost(rows_lost)
         state.incarnation = state.run.incarnation
         parts.serving.start()

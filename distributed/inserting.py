@@ -53,7 +53,7 @@ class Inserting:
                 self._count_discarded(self._forget(reference).steps)
                 continue
             self._forget(reference)
-            self._state.run.limiter.env_steps = self._replay.steps
+            self._replay.count(self._state.run.limiter)
             self._state.run.recorder.chunk(info, self._state.version)
 
     def discard(self, shards: Collection[int]) -> int:

@@ -90,7 +90,7 @@ class Recovery:
             gone = before - parts.replay.accepted[shard].steps
             run.recorder.counters["env_steps_discarded"] += gone
             lost += gone
-            run.limiter.env_steps = parts.replay.steps
+            parts.replay.count(run.limiter)
         return lost
 
     def leave_draining_nodes(self) -> None:

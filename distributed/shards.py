@@ -16,6 +16,7 @@ from distributed.watching import Watch
 from worldloom.replay.buffer import Acceptance
 from worldloom.runs.build import AgentSpec, EnvSpec
 from worldloom.runs.config import RunConfig
+from worldloom.runs.limiter import RateLimiter
 
 NOTHING = Acceptance(0, 0, 0, 0, 0, 0)
 THREADS = {"saving": 1, "control": 1}
@@ -73,6 +74,10 @@ class Shards:
     def steps(self) -> int:
         """Environment steps that all shards have accepted together."""
         return sum(accepted.steps for accepted in self.accepted)
+
+    def count(self, limiter: RateLimiter) -> None:
+        """Tell the limiter what was accepted, and whether a batch can be drawn."""
+        limiter.env_steps, limiter.drawable = self.steps, any(accepted.windows for accepted in self.accepted)
 
     def insert(self, chunk: Any, actor: int) -> Any:
         """Hand over a Chunk, or a reference to one; return a reference to what replay then has accepted."""

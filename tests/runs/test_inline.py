@@ -22,6 +22,7 @@ from worldloom.report.sinks import MetricsLogger
 from worldloom.runs.agent_state import rescue_agent, take_agent
 from worldloom.runs.config import (
     CheckpointConfig,
+    EnvConfig,
     EvalConfig,
     ReplayConfig,
     TrainConfig,
@@ -206,6 +207,35 @@ def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(tmp_path)
     summary = resumed.train()
     assert summary["status"] == "completed"
     assert all(torch.isfinite(p).all() for p in resumed.agent.world_model.parameters())
+
+
+def crowded(**sections):
+    """16 environments, each of which makes few of the steps."""
+    env = EnvConfig(id="tests.environments:Counting-v0", num_envs=16)
+    return dataclasses.replace(dreamer_config(**sections), env=env)
+
+
+def test_learning_waits_for_a_complete_window(tmp_path):
+    config = crowded(train=TrainConfig(total_steps=400, learning_starts=20, train_ratio=4))
+    trainer = InlineTrainer(config, tmp_path)
+    assert trainer.train()["status"] == "completed"
+    assert trainer.agent.updates == (400 - 20) * 4 // 32  # what was owed for the steps of the wait, too
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"replay": ReplayConfig(capacity=100)}, "replay.capacity is 100, but 16 environments share it, .* to 144, or"),
+        (
+            {"train": TrainConfig(total_steps=120, learning_starts=20, train_ratio=4)},
+            "train.total_steps is 120, but 16 environments share them, so none makes the 8 steps of a window",
+        ),
+    ],
+)
+def test_what_never_gives_a_window_is_refused_by_name(sections, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        InlineTrainer(crowded(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_seed_gives_one_run(tmp_path):

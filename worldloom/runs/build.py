@@ -224,8 +224,8 @@ def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
 
 
 def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0) -> ReplayBuffer:
-    """Make one shard of replay. Raises MemoryError if it does not fit in memory, ValueError if it, or an episode, is
-    shorter than a window."""
+    """Make one shard of replay. Raises MemoryError if it does not fit in memory, ValueError if it never holds a
+    window: because it or an episode is too short, or because too many environments share it."""
     windows, longest = spec.windows, env.episode_length
     if not windows.crosses_episodes and longest is not None and longest + 1 < windows.length:
         raise ValueError(
@@ -233,6 +233,7 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
             f"{windows.length} rows, {windows.length - 1} steps. Lower env.action_repeat, or the field of agent that "
             "sets the length of its windows."
         )
+    _check_rows_of_a_stream(config, windows.length)
     observations = observation_columns(env.observation_space)
     return ReplayBuffer(
         config.replay.capacity // config.replay.shards,
@@ -243,6 +244,27 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
         columns=spec.columns,
         seed=config.train.seed + shard,
     )
+
+
+def _check_rows_of_a_stream(config: RunConfig, length: int) -> None:
+    """Raise ValueError if no environment ever has a window's rows in replay, or makes them in the whole run."""
+    actors, num_envs = max(config.runtime.env_actors, 1), config.env.num_envs
+    if config.runtime.kind == "inline":
+        actors = 1
+    sharing = -(-actors // config.replay.shards) * num_envs
+    who = f"{num_envs} environments of {actors} actors" if actors > 1 else f"{num_envs} environments"
+    capacity = config.replay.capacity // config.replay.shards
+    if length <= capacity < sharing * length:
+        enough = sharing * length * config.replay.shards
+        raise ValueError(
+            f"replay.capacity is {config.replay.capacity:,}, but {who} share it, so none has the {length} rows of a "
+            f"window there. Raise replay.capacity to {enough:,}, or lower env.num_envs."
+        )
+    if config.train.total_steps < num_envs * actors * (length - 1):
+        raise ValueError(
+            f"train.total_steps is {config.train.total_steps:,}, but {who} share them, so none makes the "
+            f"{length - 1} steps of a window. Raise train.total_steps, or lower env.num_envs."
+        )
 
 
 def subject_of(config: RunConfig) -> Subject:

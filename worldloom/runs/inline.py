@@ -54,6 +54,7 @@ class InlineTrainer:
             load_agent_state(checkpoint, self.agent)
             rows_lost = self.store.load(checkpoint, self.replay)
         self.run = Run(config, run_dir, env, spec, checkpoint)
+        self.run.limiter.drawable = self.replay.num_windows > 0
         self.run.recorder.rows_lost(rows_lost)
         self._on_gpu = torch.device(self.run.spec.device).type == "cuda"
         self._fresh: tuple[Array, FreshColumns] | None = None
@@ -73,7 +74,8 @@ class InlineTrainer:
             try:
                 while not run.finished and not stop.requested:
                     chunk = self.rollout.collect(1, run.random_actions)
-                    limiter.env_steps = self.replay.insert(chunk).steps
+                    accepted = self.replay.insert(chunk)
+                    limiter.env_steps, limiter.drawable = accepted.steps, accepted.windows > 0
                     run.recorder.chunk(chunk.info, 0)
                     self._learn(stop)
                     if run.log_clock.due(limiter.env_steps):

@@ -12,7 +12,8 @@ SETTINGS = ("train_ratio", "replayed_per_update", "learning_starts", "pretrain")
 class RateLimiter:
     """Keeps the train ratio: replayed steps per environment (policy) step.
 
-    Environment steps count once replay has accepted them, updates once the learner has finished them.
+    Environment steps count once replay has accepted them, updates once the learner has finished them. Learning starts
+    after `learning_starts` steps, and once replay holds a complete window (`drawable`).
     replayed_per_update: B times the trained steps of a window. pretrain: updates are also owed for the steps of the
     warm-up, in one burst when learning starts, as TD-MPC2 does.
     """
@@ -22,6 +23,7 @@ class RateLimiter:
         self.learning_starts, self.pretrain = learning_starts, pretrain
         self.env_steps = 0
         self.updates = 0
+        self.drawable = True
         self._ahead = 0.0  # updates made under earlier settings, minus those that the present settings would owe
 
     @property
@@ -30,7 +32,7 @@ class RateLimiter:
 
     @property
     def learning(self) -> bool:
-        return self.env_steps >= self.learning_starts
+        return self.drawable and self.env_steps >= self.learning_starts
 
     @property
     def counted_steps(self) -> int:
