@@ -257,7 +257,7 @@ def test_a_slow_actor_holds_nobody_up(coordinator, tmp_path):
     assert summary["status"] == "completed"
     by_actor = [[info for info in infos if info.key.actor == actor] for actor in (0, 1)]
     pace = sorted(np.median([info.seconds / info.steps for info in each]) for each in by_actor)
-    assert pace[1] > 4 * pace[0]
+    assert pace[1] > 2 * pace[0]  # 10 times on an idle machine
     slow = max(by_actor, key=lambda each: np.median([info.seconds / info.steps for info in each]))
     fast = by_actor[0] if slow is by_actor[1] else by_actor[1]
     assert sum(i.steps for i in fast) > 1.5 * sum(i.steps for i in slow)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import signal
+import threading
 import time
 from itertools import pairwise
 
@@ -126,22 +127,19 @@ def test_a_part_that_is_frozen_for_a_while_goes_on(quick_to_see, coordinator, tm
     config = slow_config(runtime=runtime(silence_timeout=60.0))
     made = coordinator(config)
     pid = ray.get(handle_of(made, "learner").pid.remote())
-    advance, at = made.pace.advance, []
+    frozen = freeze_at(made, 400, pid)
+    goes_on = threading.Timer(5.0, os.kill, (pid, signal.SIGCONT))
+    advance = made.pace.advance
 
-    def advance_and_freeze(stop):
+    def advance_and_time(stop):
         advance(stop)
-        now = time.monotonic()
-        if not at and made.run.limiter.env_steps >= 300:
-            os.kill(pid, signal.SIGSTOP)
-            at.append(now)
-        if len(at) == 1 and now - at[0] > 5:
-            os.kill(pid, signal.SIGCONT)
-            at.append(now)
+        if frozen and goes_on.ident is None:
+            goes_on.start()
 
-    made.pace.advance = advance_and_freeze
+    made.pace.advance = advance_and_time
     summary = made.train()
     check(summary, accepted(made), tmp_path, config)
-    assert len(at) == 2
+    assert frozen
     assert summary["actor_restarts"] == summary["updates_lost"] == 0
     assert "learner answers again after" in capsys.readouterr().out
 
