@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import os
 import secrets
@@ -53,7 +54,8 @@ def small_cluster(marks):
         ray.init(address="local", num_cpus=2, _system_config=soon, **options)
     yield
     for left in ray.util.list_named_actors(all_namespaces=True):  # by a test that failed
-        ray.kill(ray.get_actor(left["name"], left["namespace"]))
+        with contextlib.suppress(ValueError):  # it has just died
+            ray.kill(ray.get_actor(left["name"], left["namespace"]))
 
 
 @pytest.fixture
