@@ -76,7 +76,8 @@ class Drill:
     def __init__(self, coordinator: Coordinator, rounds: int) -> None:
         self._coordinator, self._rounds = coordinator, rounds
         self._steps: Counter[int] = Counter()  # by env actor
-        self._begin, coordinator.parts.inserting.begin = coordinator.parts.inserting.begin, self._count  # type: ignore[method-assign]
+        self._begin = coordinator.parts.inserting.begin
+        coordinator.parts.inserting.begin = self._count
         self.rows: list[Row] = []
         self.done = threading.Event()
 

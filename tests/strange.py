@@ -14,7 +14,7 @@ def fuzz(examples):
 
 
 def outcome(read, path):
-    """What `read` returns and "", or None and the ValueError's message, which is a sentence about the file."""
+    """Return the result of `read` and "", or None and the ValueError's message, a sentence about the file."""
     try:
         return read(path), ""
     except ValueError as error:

@@ -73,9 +73,12 @@ def row_numbers(name: str) -> tuple[int, int]:
 
 
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first. Raises CheckpointError if there is none."""
     found = sorted(path.parent for path in Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}"))
-    return [path for path in found if path.suffix == ""]
+    complete = [path for path in found if path.suffix == ""]
+    if not complete:
+        raise CheckpointError(f"{run_dir} holds no checkpoint. Give the directory of a run that saved one.")
+    return complete
 
 
 def find_damage(folder: Path, rows: bool = False) -> list[str]:
@@ -110,9 +113,7 @@ def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
         if not damage:
             return folder
         logger.warning("%s is damaged (%s), so the checkpoint before it is used", folder, damage)
-    if found:
-        raise CheckpointError(f"{run_dir} holds no whole checkpoint; {found[0].name} is damaged, too: {damage}.")
-    raise CheckpointError(f"{run_dir} holds no checkpoint. Give the directory of a run that saved one.")
+    raise CheckpointError(f"{run_dir} holds no whole checkpoint; {found[0].name} is damaged, too: {damage}.")
 
 
 def _dump(manifest: Mapping[str, Any]) -> str:

@@ -33,11 +33,13 @@ def test_collects_become_longer_where_chunks_would_flood_the_coordinator(monkeyp
     assert steps == 64
 
 
-def test_lockstep_never_collects_more_than_it_asks_for():
+def test_lockstep_never_collects_more_than_it_asks_for(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
     size = ChunkSize(1, float("inf"))
     for _ in range(1000):
         size.count()
-    size._since -= 1.0
+    clock.now += 1.0
     assert size.steps() == 1
 
 

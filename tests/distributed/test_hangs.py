@@ -82,6 +82,9 @@ def test_a_frozen_env_actor_holds_up_nobody_else(quick_to_see, coordinator, tmp_
     pid = ray.get(collectors[1].handle.pid.remote())
     frozen = freeze_at(made, 300, pid)
     ticks, advance = [], made.pace.advance
+    launcher, names = made.parts.state.launcher, []
+    start = launcher.start
+    launcher.start = lambda kind, name, *args, **options: names.append(name) or start(kind, name, *args, **options)
 
     def noted_advance(stop):
         ticks.append(time.monotonic())
@@ -94,6 +97,7 @@ def test_a_frozen_env_actor_holds_up_nobody_else(quick_to_see, coordinator, tmp_
     assert summary["actor_restarts"] == 1
     between = [b - a for a, b in pairwise(ticks)]  # log lines included, one of which took 60 s
     assert max(between) < 5.0
+    assert names == [f"env/001-{made.parts.state.incarnation}"]  # Ray frees the old name only after 5 s
     logged = [line["wall_seconds"] for line in read_metrics(tmp_path) if "rate/env_steps_per_second" in line]
     assert len(logged) > 3000 / 50 / 2
     said = capsys.readouterr().out

@@ -11,8 +11,9 @@ import urllib.request
 import pytest
 import ray
 
+from distributed import free_running
 from distributed.coordinator import Coordinator, train
-from tests.distributed.ray_runs import accepted, ray_config, run
+from tests.distributed.ray_runs import accepted, matrix_config, ray_config, run, slow_config
 from tests.run_configs import diverging, dreamer_config
 from worldloom.envs import EnvironmentFailed
 from worldloom.files import CheckpointError
@@ -106,6 +107,32 @@ def test_a_ratio_so_low_that_a_round_of_chunks_owes_no_update_is_kept(tmp_path):
     summary, accepted = run(config, tmp_path)
     assert summary["env_steps"] == accepted.steps >= 400
     assert summary["updates"] == int(summary["env_steps"] * 0.2 / 24) >= 3
+
+
+def test_learning_waits_for_a_complete_window(tmp_path):
+    config = matrix_config("dreamerv3", actors=1, steps=400)
+    crowded = dataclasses.replace(config.env, num_envs=16)  # which make 18 steps each before the first window
+    train = TrainConfig(total_steps=400, learning_starts=20, train_ratio=4)
+    summary, accepted = run(dataclasses.replace(config, env=crowded, train=train), tmp_path)
+    assert summary["status"] == "completed"
+    assert summary["updates"] == (accepted.steps - 20) * 4 // 32
+
+
+def test_collects_grow_where_more_chunks_arrive_than_the_driver_is_to_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(free_running, "CHUNKS_PER_SECOND", 5)
+    config = slow_config(2000, checkpoint=CheckpointConfig(interval=0))
+    warm_up = TrainConfig(total_steps=2000, learning_starts=1999, train_ratio=12)
+    coordinator = Coordinator(dataclasses.replace(config, train=warm_up), tmp_path)
+    seen, begin = [], coordinator.parts.inserting.begin
+    coordinator.parts.inserting.begin = lambda chunk, info: (seen.append(info.steps), begin(chunk, info))
+    try:
+        coordinator.start(resume=False)
+        coordinator.train()
+    finally:
+        coordinator.close()
+    asked = 2 * 8  # in a chunk, of which some rows start an episode
+    assert seen[0] <= asked
+    assert max(seen) > 2 * asked
 
 
 @pytest.mark.slow

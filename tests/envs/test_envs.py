@@ -157,8 +157,8 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_own_error(kind, 
 
 
 def test_ctrl_c_within_an_environment_is_not_its_failure():
-    make = lambda: Environment(gymnasium.make("Broken-v0", kind="interrupt", disable_env_checker=True))  # noqa: E731
-    env = VectorEnv(make, num_envs=1, seed=0)
+    broken = Environment(gymnasium.make("Broken-v0", kind="interrupt", disable_env_checker=True))
+    env = VectorEnv(lambda: broken, num_envs=1, seed=0)
     env.reset()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of pytest-xdist has not
     try:

@@ -150,7 +150,7 @@ def test_what_is_wrong_with_a_buffer_is_named(folder, saved):
     about, columns = described(folder)
     state = about["state"]
     for wrong, other, message in [
-        (about | {"format": 2}, {}, "it is of format 2, expected at most 1. Update WorldLoom"),
+        (about | {"format": 3}, {}, "it is of format 3, expected at most 2. Update WorldLoom"),
         (about | {"capacity": 10**15}, {}, r"replay.capacity=1,000,000,000,000,000 rows needs .* GiB"),
         (about | {"capacity": 3}, {}, "capacity is 3, expected a whole number from 40"),
         (about | {"state": state | {"rows": 30}}, {}, "rows is 30, expected a whole number from 40"),

@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def states(run_dir, tmp_path_factory):
-    """What the older and the newer checkpoint hold."""
+    """Return what the older and the newer checkpoint hold."""
     older = tmp_path_factory.mktemp("run") / "older"
     shutil.copytree(run_dir, older)
     shutil.rmtree(newest_checkpoint(older))
@@ -45,7 +45,7 @@ def states(run_dir, tmp_path_factory):
 
 
 def resumed(run_dir):
-    """Agent, replay and counts of a run that goes on, and the rows that it lost."""
+    """Return agent, replay and counts of a run that goes on, and the rows that it lost."""
     trainer = InlineTrainer(CONFIG, run_dir, resume=True)
     replay, rows = trainer.replay, len(trainer.replay)
     end = replay.accepted().rows
@@ -61,7 +61,7 @@ def resumed(run_dir):
 
 
 def outcome(function, *arguments):
-    """What a function returns, and the text of a CheckpointError, the only error that it may raise."""
+    """Return a function's result, or the text of a CheckpointError, the only error that it may raise."""
     try:
         return function(*arguments), None
     except CheckpointError as error:

@@ -225,10 +225,13 @@ def test_learning_waits_for_a_complete_window(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"replay": ReplayConfig(capacity=100)}, "replay.capacity is 100, but 16 environments share it, .* to 144, or"),
+        (
+            {"replay": ReplayConfig(capacity=100)},
+            "16 environments share it: 6 rows each, where a window has 9. Raise .* to 144, or",
+        ),
         (
             {"train": TrainConfig(total_steps=120, learning_starts=20, train_ratio=4)},
-            "train.total_steps is 120, but 16 environments share them, so none makes the 8 steps of a window",
+            "train.total_steps is 120, but 16 environments share them: 7 steps each, where a window has 8",
         ),
     ],
 )

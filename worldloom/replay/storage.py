@@ -17,7 +17,7 @@ from worldloom.replay.chunk import Ledger, with_seam
 from worldloom.replay.ring import Ring
 from worldloom.types import Array, join_obs, split_obs
 
-FORMAT = 1  # version of saved buffers
+FORMAT = 2  # version of saved buffers; 1 also stores the starts of windows
 NPY_HEADER = 2**16  # more than the bytes before an array's numbers in an npz file
 
 

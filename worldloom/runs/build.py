@@ -158,7 +158,7 @@ class EnvFactory:
 
     def _build(self) -> Environment:
         c, begun = self._env, time.monotonic()
-        made = make_environment(c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
+        made = guarded(make_environment, c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
         self.seconds.append(time.monotonic() - begun)
         return made
 
@@ -247,7 +247,7 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
 
 
 def _check_rows_of_a_stream(config: RunConfig, length: int) -> None:
-    """Raise ValueError if no environment ever has a window's rows in replay, or makes them in the whole run."""
+    """Raise ValueError if an environment's share of replay, or of the steps of the run, is shorter than a window."""
     actors, num_envs = max(config.runtime.env_actors, 1), config.env.num_envs
     if config.runtime.kind == "inline":
         actors = 1
@@ -257,13 +257,14 @@ def _check_rows_of_a_stream(config: RunConfig, length: int) -> None:
     if length <= capacity < sharing * length:
         enough = sharing * length * config.replay.shards
         raise ValueError(
-            f"replay.capacity is {config.replay.capacity:,}, but {who} share it, so none has the {length} rows of a "
-            f"window there. Raise replay.capacity to {enough:,}, or lower env.num_envs."
+            f"replay.capacity is {config.replay.capacity:,}, but {who} share it: {capacity // sharing} rows each, "
+            f"where a window has {length}. Raise replay.capacity to {enough:,}, or lower env.num_envs."
         )
-    if config.train.total_steps < num_envs * actors * (length - 1):
+    steps = config.train.total_steps
+    if steps < num_envs * actors * (length - 1):
         raise ValueError(
-            f"train.total_steps is {config.train.total_steps:,}, but {who} share them, so none makes the "
-            f"{length - 1} steps of a window. Raise train.total_steps, or lower env.num_envs."
+            f"train.total_steps is {steps:,}, but {who} share them: {steps // (num_envs * actors)} steps each, where a "
+            f"window has {length - 1}. Raise train.total_steps, or lower env.num_envs."
         )
 
 

@@ -40,7 +40,7 @@ class ReplaySnapshot:
 
 @dataclass(frozen=True)
 class SavedReplay:
-    """What a checkpoint holds of one shard, for its manifest."""
+    """The files of one shard in a checkpoint, for the manifest."""
 
     rows: list[str]  # files of rows, oldest first
     files: dict[str, str]  # path relative to the checkpoint's folder -> checksum, of all files

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.files import read_msgpack
-from worldloom.manifest import checkpoints, find_damage, newest_checkpoint, read_manifest
+from worldloom.manifest import checkpoints, find_damage, read_manifest
 from worldloom.types import Array
 
 FLAGS = ("is_first", "terminated", "truncated", "rewards", "actions")
@@ -26,7 +26,7 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
 
     Raises CheckpointError if there is no checkpoint or it cannot be read.
     """
-    folder = next(reversed(checkpoints(run_dir)), None) or newest_checkpoint(run_dir)  # which raises if there is none
+    folder = checkpoints(run_dir)[-1]
     if damage := find_damage(folder, rows=True):
         return [f"damaged: {folder.name}: {text}" for text in damage]
     manifest, learner = read_manifest(folder), read_msgpack(folder / "learner.msgpack")

@@ -68,7 +68,7 @@ class Named:
 
 
 class TensorFile:
-    """What torch.save wrote: `content`, where tensors and all other objects but dicts, lists and numbers are `Named`.
+    """A file of torch.save: `content`, where tensors and all other objects but dicts, lists and numbers are `Named`.
 
     verdict: what the file is if it cannot be read; see `read_entries`. Raises ValueError, FileNotFoundError.
     """
