@@ -110,8 +110,8 @@ def test_a_ratio_so_low_that_a_round_of_chunks_owes_no_update_is_kept(tmp_path):
 
 
 def test_learning_waits_for_a_complete_window(tmp_path):
-    config = matrix_config("dreamerv3", actors=1, steps=400)
-    crowded = dataclasses.replace(config.env, num_envs=16)  # which make 18 steps each before the first window
+    config = matrix_config("dreamerv3", actors=1, chunk_steps=3)
+    crowded = dataclasses.replace(config.env, num_envs=16)  # the first chunks hold fewer rows of each than a window
     train = TrainConfig(total_steps=400, learning_starts=20, train_ratio=4)
     summary, accepted = run(dataclasses.replace(config, env=crowded, train=train), tmp_path)
     assert summary["status"] == "completed"
