@@ -200,10 +200,9 @@ DATA = [
     ),
     Panel(
         "Acting server: batches filled",
-        "Share of their places. Empty without an acting server.",
+        "Share of their places; evaluations may take it above 1. Empty without an acting server.",
         SHARE,
         {"filled": value("acting/batch_fill")},
-        top=1,
     ),
     Panel(
         "Acting server: one batch",
