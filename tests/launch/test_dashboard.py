@@ -4,6 +4,8 @@ import ast
 import itertools
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,66 @@ def test_every_query_keeps_to_what_is_chosen_at_the_top():
             assert 'SessionName=~"$SessionName"' in selector
             assert ('run="$run"' in selector) == (not name.startswith("ray_") or "worldloom" in name)
         assert target["datasource"]["uid"] == "${datasource}"
+
+
+WORKER = 'SessionName="s", role="coordinator", index="0", run="mine"'
+GPU = 'SessionName="s", GpuDeviceName="H100"'
+# Series every 10 seconds, a panel, and what it shows after 50 seconds: by labels, since several may be shown.
+SHOWN = [
+    (
+        {f'ray_node_gpus_utilization{{ip="{ip}", GpuIndex="{gpu}", {GPU}}}': f"{busy}x5" for ip, gpu, busy in
+         (("a", 0, 50), ("a", 1, 60), ("b", 0, 70))},
+        "GPU: busy",
+        {'{ip="a", GpuIndex="0"}': 50, '{ip="a", GpuIndex="1"}': 60, '{ip="b", GpuIndex="0"}': 70},
+    ),
+    (
+        {f'ray_node_gram_used{{ip="a", GpuIndex="0", {GPU}}}': "40000x5"},
+        "GPU: memory in use",
+        {'{ip="a", GpuIndex="0"}': 40000},
+    ),
+    (  # 2 samples of 6 in the warm-up
+        {f'ray_worldloom_limited_by{{limited_by="{word}", {WORKER}}}': values for word, values in
+         (("learner", "_ _ 1 1 1 1"), ("environments (warm-up)", "1 1 0 0 0 0"))},
+        "What limits it",
+        {'{limited_by="learner"}': 4 / 6, '{limited_by="environments (warm-up)"}': 2 / 6},
+    ),
+    (
+        {f'ray_worldloom_limited_by{{limited_by="{word}", {WORKER}}}': values for word, values in
+         (("learner", "_ _ 1 1 1 1"), ("environments (warm-up)", "1 1 0 0 0 0"))},
+        "Limited by",
+        {'{limited_by="learner"}': 1},
+    ),
+    (  # resumed while the series of its first process is still there
+        {f'ray_worldloom_env_steps{{WorkerId="{worker}", {WORKER}}}': f"{steps}x5" for worker, steps in
+         (("1", 500), ("2", 520))},
+        "Steps",
+        {"{}": 520},
+    ),
+    (
+        {f'ray_worldloom_count_{what}{{{WORKER}}}': f"{count}x5" for what, count in
+         (("actor_restarts", 1), ("env_steps_discarded", 32), ("rows_lost", 0))},
+        "Faults",
+        {"{}": 33},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on PATH (Debian's package `prometheus` has one)")
+@pytest.mark.parametrize(("series", "title", "shown"), SHOWN, ids=lambda part: part if isinstance(part, str) else "")
+def test_a_panel_shows_what_prometheus_makes_of_series(series, title, shown, tmp_path):
+    (panel,) = [panel for panel in PANELS if panel["title"] == title]
+    query = panel["targets"][0]["expr"].replace("$SessionName", ".+").replace("$run", "mine")
+    samples = [{"labels": labels, "value": number} for labels, number in shown.items()]
+    test = {
+        "interval": "10s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [{"expr": query, "eval_time": "50s", "exp_samples": samples}],
+    }
+    (tmp_path / "test.yml").write_text(
+        yaml.safe_dump({"rule_files": [], "evaluation_interval": "10s", "tests": [test]})
+    )
+    ran = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.fixture
