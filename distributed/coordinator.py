@@ -45,7 +45,7 @@ class Coordinator:
         )
         self._recovery = Recovery(self.parts)
         self.pace = pace(self.parts, self._recovery)
-        self._gauges = Gauges(self.parts.state, self.parts.replay)
+        self._gauges = Gauges(self.parts.state, self.parts.replay, self.parts.checkpoints)
 
     @property
     def run(self) -> Run:

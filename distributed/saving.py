@@ -72,6 +72,12 @@ class Checkpoints:
         self._state, self._learning, self._replay = state, learning, replay
         self.saving: Saving | None = None
         self.committed = 0  # checkpoints of this process
+        self._committed_at = time.monotonic()  # of the newest, or the start of this process
+
+    @property
+    def age(self) -> float:
+        """Seconds since the newest checkpoint, or since the start where there is none yet: what a crash would cost."""
+        return time.monotonic() - self._committed_at
 
     def begin(self, copy: bool = True) -> None:
         """Begin a checkpoint, see `Saving`; no update, insert or other checkpoint may be under way."""
@@ -104,5 +110,5 @@ class Checkpoints:
         with self._state.run.saving():
             paused = saving.commit(self._state.config.checkpoint.keep)
             gauges = {"checkpoint/paused_seconds": paused, "checkpoint/seconds": saving.seconds}
-            self._state.run.recorder.gauges(gauges)
-            self.committed += 1
+            self.committed, self._committed_at = self.committed + 1, time.monotonic()
+            self._state.run.recorder.gauges({**gauges, "checkpoint/age_seconds": self.age})
