@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from distributed.ray_internals import free_cpus_by_node
 from worldloom.runs.config import RunConfig
@@ -45,23 +46,26 @@ class Shares:
         )
 
 
-def connect(config: RunConfig, namespace: str) -> bool:
+def connect(config: RunConfig, namespace: str, run: str) -> bool:
     """Join this process's Ray or the cluster of RAY_ADDRESS, or start one. Return whether to end it afterwards.
+
+    run: folder or URL of the run, for the job's metadata.
 
     Raises RuntimeError if the cluster does not answer or refuses the token.
     """
     try:
-        return _connect(config, namespace)
+        return _connect(config, namespace, run)
     except (AuthenticationError, ConnectionError) as error:
         raise RuntimeError(f"Ray cannot be reached: {error}") from error
 
 
-def _connect(config: RunConfig, namespace: str) -> bool:
+def _connect(config: RunConfig, namespace: str, run: str) -> bool:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of a task's several results the coordinator reads one
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
+    options["job_config"] = JobConfig(metadata={"worldloom_run": run})
     if address:
         ray.init(address=address, **options)
         return False

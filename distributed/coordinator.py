@@ -37,7 +37,7 @@ class Coordinator:
         self.config, self._home = config, as_home(run_dir)
         env = probe_env(config)
         namespace = f"worldloom-{self._home.root.name}-{secrets.token_hex(3)}"  # two runs may have one name
-        self._owns_cluster = connect(config, namespace)
+        self._owns_cluster = connect(config, namespace, str(self._home.root))
         pace: type[Lockstep] | type[FreeRunning] = Lockstep if config.runtime.sync else FreeRunning
         launcher = Launcher(namespace)
         self.parts = Parts(

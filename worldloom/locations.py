@@ -67,8 +67,9 @@ def join(folder: Path, name: str) -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
+    """Read a file. From an object store, in one request, so that it is never half of one content and half of another."""
     with as_os_errors(path):
-        return path.read_bytes()
+        return cast(bytes, _store(path).cat_file(_key(path))) if is_remote(path) else path.read_bytes()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -108,7 +108,8 @@ class Run:
     def write_config(self, text: str) -> None:
         """Write config.yaml, and again with a checkpoint if it is deleted."""
         self._config_text = text
-        write_text(self.dir / "config.yaml", text)
+        for folder in {self.dir, self.home.root}:  # at once: a checkpoint without it is of no use
+            write_text(folder / "config.yaml", text)
 
     def _write_again_what_was_deleted(self) -> None:
         if self._config_text is not None and not (self.dir / "config.yaml").exists():
