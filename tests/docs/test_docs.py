@@ -138,6 +138,7 @@ def check_command(words, workplace):
 def run_launch(words, workplace):
     """Run it where the pages' files are; runs are short, with tiny models, and go to a directory of their own."""
     module, *arguments = words
+    arguments = [str(workplace / "bucket") if word.startswith("s3://") else word for word in arguments]
     if module == "launch.dashboard":
         (workplace / "ray" / "session_latest").mkdir(parents=True, exist_ok=True)
         arguments += ["--temp-dir", str(workplace / "ray")]
@@ -152,7 +153,7 @@ def run_launch(words, workplace):
             arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
         named = next((name for name in ("thermostat", "gru") if f"runs/{name}" in text), None)
         fresh = f"runs/{named or len(list((workplace / 'runs').iterdir()))}"
-        arguments += ["--run-dir", fresh]
+        arguments += [] if "--name" in arguments else ["--run-dir", fresh]
     code, said = run_as_main(module, arguments, workplace)
     assert code in (0, None), f"{' '.join(words)}\n{said}"
 
