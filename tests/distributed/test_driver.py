@@ -1,5 +1,6 @@
-"""The driver's own end: by SIGTERM, as `ray job stop` sends it, and by SIGKILL."""
+"""The driver's own end: by SIGTERM, as `ray job stop` sends it to the driver and SLURM to all, and by SIGKILL."""
 
+import contextlib
 import json
 import os
 import re
@@ -63,7 +64,9 @@ def driver(tmp_path):
     command = [sys.executable, "-m", "launch.train", "--config", str(tmp_path / "config.yaml")]
     log = (tmp_path / "log").open("w")
     run_dir = tmp_path / "run"
-    process = subprocess.Popen([*command, "--run-dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        [*command, "--run-dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+    )
     metrics = run_dir / "metrics.jsonl"
     try:
         wait_for(
@@ -103,6 +106,37 @@ def test_sigterm_leaves_a_manifest_within_the_stop_window_and_the_run_goes_on(wi
     assert summary["status"] == "completed"
     assert summary["updates"] == summary["env_steps"] // 2  # owed over both, without a burst
     assert verify(run_dir) == []
+
+
+def signal_group(number, process, others):
+    os.killpg(process.pid, number)
+
+
+def signal_each(number, process, others):
+    for pid in [*sorted(others), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        pytest.param(signal_group, signal.SIGTERM, id="sigterm to the group, as timeout does"),
+        pytest.param(signal_each, signal.SIGTERM, id="sigterm to each, as systemd and SLURM do"),
+        pytest.param(signal_group, signal.SIGINT, id="sigint to the group", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_all_saves_like_one_to_the_driver(send, number, driver):
+    process, run_dir, others = driver
+    send(number, process, others)
+    assert process.wait(timeout=120) == 130
+    told = (run_dir.parent / "log").read_text()
+    saved = read_manifest(newest_checkpoint(run_dir))["limiter"]["env_steps"]
+    assert f"saved at step {saved:,}; go on with:\n  python -m launch.train --resume --run-dir {run_dir}" in told
+    assert verify(run_dir) == []
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["actor_restarts"], summary["updates_lost"]) == ("interrupted", 0, 0)
+    wait_for(lambda: not running(others), 30, f"{running(others)} still run")
 
 
 def test_sigkill_of_the_driver_leaves_no_actor_behind_and_is_told(driver):
