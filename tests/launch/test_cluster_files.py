@@ -230,8 +230,8 @@ def test_the_sbatch_script_trains_saves_at_its_signal_and_queues_again(apart, tm
         (tmp_path / "stubs" / command).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "stubs" / command).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "3", "PYTHONPATH": ""}
-    script = f'export PATH="{tmp_path / "stubs"}:$PATH"\n{DRILL}'
-    done = subprocess.run([*apart, "bash", "-c", script], cwd=tmp_path, env={**os.environ, **slurm}, timeout=800)
+    (tmp_path / "drill").write_text(f'export PATH="{tmp_path / "stubs"}:$PATH"\n{DRILL}')
+    done = subprocess.run([*apart, "bash", "drill"], cwd=tmp_path, env={**os.environ, **slurm}, timeout=800)
     log, run_dir = (tmp_path / "log").read_text(), tmp_path / "run"
     assert done.returncode == 130, log
     saved = read_manifest(newest_checkpoint(run_dir))["limiter"]["env_steps"]
