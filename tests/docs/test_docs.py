@@ -131,12 +131,16 @@ def check_command(words, workplace):
     else:
         known = {"ray": {"start"}, "git": {"clone"}, "cd": {"worldloom"}, "tensorboard": {"--logdir"}}
         known |= {"python3": {"-m"}, "export": {"RAY_AUTH_MODE=token"}}
+        known |= {"prometheus": {"--config.file=/tmp/ray/session_latest/metrics/prometheus/prometheus.yml"}}
         assert words[1] in known.get(words[0], ()), f"nothing checks {' '.join(words)!r}"
 
 
 def run_launch(words, workplace):
     """Run it where the pages' files are; runs are short, with tiny models, and go to a directory of their own."""
     module, *arguments = words
+    if module == "launch.dashboard":
+        (workplace / "ray" / "session_latest").mkdir(parents=True, exist_ok=True)
+        arguments += ["--temp-dir", str(workplace / "ray")]
     if module == "launch.train" and "--resume" in arguments:
         arguments += ["--train.total_steps", "62"] if "--train.total_steps" not in arguments else []
         at = arguments.index("--train.total_steps") + 1

@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 QUEUE = 100_000  # events that may wait for the disk before adding one blocks
 CLOSE_SECONDS = 30.0
 
-Sink = Callable[[Mapping[str, float]], None]
+Sink = Callable[[Mapping[str, float | str]], None]  # takes a line of metrics.jsonl
 
 
 class MetricsLogger:
     """Appends metrics to files; a resumed run goes on in the same files. Without tensorboardX no events are written.
 
-    sinks: functions that are called with the same metrics, each time.
+    sinks: functions that are called with each line of metrics.jsonl.
     """
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink] = ()) -> None:
@@ -45,11 +45,12 @@ class MetricsLogger:
         self, env_steps: int | None, updates: int, wall_seconds: float, metrics: Mapping[str, float], **words: str
     ) -> None:
         """Write metrics. TensorBoard counts environment steps, or updates if there is no environment (env_steps None).
-        words: texts for metrics.jsonl only."""
+        words: texts for metrics.jsonl and the sinks."""
         counts = {"updates": updates} if env_steps is None else {"env_steps": env_steps, "updates": updates}
-        self._append(json.dumps({**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}) + "\n")
+        line: dict[str, float | str] = {**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}
+        self._append(json.dumps(line) + "\n")
         for sink in self._sinks:
-            sink(metrics)
+            sink(line)
         for name, value in metrics.items():
             if self._board_is_alive():
                 self._board.add_scalar(name, value, updates if env_steps is None else env_steps)

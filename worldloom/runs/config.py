@@ -224,11 +224,14 @@ class RunConfig:
         agent: fields that replace those of the preset's config
         protocol: paper: the published hyper-parameters; head: those of the authors' current code, if the preset has
             them
+        storage: folder or URL (s3://bucket/runs) with a folder for each run; null takes $WORLDLOOM_STORAGE, else runs/
+            or, in a Ray job, ~/worldloom/runs
     """
 
     algorithm: str = "tdmpc2:5m"
     agent: dict[str, Any] = field(default_factory=dict)
     protocol: Literal["paper", "head"] = "paper"
+    storage: str | None = None
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
