@@ -24,7 +24,6 @@ CLUSTER, HERE = ROOT / "launch" / "cluster", Path(__file__).parent
 FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix != ".json")
 TRAINING = [path for path in FILES if path.name != "Dockerfile"]
 RAY_CLUSTERS = {"kuberay/rayjob.yaml", "kuberay/raycluster.yaml", "vm/aws.yaml", "vm/gcp.yaml", "local/compose.yaml"}
-NOT_YET = ("--storage", "--name", "--resume")  # options of launch.train that take these values once it has them
 
 
 def name(path):
@@ -51,11 +50,9 @@ def commands(path):
 
 def parse(command):
     """Return the configuration that launch.train makes of a command."""
-    pairs = list(zip(command[::2], command[1::2], strict=True))
-    assert {"--config", "--storage", "--name"} <= {option for option, _ in pairs}
-    known = [word.replace("/worldloom/", f"{ROOT}/") for pair in pairs if pair[0] not in NOT_YET for word in pair]
+    assert {"--config", "--storage", "--name"} <= set(command[::2])
     parser = _parser()
-    return run_config(parser, parser.parse_args(known))
+    return run_config(parser, parser.parse_args([word.replace("/worldloom/", f"{ROOT}/") for word in command]))
 
 
 def worker_cpus(file):
@@ -159,7 +156,7 @@ def test_the_pip_lines_of_the_dockerfile_install_in_a_fresh_environment(tmp_path
     environment.pop("PYTHONPATH", None)
     lines = re.findall(r"^RUN (pip install .*)$", text, re.M)
     assert len(lines) == 2
-    for line in lines:
+    for line in [*lines, *load("vm/aws.yaml")["head_setup_commands"]]:
         subprocess.run(["bash", "-euc", line], cwd=tmp_path, env=environment, check=True)
     imports = "import torch, ray, ale_py, dm_control, s3fs, boto3, worldloom; print(worldloom.__file__)"
     done = subprocess.run(
