@@ -16,7 +16,8 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
-from distributed.ray_internals import free_cpus_by_node
+from distributed.ray_internals import end_by_sigkill, free_cpus_by_node
+from distributed.signals import sigterm_blocked
 from worldloom.runs.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -71,14 +72,16 @@ def _connect(config: RunConfig, namespace: str, run: str) -> bool:
         return False
     _set_private_token()
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    ray.init(
-        address="local",  # never another cluster that happens to run here
-        num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-        **options,
-    )
+    with sigterm_blocked():
+        ray.init(
+            address="local",  # never another cluster that happens to run here
+            num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+            **options,
+        )
+    end_by_sigkill()
     return True
 
 

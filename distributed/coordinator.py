@@ -21,7 +21,7 @@ from distributed.recovery import Recovery
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.envs import EnvironmentFailed
-from worldloom.interrupt import GracefulStop
+from worldloom.interrupt import GracefulStop, sigterm_stops_at_once
 from worldloom.manifest import read_manifest
 from worldloom.runs.build import probe_env
 from worldloom.runs.checkpoint import checkpoint_to_resume
@@ -166,8 +166,9 @@ def train(
     """
     coordinator = Coordinator(config, run_dir)
     try:
-        coordinator.start(resume)
-        on_start(coordinator.run)
+        with sigterm_stops_at_once():  # Ray's own handler ends the process with a stack trace
+            coordinator.start(resume)
+            on_start(coordinator.run)
         return coordinator.train()
     finally:
         coordinator.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from worldloom.runs.home import Home, open_home
 
 
 def main(argv: list[str] | None = None) -> int:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Ray may be started with it blocked, to outlive it
     argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = _parser()
