@@ -58,7 +58,7 @@ def table(name: str) -> str:
         if dataclasses.is_dataclass(types[field.name]):
             continue  # it has a table of its own
         shown = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        default = json.dumps(shown) if shown is None or isinstance(shown, (bool, dict)) else shown
+        default = json.dumps(shown) if shown is None or isinstance(shown, (bool, dict, list)) else shown
         meaning = meanings.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{prefix}{field.name}` | {kind(types[field.name])} | `{default}` | {meaning} |")
     return "\n".join(rows)
@@ -68,6 +68,8 @@ def kind(hint: Any) -> str:
     """A type as a reader of YAML knows it."""
     if get_origin(hint) is dict:
         return "mapping"
+    if get_origin(hint) is list:
+        return f"list of {kind(get_args(hint)[0])}"
     parts = get_args(hint)
     if parts and all(isinstance(part, str) for part in parts):
         return " or ".join(f"`{part}`" for part in parts)
