@@ -17,7 +17,7 @@ from launch.compare import default_page
 from launch.sweeps.folder import SweepFolder, is_finished, only_one
 from launch.sweeps.plan import BASE, Plan, read_plan, sweep_parser
 from launch.sweeps.process import INTERRUPTED, OneRun
-from launch.sweeps.search import SearchConfig, run_search
+from launch.sweeps.search import SearchConfig, interrupt_search, run_search
 from launch.sweeps.slots import Slots, slots
 from launch.sweeps.table import REFRESH_SECONDS, SweepTable, last_line
 from worldloom.interrupt import GracefulStop
@@ -127,12 +127,13 @@ def _search(plan: Plan, search: SearchConfig, stop: GracefulStop) -> None:
     """Let Ray Tune run the samples. A thread shows the table, and passes Ctrl-C on to the runs."""
     folder, total = plan.folder, plan.runs[BASE].train.total_steps
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is for the runs first, which save
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the table is ours
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(REFRESH_SECONDS):
             if stop.requested:
-                folder.stop_file.touch()
+                interrupt_search(folder)
             table.refresh()
 
     with _cluster(plan, search.samples) as found:

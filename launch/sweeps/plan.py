@@ -50,7 +50,9 @@ def read_plan(parser: Parser, argv: Sequence[str]) -> Plan:
 
     def configured(values: dict[str, Any]) -> RunConfig:
         changes = [f"--{name}={value}" for name, value in values.items()]
-        return run_config(parser, parser.parse_args([*rest, *changes, *inline]))
+        config = run_config(parser, parser.parse_args([*rest, *changes, *inline]))
+        check_config(config)
+        return config
 
     if search is None and not axes:
         raise ValueError("nothing varies. Give a field several values, such as --train.seed 0..4, or a search.")
@@ -67,8 +69,6 @@ def read_plan(parser: Parser, argv: Sequence[str]) -> Plan:
     else:
         points = combinations(axes)
         runs = {name: configured(values) for name, values in zip(run_names(points), points, strict=True)}
-    for config in runs.values():
-        check_config(config)
     given = parsed.sweep_dir or Path("runs") / f"{_stem(rest, next(iter(runs.values())))}-sweep"
     parallel = None if parsed.parallel == "auto" else parsed.parallel
     return Plan(list(argv), SweepFolder(run_directory(given)), runs, search, parallel, jobs)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -16,6 +19,8 @@ from launch.sweeps.slots import Slots
 DISTRIBUTIONS = (
     "uniform", "quniform", "loguniform", "qloguniform", "randint", "qrandint", "lograndint", "choice", "grid_search",
 )  # fmt: skip
+SAVE_SECONDS = 120.0  # for a run to save
+HOLD_SECONDS = 1.0
 STUDY = "tune"  # Ray Tune's own folder inside the sweep's
 
 
@@ -118,8 +123,8 @@ def search_trainable(sampled: dict[str, Any], base: OneRun, sweep: Path, metric:
         field: json.dumps(value) if isinstance(value, (list, dict)) else value for field, value in sampled.items()
     }
     code = train_one(replace(base, run_dir=run_dir, log=log, overrides=overrides), report)
-    if code == INTERRUPTED:
-        raise RuntimeError("interrupted; it goes on when the sweep does")
+    while code == INTERRUPTED and base.stop_file.exists():  # it must not end: then Ray Tune would not resume it
+        time.sleep(HOLD_SECONDS)
     if code:
         raise RuntimeError(error_of(log, code))
 
@@ -149,7 +154,10 @@ def run_search(search: SearchConfig, folder: SweepFolder, base: OneRun, slots: S
     if search.asha:
         grace = search.grace_steps or max(total_steps // 10, 1)
         scheduler = ASHAScheduler(
-            time_attr="env_steps", max_t=total_steps, grace_period=grace, reduction_factor=search.reduction
+            time_attr="env_steps",
+            max_t=2 * total_steps,  # a run that reaches total_steps ends by itself
+            grace_period=grace,
+            reduction_factor=search.reduction,
         )
     study = folder.path / STUDY
     if tune.Tuner.can_restore(str(study)):
@@ -163,23 +171,43 @@ def run_search(search: SearchConfig, folder: SweepFolder, base: OneRun, slots: S
                 mode=search.mode,
                 num_samples=search.samples,
                 scheduler=scheduler,
-                max_concurrent_trials=slots.parallel,
                 search_alg=tune.search.BasicVariantGenerator(random_state=search.seed, max_concurrent=slots.parallel),
             ),
-            run_config=tune.RunConfig(
-                name=STUDY, storage_path=str(folder.path), verbose=0, stop=_stopper(folder.stop_file)
-            ),
+            run_config=tune.RunConfig(name=STUDY, storage_path=str(folder.path), verbose=0),
         )
-    return _found(tuner.fit(), search)
+    results = tuner.fit()
+    _wait_for_the_last(folder)
+    return _found(results, search, folder)
 
 
-def _found(results: Any, search: SearchConfig) -> Found:
+def _wait_for_the_last(folder: SweepFolder) -> None:
+    """Wait until runs that Ray Tune has ended have saved."""
+    deadline = time.monotonic() + SAVE_SECONDS
+    while any_works(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def any_works(folder: SweepFolder) -> bool:
+    return any(map(is_held, folder.path.glob("sample-*")))
+
+
+def interrupt_search(folder: SweepFolder) -> None:
+    """Ask all runs to save; once they have, end Ray Tune's loop. Call it again and again until the search has ended.
+
+    SIGUSR1 is Ray Tune's own signal for this: what was running is resumed when the search goes on.
+    """
+    folder.stop_file.touch()
+    if not any_works(folder) and callable(signal.getsignal(signal.SIGUSR1)):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _found(results: Any, search: SearchConfig, folder: SweepFolder) -> Found:
     errors: dict[str, str] = {}
     scores: list[tuple[float, str]] = []
     for i in range(len(results)):
         name = sample_name((results[i].metrics or {}).get("trial_id", str(i)))
         if results[i].error is not None:
-            errors[name] = str(results[i].error)
+            errors[name] = error_of(folder.log_of(name), 1)
         elif search.metric in results[i].metrics:
             settings = ", ".join(f"{field} {value}" for field, value in results[i].config.items())
             score = results[i].metrics[search.metric]
@@ -187,18 +215,3 @@ def _found(results: Any, search: SearchConfig) -> Found:
     if not scores:
         return Found(errors, None)
     return Found(errors, (max(scores) if search.mode == "max" else min(scores))[1])
-
-
-def _stopper(stop_file: Path) -> Any:
-    from ray import tune
-
-    class StopFile(tune.Stopper):
-        """Ends the search once the stop file exists and no run is working any more."""
-
-        def __call__(self, *_: Any) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            return stop_file.exists() and not any(map(is_held, stop_file.parent.glob("sample-*")))
-
-    return StopFile()

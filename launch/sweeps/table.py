@@ -105,5 +105,6 @@ def _live() -> Any:
 
 
 def last_line(error: str) -> str:
-    """Return the last line of an error, which says what was wrong."""
-    return error.rstrip().splitlines()[-1] if error.strip() else ""
+    """Return the last line of an error that says what was wrong."""
+    lines = [line for line in error.splitlines() if line.strip() and not line.startswith("Run with --help")]
+    return lines[-1].strip() if lines else ""
