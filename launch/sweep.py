@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import secrets
 import shlex
@@ -128,12 +129,13 @@ def _search(plan: Plan, search: SearchConfig, stop: GracefulStop) -> None:
     folder, total = plan.folder, plan.runs[BASE].train.total_steps
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is for the runs first, which save
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the table is ours
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are shown from the runs' own logs
     over = threading.Event()
 
     def watch() -> None:
+        ended = False
         while not over.wait(REFRESH_SECONDS):
-            if stop.requested:
-                interrupt_search(folder)
+            ended = ended or (stop.requested and interrupt_search(folder))
             table.refresh()
 
     with _cluster(plan, search.samples) as found:

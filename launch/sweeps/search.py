@@ -191,14 +191,16 @@ def any_works(folder: SweepFolder) -> bool:
     return any(map(is_held, folder.path.glob("sample-*")))
 
 
-def interrupt_search(folder: SweepFolder) -> None:
-    """Ask all runs to save; once they have, end Ray Tune's loop. Call it again and again until the search has ended.
+def interrupt_search(folder: SweepFolder) -> bool:
+    """Ask all runs to save; once they have, end Ray Tune's loop. Call it again and again until it returns True.
 
     SIGUSR1 is Ray Tune's own signal for this: what was running is resumed when the search goes on.
     """
     folder.stop_file.touch()
-    if not any_works(folder) and callable(signal.getsignal(signal.SIGUSR1)):
-        os.kill(os.getpid(), signal.SIGUSR1)
+    if any_works(folder) or not callable(signal.getsignal(signal.SIGUSR1)):  # else the signal would end this process
+        return False
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return True
 
 
 def _found(results: Any, search: SearchConfig, folder: SweepFolder) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,7 @@ class JobWorkers:
     def __init__(self, address: str | None, sweep: Path, pause: Callable[[], None] = lambda: time.sleep(1.0)) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it lists every file that it does not upload
         try:
             self._client: Any = JobSubmissionClient(address)
         except (ConnectionError, ValueError) as error:

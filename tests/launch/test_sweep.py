@@ -1,11 +1,18 @@
 """Sweeps: values on the command line, shares of a cluster, what a folder knows, and whole sweeps on Ray."""
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+import launch.sweep
+import launch.sweeps.workers as workers
 from launch.claim import Claim
 from launch.sweep import main
 from launch.sweeps.folder import SweepFolder, clear_remains, newest_figures, only_one
@@ -13,7 +20,8 @@ from launch.sweeps.grid import combinations, run_names, take_axes, values_of
 from launch.sweeps.plan import read_plan, sweep_parser
 from launch.sweeps.process import INTERRUPTED, OneRun, error_of, train_one
 from launch.sweeps.search import NewLines, SearchConfig, one_sample
-from launch.sweeps.slots import slots
+from launch.sweeps.slots import Slots, slots
+from launch.sweeps.workers import Ending
 from tests.run_configs import TINY_YAML
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,3 +295,140 @@ def test_a_run_saves_when_it_is_asked_to_and_goes_on(one):
     short = newest_figures(one.run_dir)[0] + 20
     assert train_one(OneRun(*list(vars(one).values())[:6], {"train.total_steps": short})) == 0
     assert "resumed from step-" in one.log.read_text()
+
+
+# Whole sweeps
+
+
+class AtOnce:
+    """Workers whose runs end at once: those of `failing` with an error, those of `interrupting` after Ctrl-C."""
+
+    failing, interrupting = (), ()
+
+    def __init__(self, slots, stop_file):
+        self._slots, self._stop_file, self._runs = slots, stop_file, {}
+        type(self).begun = []
+
+    @property
+    def running(self):
+        return len(self._runs)
+
+    def start(self, name, run):
+        assert self.running < self._slots.parallel
+        self._runs[name] = run
+        self.begun.append(name)
+
+    def ended(self):
+        name = next(iter(self._runs))
+        run_dir = self._runs.pop(name).run_dir
+        if name in self.failing:
+            yield Ending(name, 1, "Traceback …\nValueError: no luck")
+        elif name in self.interrupting:
+            signal.raise_signal(signal.SIGINT)
+            yield Ending(name, INTERRUPTED)
+        else:
+            make_run(run_dir, "completed")
+            (run_dir / "config.yaml").write_text((run_dir.parent / "configs" / f"{name}.yaml").read_text())
+            yield Ending(name, 0)
+
+    def stop(self):
+        self._stop_file.touch()
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    class Fresh(AtOnce):
+        pass
+
+    @contextlib.contextmanager
+    def cluster(plan, runs):
+        yield Slots(2, 1.0, 0.0, 1)
+
+    monkeypatch.setattr(workers, "TaskWorkers", Fresh)
+    monkeypatch.setattr(launch.sweep, "_cluster", cluster)
+    return Fresh
+
+
+def test_a_run_that_fails_ends_no_other_and_is_tried_again_by_the_same_command(config, tmp_path, at_once, capsys):
+    command = ["--config", config, "--sweep-dir", str(tmp_path / "sweep"), "--train.seed", "0..3"]
+    at_once.failing = ("seed-1",)
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert at_once.begun == ["seed-0", "seed-1", "seed-2", "seed-3"]
+    assert "seed-1 failed: ValueError: no luck" in said.out
+    assert "1 of 4 runs failed; try them again with:\n  python -m launch.sweep --config" in said.out
+    assert "Traceback …" in said.err
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["errors"] == {
+        "seed-1": "Traceback …\nValueError: no luck"
+    }
+    assert (tmp_path / "sweep" / "compare.html").is_file()
+    at_once.failing = ()
+    assert main(command) == 0
+    assert at_once.begun == ["seed-1"]
+    assert "4 runs, of which 3 are finished already" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["errors"] == {}
+    assert main(command) == 0
+    assert at_once.begun == ["seed-1"]  # nothing was left to begin
+
+
+def test_ctrl_c_starts_no_more_runs_and_prints_the_command_that_goes_on(config, tmp_path, at_once, capsys):
+    sweep = tmp_path / "a sweep"
+    at_once.interrupting = ("seed-1",)
+    assert main(["--config", config, "--sweep-dir", str(sweep), "--train.seed", "0..5"]) == 130
+    assert at_once.begun == ["seed-0", "seed-1", "seed-2"]  # two at a time
+    assert (sweep / "stop").exists()
+    said = capsys.readouterr().out
+    assert "stopping: every run saves" in said
+    assert f"go on with:\n  python -m launch.sweep --config {config} --sweep-dir '{sweep}' --train.seed 0..5" in said
+    at_once.interrupting = ()
+    assert main(["--config", config, "--sweep-dir", str(sweep), "--train.seed", "0..5"]) == 0
+    assert not (sweep / "stop").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_on_ray_is_interrupted_goes_on_and_survives_a_run_that_fails(config, tmp_path):
+    sweep = tmp_path / "sweep"
+    command = [
+        sys.executable, "-m", "launch.sweep", "--config", config, "--sweep-dir", str(sweep), "--parallel", "2",
+        "--env.id", "tests.environments:Counting-v0,Nope-v0", "--train.total_steps", "2000", "--train.train_ratio", "1",
+        "--checkpoint.interval", "200",
+    ]  # fmt: skip
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not list(sweep.glob("*/checkpoints/step-*/manifest.json")) and begun.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGINT)
+    said = begun.communicate(timeout=240)[0]
+    assert begun.returncode == INTERRUPTED, said
+    assert "go on with:\n  python -m launch.sweep" in said
+    run_dir = sweep / "id-tests.environments-Counting-v0"
+    saved = json.loads((run_dir / "summary.json").read_text())
+    assert saved["status"] == "interrupted"
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "id-Nope-v0 failed: launch.train: env.id is 'Nope-v0', which Gymnasium cannot make" in again.stdout
+    finished = json.loads((run_dir / "summary.json").read_text())
+    assert (finished["status"], finished["env_steps"]) == ("completed", 2000)
+    assert "resumed from step-" in (sweep / "logs" / f"{run_dir.name}.log").read_text()
+    assert "id-Nope-v0" in json.loads((sweep / "sweep.json").read_text())["errors"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_tries_its_samples_and_names_the_best(config, tmp_path, capsys, small_cluster):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    search = "{samples: 2, grace_steps: 100, space: {agent.lr: {loguniform: [1e-4, 1e-2]}, train.seed: {choice: [3]}}}"
+    command = ["--config", config, "--sweep-dir", str(tmp_path / "sweep"), "--eval.interval", "100", "--search", search]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "best: sample-0000" in said
+    for name in ("sample-00000", "sample-00001"):
+        settings = yaml.safe_load((tmp_path / "sweep" / name / "config.yaml").read_text())
+        assert settings["train"]["seed"] == 3
+        assert 1e-4 <= settings["agent"]["lr"] <= 1e-2
+    before = {path: path.stat().st_mtime for path in (tmp_path / "sweep").glob("sample-*/metrics.jsonl")}
+    assert main(command) == 0
+    assert before == {path: path.stat().st_mtime for path in (tmp_path / "sweep").glob("sample-*/metrics.jsonl")}
