@@ -89,10 +89,10 @@ class SweepTable:
             table.add_column(title, justify="left" if title in ("run", "status") else "right", no_wrap=True)
         for name, each in shown[:room]:
             total = self._total(name)
-            share = f"{each.env_steps:,} ({each.env_steps / total:.0%})"
+            share = f"{each.env_steps:,} ({each.env_steps / total:.0%})" if each.env_steps else ""
             last = "" if each.last_return is None else f"{each.last_return:,.1f}"
             status = Text(each.status, COLOURS[each.status])
-            table.add_row(Text(name), status, share, last, duration(each.wall_seconds))
+            table.add_row(Text(name), status, share, last, duration(each.wall_seconds) if each.wall_seconds else "")
         return table
 
 
