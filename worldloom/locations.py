@@ -67,7 +67,7 @@ def join(folder: Path, name: str) -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file. From an object store, in one request, so that it is never half of one content and half of another."""
+    """Read a file. From an object store in one request, so that it is never half old and half new."""
     with as_os_errors(path):
         return cast(bytes, _store(path).cat_file(_key(path))) if is_remote(path) else path.read_bytes()
 
