@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from launch.claim import LOCK, SILENT_SECONDS, holder_of, silence
 from launch.runs import run_directory
 from worldloom.files import CheckpointError
+from worldloom.report.display import describe_limits
 from worldloom.report.page import read_metrics
 from worldloom.runs.verify import verify
 
@@ -66,7 +67,8 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
     checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/step-*/manifest.json"))
     shown.append(("checkpoint", checkpoints[-1] if checkpoints else "none yet"))
     if "limited_by" in logged:
-        shown.append(("limited by", str(logged["limited_by"])))
+        shares = {name.removeprefix("limits/"): logged[name] for name in logged if name.startswith("limits/")}
+        shown.append(("limited by", describe_limits(shares) or str(logged["limited_by"])))
     return shown
 
 

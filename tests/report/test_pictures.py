@@ -172,7 +172,7 @@ def fake_run(folder, scale=1, **changes):
         "status": "completed", "algorithm": "tdmpc2:5m", "env_id": "dm_control/walker-walk-v0", "env_steps": 300,
         "updates": 300, "eval_return_mean": 870.0, "eval_return_std": 10.0, "eval_episodes": 10, "wall_seconds": 3725.0,
         "train_ratio_target": 768, "train_ratio_actual": 767.5, "seed": 3, "device": "cpu", "runtime": "inline",
-        "limited_by": {"learner": 0.75, "environments": 0.25}, **changes,
+        "limited_by": {"learner": 0.6, "environments": 0.2, "warm-up": 0.2}, **changes,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -184,7 +184,8 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     page = write_report(tmp_path, about, "algorithm: <b>tdmpc2:5m</b>").read_text()
     for words in (
         "tdmpc2:5m on dm_control/walker-walk-v0", "870.0 ± 10.0", "1 h 2 min", "767.5 / 768", "3, cpu, inline",
-        "For 75% of its time it was limited by: learner", "learner 75%, environments 25%", "&lt;b&gt;tdmpc2",
+        "For 75% of its time after the warm-up it was limited by: learner", "learner 60%, environments 20%",
+        "&lt;b&gt;tdmpc2",
         "as the authors report them",
     ):  # fmt: skip
         assert words in page, words

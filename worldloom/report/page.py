@@ -15,6 +15,7 @@ import numpy as np
 
 from worldloom.report.published import published_curve
 from worldloom.report.subject import Subject
+from worldloom.report.timing import WARM_UP
 
 INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
 PICTURE = "imagined.png"
@@ -74,10 +75,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def _verdict(summary: Mapping[str, Any]) -> str:
     ended = {"completed": "The run is complete", "interrupted": "The run was interrupted; it can be resumed"}
     text = ended.get(summary["status"], f"The run is {summary['status']}")
-    shares = summary.get("limited_by") or {}
-    if shares:
+    shares = {name: share for name, share in (summary.get("limited_by") or {}).items() if name != WARM_UP}
+    if total := sum(shares.values()):
         most = max(shares, key=lambda name: shares[name])
-        text += f". For {shares[most]:.0%} of its time it was limited by: {most}"
+        text += f". For {shares[most] / total:.0%} of its time after the warm-up it was limited by: {most}"
     return text + "."
 
 

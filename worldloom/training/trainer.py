@@ -82,7 +82,7 @@ class ProgressCallback(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self._begun, self._start = time.monotonic(), trainer.step
-        self._display = Display(trainer.config.total_steps, trainer.step, unit="updates")
+        self._display = Display(trainer.config.total_steps, unit="updates")
 
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         rate = (trainer.step - self._start) / max(time.monotonic() - self._begun, 1e-9)
