@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from distributed.cluster import check_object_store, connect, share
+from distributed.cluster import check_object_store, connect, ray_log, share
 from distributed.free_running import FreeRunning
 from distributed.gauges import Gauges
 from distributed.launcher import ActorLost, Launcher
@@ -68,7 +68,7 @@ class Coordinator:
         state.incarnation = state.run.incarnation
         parts.serving.start()
         parts.learning.publish()
-        state.run.recorder.say(state.shares.describe())
+        state.run.recorder.say(state.shares.describe(self._owns_cluster))
         parts.collecting.start()
 
     def _restore(self, checkpoint: Path) -> int:
@@ -159,10 +159,12 @@ def train(
 
     on_start: called with the run once everything is up, and restored if `resume`, before the first step.
     """
-    coordinator = Coordinator(config, run_dir)
-    try:
-        coordinator.start(resume)
-        on_start(coordinator.run)
-        return coordinator.train()
-    finally:
-        coordinator.close()
+    with ray_log(run_dir / "ray.log"):
+        coordinator = Coordinator(config, run_dir)
+        try:
+            print("starting the learner, replay and env actors …", flush=True)
+            coordinator.start(resume)
+            on_start(coordinator.run)
+            return coordinator.train()
+        finally:
+            coordinator.close()

@@ -11,6 +11,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from launch.starting import say_what_starts
+
+if __name__ == "__main__":
+    say_what_starts("training", sys.argv[1:])  # before the imports below, which take seconds
+
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
 from launch.runs import run_directory, runs_folder
@@ -158,7 +163,14 @@ RUN_DIR_HELP = (
     "directory of the run; default: runs/ENV-ALGORITHM-TIME; in a Ray job, relative directories lie in "
     "~/worldloom/runs, or in $WORLDLOOM_RUNS if that is set"
 )
-LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "tensorboard")  # written before the first line of metrics
+LEFTOVERS = (
+    LOCK,
+    HEARTBEAT,
+    "config.yaml",
+    "metrics.jsonl",
+    "ray.log",
+    "tensorboard",
+)  # written before the first line of metrics
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
 
 if __name__ == "__main__":

@@ -140,9 +140,10 @@ def _returns(standing: Standing) -> list[str]:
 
 
 def _sorted(limits: Mapping[str, float]) -> list[str]:
-    """Return the limits with their shares, the largest first. A warm-up that fills the time needs no share."""
+    """Return the limits with their shares, the largest first. One that fills the time needs no share."""
     largest = sorted(limits.items(), key=lambda item: -item[1])
-    return [name if share == 1 else f"{name} {share:.0%}" for name, share in largest if share >= SMALL_SHARE]
+    shown = [(name, f"{share:.0%}") for name, share in largest if share >= SMALL_SHARE]
+    return [name if share == "100%" else f"{name} {share}" for name, share in shown]
 
 
 def describe_limits(limits: Mapping[str, float]) -> str:
