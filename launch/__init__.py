@@ -1,1 +1,1 @@
-"""Commands, run as python -m launch.NAME: train, evaluate, imagine, status."""
+"""Commands, run as `worldloom NAME` or `python -m launch.NAME`."""

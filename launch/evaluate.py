@@ -20,7 +20,8 @@ from worldloom.runs.config import EnvConfig
 from worldloom.types import Agent, Array
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.evaluate", description="Play whole episodes without exploration noise.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
     parser.add_argument("--episodes", type=int, default=10)
@@ -31,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 uses all")
     overrides = "agent fields that change no parameter shape, each as --agent.NAME VALUE (--agent.num_samples 256)"
     parser.add_argument("--agent", type=dict[str, Any], default={}, help=overrides)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -21,11 +21,16 @@ from worldloom.runs.verify import verify
 QUIET_SECONDS = 600.0  # after so long without new metrics, a run without a summary counts as silent
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.status", description="Print the status of a run.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
     parser.add_argument("--verify", action="store_true", help="also check the newest checkpoint's invariants")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     try:
         run_dir = run_directory(options.run_dir)
         for name, value in status(run_dir):

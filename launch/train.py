@@ -28,7 +28,7 @@ from worldloom.runs.config import RunConfig
 def main(argv: list[str] | None = None) -> int:
     argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = _parser()
+    parser = command_parser()
     try:
         parsed = parser.parse_args(_with_saved_config(argv))
         config = run_config(parser, parsed)
@@ -74,7 +74,8 @@ def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
     return _conclude(summary, run_dir)
 
 
-def _parser() -> Parser:
+def command_parser() -> Parser:
+    """Return the parser of the command's options."""
     parser = run_parser("launch.train", "Train an agent, with Ray or in this process (--runtime.kind inline).")
     parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, including its replay")

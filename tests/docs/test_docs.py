@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import shtab
 import torch
 import yaml
 from nbclient import NotebookClient
@@ -115,6 +116,10 @@ def test_commands_run_or_name_what_exists(page, workplace):
 def check_command(words, workplace):
     if words[:2] == ["python", "-m"] and words[2].startswith("launch."):
         run_launch(words[2:], workplace)
+    elif words[0] == "worldloom" and words[1] == "completion":
+        assert words[2] in shtab.SUPPORTED_SHELLS
+    elif words[0] == "worldloom":
+        run_launch([f"launch.{words[1]}", *words[2:]], workplace)
     elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
         ran = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=ROOT, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
