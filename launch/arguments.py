@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from worldloom.families import FAMILIES, config_fields
+from launch.sections import asked, help_text
 from worldloom.runs.config import RunConfig
 
 
@@ -22,6 +22,12 @@ class Parser(ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None, **rest: Any) -> Any:  # type: ignore[override]
         """Parse as the base class does; the preset's fields for the chosen protocol apply before the overrides."""
         args = list(sys.argv[1:] if args is None else args)
+        if (topic := asked(args)) is not None:
+            try:
+                print(help_text(self, topic))
+            except ValueError as error:
+                self.error(str(error))
+            self.exit()
         parsed = super().parse_args(args, namespace, **rest)
         if parsed.protocol == "paper":
             return parsed
@@ -40,7 +46,9 @@ class Parser(ArgumentParser):
             name = next(filter(None, wrong))
             if name not in known and (near := _nearest(name, known)):
                 text += f" Did you mean {near}?"
-        self.exit(2, f"{self.prog}: {text}\nRun with --help to list every field and its default.\n")
+        self.exit(
+            2, f"{self.prog}: {text}\nRun with --help to see the usual settings, or with --help all for every field.\n"
+        )
         raise AssertionError("exit returned")
 
 
@@ -56,20 +64,12 @@ def _nearest(name: str, known: list[str]) -> str | None:
 
 def run_parser(prog: str, description: str) -> Parser:
     """Return a parser for a whole RunConfig, with --config FILE."""
-    parser = Parser(prog=prog, description=description, epilog=_agent_help())
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="YAML file; fields that it leaves out keep their defaults")
     parser.add_class_arguments(RunConfig, None, as_group=True)
     help_text = "in presets: the fields that each protocol changes; the config.yaml of a run already has them applied"
     parser.add_argument("--protocols", type=dict[str, dict[str, Any]], default={}, help=help_text)
     return parser
-
-
-def _agent_help() -> str:
-    def fields(model: str) -> str:
-        listed = ", ".join(f"{field.name}={field.default}" for field in config_fields(model))
-        return f"Fields of --agent.NAME for {model.partition(':')[0]} (defaults of {model}): {listed}."
-
-    return " ".join(fields(f"{name}:{family.default_size}") for name, family in FAMILIES.items())
 
 
 def run_config(parser: Parser, parsed: Any) -> RunConfig:

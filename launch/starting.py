@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ASKS_FOR_HELP = ("-h", "--help", "--help-all")
-
 
 def say_what_starts(what: str, argv: Sequence[str]) -> None:
     """Say what is being started, from the arguments as they stand; nothing for --help."""
-    if any(word in ASKS_FOR_HELP or word.startswith("--print") for word in argv):
+    if any(word == "-h" or word.startswith(("--help", "--print")) for word in argv):
         return
     print(f"{what}{_value(argv, '--config', ' of ')}{_value(argv, '--run-dir', ' in ')}: loading …", flush=True)
 
