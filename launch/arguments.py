@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -13,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from launch.sections import asked, help_text
+from worldloom.nearest import nearest
 from worldloom.runs.config import RunConfig
 
 
@@ -42,23 +42,24 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002 - the base class's
         text = re.sub(r"\s*\n\s*", " ", str(message)).strip()
         known = [action.dest for action in self._actions if action.dest not in ("help", "config")]
-        for wrong in re.findall(r"--([\w.]+)|[Kk]ey [\"']([\w.]+)[\"']|option [\"']?([\w.]+)", text):
+        for wrong in re.findall(r"--([\w.-]+)|[Kk]ey [\"']([\w.]+)[\"']|option [\"']?([\w.]+)", text):
             name = next(filter(None, wrong))
-            if name not in known and (near := _nearest(name, known)):
+            if name.replace("-", "_") not in known and (near := _nearest(name, known)):
                 text += f" Did you mean {near}?"
-        self.exit(
-            2, f"{self.prog}: {text}\nRun with --help to see the usual settings, or with --help all for every field.\n"
-        )
+        self.refuse(f"{text}\nRun with --help to see the usual settings, or with --help all for every field.")
+
+    def refuse(self, text: str) -> NoReturn:
+        """End the program with an error that is complete as it is."""
+        self.exit(2, f"{self.prog}: {text}\n")
         raise AssertionError("exit returned")
 
 
 def _nearest(name: str, known: list[str]) -> str | None:
     """Return the known key nearest to `name`, which may be only the last part of a key; None if none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
+    if near := nearest(name, known):
         return near[0]
     last = {key.rsplit(".", 1)[-1]: key for key in known}
-    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)
+    near = nearest(name.rsplit(".", 1)[-1], last)
     return last[near[0]] if near else None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from worldloom.command import commands
+from worldloom.extras import how_to_install
 from worldloom.families import FAMILIES, config_fields
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import shtab
     except ModuleNotFoundError:
-        print("launch.completion: shtab is missing. Run: pip install 'worldloom[training]'", file=sys.stderr)
+        print(f"launch.completion: {how_to_install('shtab')}", file=sys.stderr)
         return 1
     print(shtab.complete(whole_parser(), shell))
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
+from launch.failures import sentence
 from launch.runs import FAILURES, env_config, run_directory, run_envs
 from worldloom import load_agent
 from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         env = env_config(run_dir)
         result = play(agent, env, options.episodes, options.seed, options.video)
     except FAILURES as error:
-        print(f"launch.evaluate: {error}", file=sys.stderr)
+        print(f"launch.evaluate: {sentence(error)}", file=sys.stderr)
         return 1
     for number, (total, length) in enumerate(zip(result.returns, result.lengths, strict=True), 1):
         print(f"episode {number}: return {total:.1f} in {length} steps")

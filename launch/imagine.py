@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from launch.evaluate import save_frames
+from launch.failures import sentence
 from launch.runs import FAILURES, env_config, run_directory, run_envs
 from worldloom import load_agent
 from worldloom.acting.evaluation import record_episode
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         loop = open_loop(agent.world_model, obs, actions, rewards, options.observed, options.seed)
         written = write(Path(options.out), loop, env.name)
     except FAILURES as error:
-        print(f"launch.imagine: {error}", file=sys.stderr)
+        print(f"launch.imagine: {sentence(error)}", file=sys.stderr)
         return 1
     print(f"{loop.observed} steps observed, {loop.steps - loop.observed} imagined: {written}")
     return 0

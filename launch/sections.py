@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import shutil
 import textwrap
@@ -14,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from worldloom.families import FAMILIES, config_fields
 from worldloom.meanings import meanings
+from worldloom.nearest import nearest
 from worldloom.runs.config import RunConfig
 
 USUAL = (
@@ -67,7 +67,7 @@ def help_text(parser: argparse.ArgumentParser, topic: str) -> str:
     """
     sections = {"command": list(_own_rows(parser)), **_config_sections(), **_family_sections()}
     if topic not in ("", "all", *sections):
-        near = difflib.get_close_matches(topic, sections, n=1)
+        near = nearest(topic, sections)
         hint = f"Did you mean {near[0]}?" if near else f"Expected all or one of: {', '.join(sections)}."
         raise ValueError(f"--help is asked about {topic!r}, which is no section. {hint}")
     width = min(shutil.get_terminal_size().columns, MOST_COLUMNS)

@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from launch.claim import LOCK, SILENT_SECONDS, holder_of, silence
+from launch.failures import sentence
 from launch.runs import run_directory
 from worldloom.files import CheckpointError
 from worldloom.report.display import describe_limits
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:<22}{value}")
         broken = verify(run_dir) if options.verify else []
     except (OSError, ValueError, CheckpointError) as error:
-        print(f"launch.status: {error}", file=sys.stderr)
+        print(f"launch.status: {sentence(error)}", file=sys.stderr)
         return 1
     if options.verify:
         print("\n".join(f"{'broken':<22}{text}" for text in broken) or f"{'invariants':<22}hold")

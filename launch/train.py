@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
+from launch.failures import sentence
 from launch.runs import run_directory, runs_folder
 from worldloom.envs import EnvironmentFailed
 from worldloom.files import write_text
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             if not parsed.resume:
                 _check_unused(run_dir)
         except (ValueError, TypeError, OSError) as error:
-            parser.error(str(error))
+            parser.refuse(sentence(error))
         return _run(config, run_dir, parsed.resume)
 
 
@@ -69,7 +70,7 @@ def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # it shows the place in the user's code
-        print(f"launch.train: {error}", file=sys.stderr)
+        print(f"launch.train: {sentence(error)}", file=sys.stderr)
         return 1
     return _conclude(summary, run_dir)
 
@@ -172,7 +173,7 @@ LEFTOVERS = (
     "ray.log",
     "tensorboard",
 )  # written before the first line of metrics
-EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError, ModuleNotFoundError)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,13 +6,14 @@ worldloom was installed in editable mode.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+from worldloom.nearest import nearest
 
 COMMANDS = {
     "train": "train an agent, or go on with a run",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(NO_CHECKOUT, file=sys.stderr)
         return 2
     if checkout is None or name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         hint = f"Did you mean {near[0]}?" if near else f"Expected one of: {', '.join(known)}."
         print(f"worldloom: there is no command {name!r}. {hint}", file=sys.stderr)
         return 2
