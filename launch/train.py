@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
 from launch.failures import sentence
 from launch.runs import run_directory, runs_folder
+from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
 from worldloom.files import write_text
 from worldloom.runs.build import check_config
@@ -138,7 +140,8 @@ def _results(run_dir: Path) -> Path:
 
 
 def _resume_command(run_dir: Path) -> str:
-    return f"python -m launch.train --resume --run-dir {run_dir}"
+    command = "worldloom train" if COMMAND in os.environ else "python -m launch.train"
+    return f"{command} --resume --run-dir {run_dir}"
 
 
 def _conclude(summary: dict[str, Any], run_dir: Path) -> int:

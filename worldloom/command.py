@@ -26,6 +26,7 @@ COMMANDS = {
     "dashboard": "write boards and scrape files for Grafana and Prometheus",
     "completion": "print a script that completes these commands in bash, zsh or tcsh",
 }
+COMMAND = "WORLDLOOM_COMMAND"  # set in the environment of commands that were started as `worldloom NAME`
 NO_CHECKOUT = (
     "worldloom: this command is part of a checkout of WorldLoom, and there is none here. Run it in the folder of a "
     "checkout, or install worldloom from one with: pip install -e '.[training]'"
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"worldloom: there is no command {name!r}. {hint}", file=sys.stderr)
         return 2
     paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]  # the last: own environments
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), COMMAND: name}
     sys.stdout.flush()
     return os.execve(sys.executable, [sys.executable, "-P", "-m", f"launch.{name}", *rest], environment)
 
