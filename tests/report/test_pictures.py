@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 
 import imageio.v3 as imageio
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from tests.dreamerv3_models import tiny_agent
 from worldloom import create_world_model
 from worldloom.imagination import OpenLoop, open_loop
+from worldloom.report.origin import commit, origin
 from worldloom.report.page import read_metrics, write_report
 from worldloom.report.pictures import film, image_keys, plot, sequence_picture, strip
 from worldloom.report.published import published_curve
@@ -199,6 +202,32 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     page = write_report(tmp_path, about, "").read_text()
     assert "first point lies at 100,000 frames: 961.9." in page
     assert "published (3 seeds)" not in page
+
+
+def test_single_points_are_drawn_and_steady_values_are_not_magnified(tmp_path):
+    fake_run(tmp_path)
+    line = {"env_steps": 100, "episode/return": 800.0, "rate/train_ratio": 384.0, "learner/loss": 1e-6}
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(line) + "\n" + json.dumps({**line, "env_steps": 200, "rate/train_ratio": 384.004}) + "\n"
+    )
+    page = write_report(tmp_path, subject("Pendulum-v1")).read_text()
+    labels = re.findall(r"<!-- (\S+) -->", page)
+    assert not {"384.001", "384.002"} & set(labels), "rounding errors are magnified"
+    assert not [label for label in labels if label.startswith("+")], "an offset above the plot"
+    returns = page[page.index("<h2>Return") : page.index("<h2>Learning")]
+    assert returns.count("<use ") > 10  # ticks, and the marker of the line of two points
+    assert len(re.findall(r'<g clip-path="[^"]+">\s*<use ', returns)) == 1
+
+
+def test_the_origin_is_the_command_the_versions_and_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/launch/train.py", "--env.id", "a b", "--resume"])
+    found = origin()
+    assert found["command"] == "python -m launch.train --env.id 'a b' --resume"
+    assert f"torch {torch.__version__}" in found["versions"]
+    assert commit(tmp_path) is None
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a", "--allow-empty"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", commit(tmp_path))
 
 
 def test_a_run_that_was_interrupted_early_has_a_report_too(tmp_path):

@@ -14,6 +14,7 @@ from worldloom.acting.evaluation import Evaluation
 from worldloom.contract import as_floats
 from worldloom.replay.chunk import ChunkInfo
 from worldloom.report.display import Display, Standing
+from worldloom.report.origin import origin
 from worldloom.report.page import PICTURE, write_report
 from worldloom.report.sinks import MetricsLogger, Sink
 from worldloom.report.subject import Subject
@@ -276,6 +277,7 @@ class Recorder:
             "seed": self._subject.seed,
             "device": device,
             "runtime": self._subject.runtime,
+            **origin(),
         }
         try:
             (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

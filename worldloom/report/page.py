@@ -19,6 +19,8 @@ from worldloom.report.timing import WARM_UP
 
 INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
 PICTURE = "imagined.png"
+FEW = 3  # points of a line that are drawn as points, too: one alone would not be seen
+STEADY = 0.02  # of a value's size: smaller changes are not magnified to the height of a plot
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
     summary = json.loads((run_dir / "summary.json").read_text())
     lines = read_metrics(run_dir)
     sections = [
-        _returns(lines, subject),
+        returns_section(lines, subject),
         _losses(lines),
         _rates(lines, summary),
         _imagined(run_dir),
@@ -96,14 +98,23 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _returns(lines: Sequence[Mapping[str, float]], subject: Subject) -> Section:
+def returns_section(lines: Sequence[Mapping[str, float]], subject: Subject) -> Section:
+    """Draw the learning curve of a run, with the published one if the authors report one."""
     figure, axis = _axes(1, 1, 9.6, 3.6)
     axis = axis[0]
     repeat = subject.action_repeat
     training = [(line["env_steps"] * repeat, line["episode/return"]) for line in lines if "episode/return" in line]
     evaluated = [line for line in lines if "eval/return_mean" in line]
     if training:
-        axis.plot(*zip(*training, strict=True), color=TRAINING, lw=1.4, label="training, mean of the last 20 episodes")
+        few = "o" if len(training) < FEW else None
+        axis.plot(
+            *zip(*training, strict=True),
+            color=TRAINING,
+            lw=1.4,
+            marker=few,
+            ms=4,
+            label="training, mean of the last 20 episodes",
+        )
     if evaluated:
         frames = np.array([line["env_steps"] * repeat for line in evaluated], float)
         mean, std = (np.array([line[f"eval/return_{part}"] for line in evaluated]) for part in ("mean", "std"))
@@ -174,12 +185,20 @@ def _multiples(lines: Sequence[Mapping[str, float]], names: Mapping[str, str]) -
     last = max(line["env_steps"] for line in lines)
     for axis, (name, label) in zip(axes, names.items(), strict=False):
         points = [(line["env_steps"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), color=OWN, lw=1.4, marker="o" if len(points) < 3 else None, ms=3)
+        axis.plot(*zip(*points, strict=True), color=OWN, lw=1.4, marker="o" if len(points) < FEW else None, ms=3)
         axis.set_xlim(0, 1.02 * max(last, 1))
+        _calm(axis)
         axis.set_title(label, fontsize=9.5, loc="left", color=INK)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     return _svg(figure)
+
+
+def _calm(axis: Any) -> None:
+    """Widen the range of a value that hardly changes."""
+    low, high = axis.get_ylim()
+    room = max(STEADY * max(abs(low), abs(high)) - (high - low), 0) / 2
+    axis.set_ylim(low - room, high + room)
 
 
 def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -196,6 +215,7 @@ def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, An
         axis.set_axisbelow(True)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")  # no offset or power above the plot
     return figure, axes
 
 
