@@ -99,10 +99,13 @@ def test_the_time_left_counts_the_updates_that_the_limiter_still_owes(clock):
     limiter.env_steps = 1_000
     timing.end_warm_up((1_000, 0))
     assert left() is None
-    for _ in range(100):
-        clock.now += 0.05
+    for number in range(100):
+        seconds = 0.05 if number else 60.0  # the first one compiles
+        clock.now += seconds
         limiter.updates += 1
-        timing.spend("learning", 0.05)
+        timing.spend("learning", seconds)
+        timing.end_first_updates((1_000, limiter.updates))
+        assert (left() is None) == (number == 0)
     assert limiter.updates_left(total) == 4_900
     assert left() == pytest.approx(4_900 * 0.05 + 4_000 * 0.001)
     timing.mark((1_000, 100))
@@ -121,6 +124,7 @@ def test_learning_and_collecting_at_the_same_time_are_not_added_up(clock):
     limiter = RateLimiter(train_ratio=16, replayed_per_update=16, learning_starts=0, pretrain=False)
     timing = Timing(0.0, (0, 0))
     timing.end_warm_up((0, 0))
+    timing.end_first_updates((0, 0))
     limiter.env_steps, limiter.updates = 100, 100
     clock.now += 10.0  # the learner was busy all the time, while actors collected
     timing.spend("learning", 10.0)

@@ -149,6 +149,7 @@ class Recorder:
         """Record updates that took `seconds`, plus publish_seconds for publishing weights; metrics: their means."""
         self.timing.spend("publishing", publish_seconds)
         self.timing.spend("learning", seconds)
+        self.timing.end_first_updates(self._counts)
         self._learner.add(metrics, updates)
         self._display.show(self._standing)
 

@@ -37,6 +37,7 @@ class Timing:
         self._sums: dict[str, float] = defaultdict(float)  # seconds by activity
         self._start = self._mark = self._earlier = self._now(counts)  # at the last log line, and at the one before
         self._warm: Mark | None = None  # when the warm-up ended
+        self._first: Mark | None = None  # when the first updates were done
         self._limits: dict[str, float] = defaultdict(float)  # seconds by what limited the run
 
     def _now(self, counts: tuple[int, int]) -> Mark:
@@ -63,6 +64,11 @@ class Timing:
         """Note, at the first call, that the warm-up is over."""
         if self._warm is None:
             self._warm = self._now(counts)
+
+    def end_first_updates(self, counts: tuple[int, int]) -> None:
+        """Note, at the first call, that the first updates are done. Predictions leave them out: they may compile."""
+        if self._first is None:
+            self._first = self._now(counts)
 
     def total(self, what: str) -> float:
         return self._sums[what]
@@ -106,15 +112,15 @@ class Timing:
         return {name: value / span for name, value in zip(LIMITS, seconds, strict=True)}
 
     def seconds_left(self, steps: int, updates: int, counts: tuple[int, int]) -> float | None:
-        """Predict the seconds that further steps and updates take; None until an update has been timed.
+        """Predict the seconds that further steps and updates take; None until an update after the first is timed.
 
         An update takes what updates took lately. A step takes the time without learning, per step since the warm-up.
         """
-        done = counts[1] - self._start.updates
-        if self._warm is None or done <= 0:
+        if self._warm is None or self._first is None or counts[1] <= self._first.updates:
             return 0.0 if steps == updates == 0 else None
-        lately = counts[1] - self._earlier.updates
-        each = self._since(self._earlier, "learning") / lately if lately else self._sums["learning"] / done
+        lately = counts[1] > self._earlier.updates and self._earlier.time > self._first.time
+        since = self._earlier if lately else self._first
+        each = self._since(since, "learning") / (counts[1] - since.updates)
         collected, waited = counts[0] - self._warm.env_steps, time.monotonic() - self._warm.time
         other = max(waited - self._since(self._warm, "learning"), 0.0)
         if not collected:  # updates of the warm-up's steps come first
