@@ -216,6 +216,17 @@ def test_yaml_blocks_are_presets(page, tmp_path):
         run_config(parser, parser.parse_args(["--config", str(tmp_path / "preset.yaml")]))
 
 
+def test_every_picture_of_a_page_is_there_and_made_by_a_command():
+    named = {
+        (page.parent / path).resolve()
+        for page in PAGES
+        for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text())
+    }
+    folder = ROOT / "docs" / "pictures"
+    assert named == {path for path in folder.iterdir() if path.suffix in (".svg", ".gif", ".png")}
+    assert all(path.name in (folder / "make.py").read_text() for path in named)
+
+
 def test_every_block_is_of_a_kind_that_is_tested():
     for page in PAGES:
         fences = re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)

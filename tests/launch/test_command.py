@@ -16,7 +16,7 @@ from worldloom.command import COMMANDS, commands
 def site(tmp_path):
     """A folder of installed packages with the command, and a torch that cannot be imported."""
     (tmp_path / "site" / "worldloom").mkdir(parents=True)
-    for name in ("__init__.py", "command.py"):
+    for name in ("__init__.py", "command.py", "nearest.py"):
         shutil.copy(ROOT / "worldloom" / name, tmp_path / "site" / "worldloom")
     (tmp_path / "site" / "torch.py").write_text("raise SystemExit('torch is imported now')\n")
     return tmp_path / "site"
