@@ -15,8 +15,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
-from distributed.ray_internals import free_cpus_by_node
+from distributed.ray_internals import end_by_sigkill, free_cpus_by_node
+from distributed.signals import sigterm_blocked
 from worldloom.runs.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -69,23 +71,26 @@ def ray_log(path: Path) -> Iterator[None]:
             handler.setLevel(level)
 
 
-def connect(config: RunConfig, namespace: str) -> bool:
+def connect(config: RunConfig, namespace: str, run: str) -> bool:
     """Join this process's Ray or the cluster of RAY_ADDRESS, or start one. Return whether to end it afterwards.
+
+    run: folder or URL of the run, for the job's metadata.
 
     Raises RuntimeError if the cluster does not answer or refuses the token.
     """
     try:
-        return _connect(config, namespace)
+        return _connect(config, namespace, run)
     except (AuthenticationError, ConnectionError) as error:
         raise RuntimeError(f"Ray cannot be reached: {error}") from error
 
 
-def _connect(config: RunConfig, namespace: str) -> bool:
+def _connect(config: RunConfig, namespace: str, run: str) -> bool:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of a task's several results the coordinator reads one
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
+    options["job_config"] = JobConfig(metadata={"worldloom_run": run})
     if address:
         print(f"joining the Ray cluster at {address} …", flush=True)
         ray.init(address=address, **options)
@@ -93,14 +98,16 @@ def _connect(config: RunConfig, namespace: str) -> bool:
     print("starting Ray on this machine …", flush=True)
     _set_private_token()
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    ray.init(
-        address="local",  # never another cluster that happens to run here
-        num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-        **options,
-    )
+    with sigterm_blocked():
+        ray.init(
+            address="local",  # never another cluster that happens to run here
+            num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+            **options,
+        )
+    end_by_sigkill()
     return True
 
 

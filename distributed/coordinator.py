@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -20,30 +21,31 @@ from distributed.recovery import Recovery
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.envs import EnvironmentFailed
-from worldloom.interrupt import GracefulStop
+from worldloom.interrupt import GracefulStop, sigterm_stops_at_once
 from worldloom.manifest import read_manifest
 from worldloom.runs.build import probe_env
 from worldloom.runs.checkpoint import checkpoint_to_resume
 from worldloom.runs.config import RunConfig
+from worldloom.runs.home import Home, as_home
 from worldloom.runs.run import Run
 
 
 class Coordinator:
     """Starts the actors, keeps them at work to the end of the run, and does what is due at intervals."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        self.config, self._run_dir = config, run_dir.resolve()
+    def __init__(self, config: RunConfig, run_dir: str | os.PathLike[str] | Home) -> None:
+        self.config, self._home = config, as_home(run_dir)
         env = probe_env(config)
-        namespace = f"worldloom-{self._run_dir.name}-{secrets.token_hex(3)}"  # two runs may have one name
-        self._owns_cluster = connect(config, namespace)
+        namespace = f"worldloom-{self._home.root.name}-{secrets.token_hex(3)}"  # two runs may have one name
+        self._owns_cluster = connect(config, namespace, str(self._home.root))
         pace: type[Lockstep] | type[FreeRunning] = Lockstep if config.runtime.sync else FreeRunning
         launcher = Launcher(namespace)
         self.parts = Parts(
-            State(config, env, launcher, pace.limits(config)), Shards(launcher, config, env, self._run_dir)
+            State(config, env, launcher, pace.limits(config)), Shards(launcher, config, env, self._home.root)
         )
         self._recovery = Recovery(self.parts)
         self.pace = pace(self.parts, self._recovery)
-        self._gauges = Gauges(self.parts.state, self.parts.replay)
+        self._gauges = Gauges(self.parts.state, self.parts.replay, self.parts.checkpoints)
 
     @property
     def run(self) -> Run:
@@ -53,7 +55,7 @@ class Coordinator:
     def start(self, resume: bool) -> None:
         """Start learner and replay, restored from the newest checkpoint if `resume`, then the env actors."""
         parts, state = self.parts, self.parts.state
-        checkpoint = checkpoint_to_resume(self._run_dir, self.config.replay.shards) if resume else None
+        checkpoint = checkpoint_to_resume(self._home.root, self.config.replay.shards) if resume else None
         state.shares = share(self.config)
         parts.replay.launch()
         parts.learning.start()
@@ -61,8 +63,8 @@ class Coordinator:
         check_object_store(parts.learning.node, parts.learning.batch_bytes(), batches)
         parts.replay.start(state.spec, parts.learning.node, state.watch)
         rows_lost = self._restore(checkpoint) if checkpoint else 0
-        gauges = RayGauges(self._run_dir.name)
-        state.run = Run(self.config, self._run_dir, state.env, state.spec, checkpoint, [gauges])
+        gauges = RayGauges(self._home.root.name)
+        state.run = Run(self.config, self._home, state.env, state.spec, checkpoint, [gauges])
         parts.replay.count(state.run.limiter)
         state.run.recorder.rows_lost(rows_lost)
         state.incarnation = state.run.incarnation
@@ -125,7 +127,7 @@ class Coordinator:
         parts.settle(collects=True)
         parts.save()
         if self.run.unsaved:
-            self.run.end_unsaved(parts.learning.rescue(self._run_dir))
+            self.run.end_unsaved(parts.learning.rescue(self._home.dir))
         parts.learning.draw_picture()
         parts.learning.finish_picture()
         finished = self.run.finished and self._evaluate_at_the_end(stop)
@@ -153,18 +155,23 @@ class Coordinator:
 
 
 def train(
-    config: RunConfig, run_dir: Path, resume: bool = False, on_start: Callable[[Run], None] = lambda run: None
+    config: RunConfig,
+    run_dir: str | os.PathLike[str] | Home,
+    resume: bool = False,
+    on_start: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, Any]:
     """Train a whole run on Ray. Return what summary.json holds; whatever happens, no actor is left behind.
 
     on_start: called with the run once everything is up, and restored if `resume`, before the first step.
     """
-    with ray_log(run_dir / "ray.log"):
-        coordinator = Coordinator(config, run_dir)
+    home = as_home(run_dir)
+    with ray_log(home.dir / "ray.log"):
+        coordinator = Coordinator(config, home)
         try:
             print("starting the learner, replay and env actors …", flush=True)
-            coordinator.start(resume)
-            on_start(coordinator.run)
+            with sigterm_stops_at_once():  # Ray's own handler ends the process with a stack trace
+                coordinator.start(resume)
+                on_start(coordinator.run)
             return coordinator.train()
         finally:
             coordinator.close()

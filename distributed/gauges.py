@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from distributed.ray_internals import ObjectStoreStats
+from distributed.saving import Checkpoints
 from distributed.shards import Shards
 from distributed.state import State
 
@@ -19,15 +20,15 @@ STORE_SECONDS = 5.0  # between two readings of the object store
 class Gauges:
     """Asks at one log line, and records the answers that are there at the next."""
 
-    def __init__(self, state: State, replay: Shards) -> None:
-        self._state, self._replay = state, replay
+    def __init__(self, state: State, replay: Shards, checkpoints: Checkpoints) -> None:
+        self._state, self._replay, self._checkpoints = state, replay, checkpoints
         self._asked: dict[str, Any] = {}  # references to gauges, by who was asked
         self._store = StoreReader()
         self._spilled = False
 
     def record(self) -> None:
-        """Record what has been answered, and ask again."""
-        found = {**self._store.values, **self._answers()}
+        """Record what has been answered, and ask again; record the age of the newest checkpoint."""
+        found = {**self._store.values, **self._answers(), "checkpoint/age_seconds": self._checkpoints.age}
         if found.get("plasma/spilled_bytes") and not self._spilled:
             self._spilled = True
             self._state.say(

@@ -8,7 +8,7 @@ from pathlib import Path
 from distributed.launcher import ActorLost, alive
 from distributed.parts import Parts
 from distributed.ray_internals import draining_nodes
-from worldloom.manifest import newest_checkpoint
+from worldloom.manifest import checkpoint_folders, newest_checkpoint
 
 RECOVERIES_ALLOWED = 5  # of learner, replay and acting server, without a checkpoint in between
 DRAIN_SECONDS = 1.0  # between two looks at nodes that are about to go
@@ -33,8 +33,8 @@ class Recovery:
         parts, run = self._parts, self._state.run
         begun = time.monotonic()
         parts.checkpoints.settle()
-        saved = sorted(run.dir.resolve().glob("checkpoints/step-*/manifest.json"))
-        checkpoint = newest_checkpoint(run.dir.resolve()) if saved else None
+        root = run.home.root
+        checkpoint = newest_checkpoint(root) if checkpoint_folders(root) else None
         source = checkpoint.name if checkpoint else "the beginning"
         done = []
         if not alive(parts.learning.learner):

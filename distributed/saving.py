@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from distributed.launcher import ActorLost, result_of
@@ -12,6 +12,7 @@ from distributed.learning import Learning
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint, drop_partial
+from worldloom.runs.home import Home
 from worldloom.runs.rows import SavedReplay
 
 
@@ -22,12 +23,12 @@ class Saving:
     which takes no second copy of them. Raises OSError.
     """
 
-    def __init__(self, run_dir: Path, manifest: Mapping[str, Any], learner: Any, replay: Shards, copy: bool) -> None:
-        self._run_dir, self._manifest = run_dir, manifest
-        self._partial = begin_checkpoint(run_dir, manifest["limiter"]["env_steps"])
+    def __init__(self, home: Home, manifest: Mapping[str, Any], learner: Any, replay: Shards, copy: bool) -> None:
+        self._home, self._manifest = home, manifest
+        self._folder = begin_checkpoint(home.root, manifest["limiter"]["env_steps"])
         self._begun = time.monotonic()
-        self._learner = learner.write.remote(self._partial, learner.snapshot.remote())
-        self._shards = replay.snapshot(self._partial) if copy else replay.save(self._partial)
+        self._learner = learner.write.remote(self._folder, learner.snapshot.remote())
+        self._shards = replay.snapshot(self._folder) if copy else replay.save(self._folder)
         self._open = [self._learner, *self._shards]
 
     def pending(self) -> list[Any]:
@@ -47,7 +48,7 @@ class Saving:
     def commit(self, keep: int) -> float:
         """Make it valid; return the seconds for which learning stood still.
 
-        Raises OSError, ActorLost, or what the learner raised: then it leaves nothing behind.
+        Raises OSError, LeaseLost, ActorLost, or what the learner raised: then it leaves nothing behind.
         """
         try:
             paused, files = result_of(self._learner, "learner")
@@ -55,10 +56,12 @@ class Saving:
             for shard in shards:
                 files |= shard.files
             manifest = {**self._manifest, "rows": [shard.rows for shard in shards], "files": files}
-            commit_checkpoint(self._partial, manifest, keep)
+            self._home.check()
+            commit_checkpoint(self._folder, manifest, keep)
             return float(paused)
         except BaseException:
-            drop_partial(self._run_dir)
+            with contextlib.suppress(OSError):
+                drop_partial(self._home.root)
             raise
 
 
@@ -69,13 +72,19 @@ class Checkpoints:
         self._state, self._learning, self._replay = state, learning, replay
         self.saving: Saving | None = None
         self.committed = 0  # checkpoints of this process
+        self._committed_at = time.monotonic()  # of the newest, or the start of this process
+
+    @property
+    def age(self) -> float:
+        """Seconds since the newest checkpoint, or since the start where there is none yet: what a crash would cost."""
+        return time.monotonic() - self._committed_at
 
     def begin(self, copy: bool = True) -> None:
         """Begin a checkpoint, see `Saving`; no update, insert or other checkpoint may be under way."""
         run = self._state.run
         manifest = {**run.manifest(self._state.incarnation), "replay": self._replay.state_dict()}
         with run.saving():
-            self.saving = Saving(run.dir.resolve(), manifest, self._learning.learner, self._replay, copy)
+            self.saving = Saving(run.home, manifest, self._learning.learner, self._replay, copy)
 
     def pending(self) -> list[Any]:
         return self.saving.pending() if self.saving else []
@@ -101,5 +110,5 @@ class Checkpoints:
         with self._state.run.saving():
             paused = saving.commit(self._state.config.checkpoint.keep)
             gauges = {"checkpoint/paused_seconds": paused, "checkpoint/seconds": saving.seconds}
-            self._state.run.recorder.gauges(gauges)
-            self.committed += 1
+            self.committed, self._committed_at = self.committed + 1, time.monotonic()
+            self._state.run.recorder.gauges({**gauges, "checkpoint/age_seconds": self.age})

@@ -117,13 +117,13 @@ class Shards:
 
     # Saving
 
-    def snapshot(self, partial: Path) -> list[Any]:
+    def snapshot(self, folder: Path) -> list[Any]:
         """Copy each shard, then write it while the run goes on; return references to the files' names."""
-        return [handle.write.remote(partial, handle.snapshot.remote()) for handle in self.handles]
+        return [handle.write.remote(folder, handle.snapshot.remote()) for handle in self.handles]
 
-    def save(self, partial: Path) -> list[Any]:
+    def save(self, folder: Path) -> list[Any]:
         """Write each shard without a copy, while nothing else goes on; return references as `snapshot`."""
-        return [handle.save.remote(partial) for handle in self.handles]
+        return [handle.save.remote(folder) for handle in self.handles]
 
     def load(self, checkpoint: Path) -> int:
         """Load all shards; return how many rows are lost with damaged files. Raises ActorLost, CheckpointError."""

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.sweeps.search import SearchConfig
 from worldloom.dreamerv3 import DreamerV3Config
 from worldloom.envs.suites import AtariConfig, DMCConfig
 from worldloom.meanings import meanings
@@ -38,6 +39,7 @@ SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "eval": ("eval.", EvalConfig),
     "checkpoint": ("checkpoint.", CheckpointConfig),
     "log": ("log.", LogConfig),
+    "search": ("search.", SearchConfig),
     "TrainingConfig": ("", TrainingConfig),
     "TDMPC2Config": ("agent.", TDMPC2Config),
     "DreamerV3Config": ("agent.", DreamerV3Config),
@@ -58,7 +60,7 @@ def table(name: str) -> str:
         if dataclasses.is_dataclass(types[field.name]):
             continue  # it has a table of its own
         shown = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        default = json.dumps(shown) if shown is None or isinstance(shown, (bool, dict)) else shown
+        default = json.dumps(shown) if shown is None or isinstance(shown, (bool, dict, list)) else shown
         meaning = said.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{prefix}{field.name}` | {kind(types[field.name])} | `{default}` | {meaning} |")
     return "\n".join(rows)
@@ -68,6 +70,8 @@ def kind(hint: Any) -> str:
     """A type as a reader of YAML knows it."""
     if get_origin(hint) is dict:
         return "mapping"
+    if get_origin(hint) is list:
+        return f"list of {kind(get_args(hint)[0])}"
     parts = get_args(hint)
     if parts and all(isinstance(part, str) for part in parts):
         return " or ".join(f"`{part}`" for part in parts)

@@ -62,12 +62,13 @@ def silence(run_dir: Path, holder: Holder) -> float:
 class Claim:
     """A context in which this process holds a run directory.
 
-    last_word: what is printed if this process dies without an orderly end: killed, or ended by Ray because its cluster
-    is gone. Raises ValueError if another process holds the directory.
+    last_word: what is printed if this process dies without an orderly end (killed, or ended by Ray because its cluster
+    is gone) and a checkpoint lies in run_dir; anyway: even if none does, because they lie elsewhere. Raises ValueError
+    if another process holds the directory.
     """
 
-    def __init__(self, run_dir: Path, last_word: str) -> None:
-        self._dir, self._last_word = run_dir, last_word
+    def __init__(self, run_dir: Path, last_word: str, anyway: bool = False) -> None:
+        self._dir, self._last_word, self._anyway = run_dir, last_word, anyway
         self._holder = Holder(socket.gethostname(), os.getpid(), time.time())
         self._lock: IO[str] | None = None
         self._ended = threading.Event()
@@ -76,7 +77,15 @@ class Claim:
     def __enter__(self) -> Claim:
         self._take()
         self._watcher = subprocess.Popen(
-            [sys.executable, "-S", __file__, str(os.getpid()), str(self._dir.resolve()), self._last_word],
+            [
+                sys.executable,
+                "-S",
+                __file__,
+                str(os.getpid()),
+                str(self._dir.resolve()),
+                self._last_word,
+                str(self._anyway),
+            ],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in the terminal is not meant for it
         )
@@ -119,13 +128,13 @@ class Claim:
                 (self._dir / HEARTBEAT).touch() if (self._dir / LOCK).exists() else self._take()
 
 
-def watch(pid: int, run_dir: Path, last_word: str) -> None:
+def watch(pid: int, run_dir: Path, last_word: str, anyway: bool) -> None:
     """Wait for the end of process `pid`, whose pipe is standard input; print the last word unless it ended in order."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read() == CLEAN:
         return
-    saved = any(run_dir.glob("checkpoints/step-*/manifest.json"))
+    saved = anyway or any(run_dir.glob("checkpoints/step-*/manifest.json"))
     told = last_word if saved else "Nothing was saved yet."
     print(
         f"launch.train: process {pid} ended without a word: killed, or its Ray cluster is gone. {told}", file=sys.stderr
@@ -133,4 +142,4 @@ def watch(pid: int, run_dir: Path, last_word: str) -> None:
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    watch(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "True")

@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from launch.failures import sentence
-from launch.runs import FAILURES, env_config, run_directory, run_envs
+from launch.places import FAILURES, env_config, run_envs, run_place
 from worldloom import load_agent
 from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
 from worldloom.runs.build import choose_device
@@ -24,7 +24,7 @@ from worldloom.types import Agent, Array
 def command_parser() -> ArgumentParser:
     """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.evaluate", description="Play whole episodes without exploration noise.")
-    parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
+    parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="folder, URL or name of a run")
     parser.add_argument("--episodes", type=int, default=10)
     video = f"film the episodes of the first of up to {ENVS_AT_ONCE} environments: a .mp4 or .gif file"
     parser.add_argument("--video", type=str, default=None, help=video)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        run_dir = run_directory(options.run_dir)
+        run_dir = run_place(options.run_dir)
         agent = load_agent(run_dir, choose_device(options.device), options.seed, **options.agent)
         env = env_config(run_dir)
         result = play(agent, env, options.episodes, options.seed, options.video)

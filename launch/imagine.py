@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from launch.evaluate import save_frames
 from launch.failures import sentence
-from launch.runs import FAILURES, env_config, run_directory, run_envs
+from launch.places import FAILURES, env_config, run_envs, run_place
 from worldloom import load_agent
 from worldloom.acting.evaluation import record_episode
 from worldloom.imagination import OBSERVED, OpenLoop, open_loop
@@ -27,7 +27,7 @@ predicted rewards and, if the model has a decoder, observations (.png or .gif)."
 def command_parser() -> ArgumentParser:
     """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.imagine", description=DESCRIPTION)
-    parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="directory of a run")
+    parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="folder, URL or name of a run")
     parser.add_argument("--out", type=str, default="imagined.gif", help="file to write: .gif, .mp4 or .png")
     parser.add_argument("--steps", type=int, default=50, help="rows in total; fewer if the episode ends before")
     parser.add_argument("--observed", type=int, default=OBSERVED, help="rows at the start that the model sees")
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        run_dir = run_directory(options.run_dir)
+        run_dir = run_place(options.run_dir)
         agent = load_agent(run_dir, choose_device(options.device), options.seed)
         env = run_envs(env_config(run_dir), 1, options.seed)
         obs, actions, rewards = record_episode(agent, env, options.steps, options.seed)

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -19,93 +21,112 @@ if __name__ == "__main__":
 
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
+from launch.earlier import RESUME, Asked, changes, check_unused, is_complete, read_asked, saved_config
 from launch.failures import sentence
-from launch.runs import run_directory, runs_folder
+from launch.places import in_ray_job
 from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
-from worldloom.files import write_text
+from worldloom.locations import is_remote, read_bytes, write_bytes
+from worldloom.manifest import checkpoint_folders
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RunConfig
+from worldloom.runs.home import Home, open_home
 
 
 def main(argv: list[str] | None = None) -> int:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Ray may be started with it blocked, to outlive it
     argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = command_parser()
     try:
-        parsed = parser.parse_args(_with_saved_config(argv))
-        config = run_config(parser, parsed)
-        given = Path(parsed.run_dir) if parsed.run_dir else _default_run_dir(config)
-        run_dir = run_directory(given)
-    except ValueError as error:
+        asked = read_asked(argv)
+        saved = saved_config(asked)
+        config, before = _configs(parser, argv, saved)
+        run = asked.place(_default_name(config))
+        changed = changes(before, config) if before else []
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if run_dir != given:
-        print(f"run directory: {run_dir} (of a Ray job: relative run directories lie in {runs_folder()})", flush=True)
-    fresh = not run_dir.exists()
+    if in_ray_job() or is_remote(run):
+        print(f"run directory: {run}", flush=True)
+    if asked.resume == "auto" and saved and is_complete(run, config):
+        print(f"{run} is complete: nothing is left to do. Raise --train.total_steps to go on with it.")
+        return 0
     with contextlib.ExitStack() as held:
         try:
             check_config(config)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(Claim(run_dir, f"Go on from the last checkpoint with:\n  {_resume_command(run_dir)}"))
-            if fresh:
-                held.callback(_remove_empty_run_dir, run_dir)
-            if not parsed.resume:
-                _check_unused(run_dir)
+            home = _take(held, run, asked, saved is not None)
         except (ValueError, TypeError, OSError) as error:
             parser.refuse(sentence(error))
-        return _run(config, run_dir, parsed.resume)
+        for change in changed:
+            print(f"differs from the run so far: {change}", flush=True)
+        return _run(config, home, saved is not None)
 
 
-def _run(config: RunConfig, run_dir: Path, resume: bool) -> int:
-    path, saved = run_dir / "config.yaml", _checkpoints(run_dir)
-    before = path.read_text() if resume else None
+def _configs(parser: Parser, argv: list[str], saved: Path | None) -> tuple[RunConfig, RunConfig | None]:
+    """Return the config of this run and, if it goes on with an earlier one, the config saved there, which holds for
+    what the arguments leave out."""
+    if saved is None:
+        return run_config(parser, parser.parse_args(argv)), None
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:  # the saved one may lie at a URL
+        file.write(read_bytes(saved))
+        file.flush()
+        before = run_config(parser, parser.parse_args(["--config", file.name]))
+        return run_config(parser, parser.parse_args(["--config", file.name, *argv])), before
+
+
+def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> Home:
+    """Claim the run for this process, until the end of `held`. Raises ValueError if it is in use, or not as asked."""
+    fresh = is_remote(run) or not run.exists()
+    home = held.enter_context(open_home(run))
+    home.dir.mkdir(parents=True, exist_ok=True)
+    go_on = f"Go on from the last checkpoint with:\n  {_resume_command(run)}"
+    held.enter_context(Claim(home.dir, go_on, anyway=is_remote(run)))
+    if fresh:
+        held.callback(_remove_empty_run_dir, home.dir)
+    if not resume:
+        check_unused(home.root, asked.resume)
+    return home
+
+
+def _run(config: RunConfig, home: Home, resume: bool) -> int:
+    path, saved = home.dir / "config.yaml", checkpoint_folders(home.root)
+    before = path.read_bytes() if resume else None
     try:
-        summary = _train(config, run_dir, resume)
+        summary = _train(config, home, resume)
     except KeyboardInterrupt:
-        go_on = f"go on from the last checkpoint with:\n  {_resume_command(run_dir)}"
-        print(f"\nstopped at once; {go_on if _checkpoints(run_dir) else 'nothing was saved yet'}")
+        go_on = f"go on from the last checkpoint with:\n  {_resume_command(home.root)}"
+        print(f"\nstopped at once; {go_on if checkpoint_folders(home.root) else 'nothing was saved yet'}")
         return 130
     except Exception as error:
-        if before is not None and _checkpoints(run_dir) == saved:  # they belong to the earlier config
-            write_text(path, before)
+        if before is not None and _same_checkpoints(home, saved):  # they belong to the earlier config
+            write_bytes(path, before)
         if not isinstance(error, EXPECTED):
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # it shows the place in the user's code
         print(f"launch.train: {sentence(error)}", file=sys.stderr)
         return 1
-    return _conclude(summary, run_dir)
+    return _conclude(summary, home)
+
+
+def _same_checkpoints(home: Home, saved: list[Path]) -> bool:
+    with contextlib.suppress(OSError):  # the store does not answer
+        return checkpoint_folders(home.root) == saved
+    return False
 
 
 def command_parser() -> Parser:
     """Return the parser of the command's options."""
     parser = run_parser("launch.train", "Train an agent, with Ray or in this process (--runtime.kind inline).")
     parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, including its replay")
+    parser.add_argument("--name", type=str, default=None, help=NAME_HELP)
+    parser.add_argument("--resume", nargs="?", const="always", choices=RESUME, default=None, help=RESUME_HELP)
     return parser
 
 
-def _with_saved_config(argv: list[str]) -> list[str]:
-    """Return `argv`; if it resumes a run, the run's saved config comes before the other arguments."""
-    if "--resume" not in argv:
-        return argv
-    given = next((a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.startswith("--run-dir")), None)
-    run_dir = None if given is None else run_directory(given)
-    if run_dir is None or not (saved := run_dir / "config.yaml").is_file():
-        found = "none was given" if run_dir is None else f"{run_dir} holds no config.yaml"
-        sys.exit(f"launch.train: --resume needs the --run-dir of an earlier run, but {found}.")
-    return ["--config", str(saved), *argv]
-
-
-def _default_run_dir(config: RunConfig) -> Path:
+def _default_name(config: RunConfig) -> str:
     name = f"{config.env.id}-{config.algorithm}".replace(":", "-").replace("/", "-")
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _check_unused(run_dir: Path) -> None:
-    metrics = run_dir / "metrics.jsonl"
-    if (run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size):
-        raise ValueError(f"{run_dir} already holds a run. Go on with it by --resume, or choose another --run-dir.")
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _remove_empty_run_dir(run_dir: Path) -> None:
@@ -115,46 +136,41 @@ def _remove_empty_run_dir(run_dir: Path) -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _checkpoints(run_dir: Path) -> set[Path]:
-    return set(run_dir.glob("checkpoints/step-*/manifest.json"))
-
-
-def _train(config: RunConfig, run_dir: Path, resume: bool) -> dict[str, Any]:
+def _train(config: RunConfig, home: Home, resume: bool) -> dict[str, Any]:
     """Train and return the summary. Writes config.yaml once everything has started and, on a resume, is restored."""
     text = dump_config(config)
     if config.runtime.kind == "inline":
         from worldloom.runs.inline import InlineTrainer
 
-        trainer = InlineTrainer(config, run_dir, resume)
+        trainer = InlineTrainer(config, home, resume)
         trainer.run.write_config(text)
         return trainer.train()
     from distributed.coordinator import train
 
-    return train(config, run_dir, resume, lambda run: run.write_config(text))
+    return train(config, home, resume, lambda run: run.write_config(text))
 
 
-def _results(run_dir: Path) -> Path:
+def _results(home: Home) -> Path:
     """Return the file with the results: report.html or, if it could not be written, summary.json."""
-    page = run_dir / "report.html"
-    return page if page.is_file() else run_dir / "summary.json"
+    return home.root / ("report.html" if (home.dir / "report.html").is_file() else "summary.json")
 
 
-def _resume_command(run_dir: Path) -> str:
+def _resume_command(run: Path) -> str:
     command = "worldloom train" if COMMAND in os.environ else "python -m launch.train"
-    return f"{command} --resume --run-dir {run_dir}"
+    return f"{command} --resume --run-dir {run}"
 
 
-def _conclude(summary: dict[str, Any], run_dir: Path) -> int:
+def _conclude(summary: dict[str, Any], home: Home) -> int:
     if summary["status"] == "interrupted":
-        print(f"\nsaved at step {summary['env_steps']:,}; go on with:\n  {_resume_command(run_dir)}")
+        print(f"\nsaved at step {summary['env_steps']:,}; go on with:\n  {_resume_command(home.root)}")
         return 130
     if summary["status"] == "unsaved":
-        print(f"\nlaunch.train: the last checkpoint could not be written; see above. Earlier ones are in {run_dir}.")
+        print(f"\nlaunch.train: the last checkpoint could not be written; see above. Earlier ones are in {home.root}.")
         return 1
     print(
         f"\n{summary['algorithm']} on {summary['env_id']}: return {summary['eval_return_mean']:.1f} ± "
         f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes after {summary['env_steps']:,} "
-        f"steps in {summary['wall_seconds'] / 60:.1f} minutes\n{_results(run_dir)}"
+        f"steps in {summary['wall_seconds'] / 60:.1f} minutes\n{_results(home)}"
     )
     return 0
 
@@ -164,18 +180,14 @@ SHORT = {
     "--runtime=inline": "--runtime.kind=inline",
     "--runtime=ray": "--runtime.kind=ray",
 }
-RUN_DIR_HELP = (
-    "directory of the run; default: runs/ENV-ALGORITHM-TIME; in a Ray job, relative directories lie in "
-    "~/worldloom/runs, or in $WORLDLOOM_RUNS if that is set"
+RUN_DIR_HELP = "folder or URL of the run, instead of its --name in the storage"
+NAME_HELP = "name of the run, its folder in the storage; default: ENV-ALGORITHM-TIME"
+RESUME_HELP = (
+    "go on with the run of --name or --run-dir, replay included; auto: begin it if it does not exist (the default in a "
+    "Ray job); never: refuse if it exists (the default elsewhere)"
 )
-LEFTOVERS = (
-    LOCK,
-    HEARTBEAT,
-    "config.yaml",
-    "metrics.jsonl",
-    "ray.log",
-    "tensorboard",
-)  # written before the first line of metrics
+# Written before the first line of metrics.
+LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard")
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError, ModuleNotFoundError)
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from worldloom import dreamerv3, tdmpc2
 from worldloom.arguments import channel_first, usable
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
+from worldloom.locations import Location, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
 from worldloom.nearest import nearest
 from worldloom.pretrained import load_parameters, read_description
@@ -152,7 +152,7 @@ def build_config(model: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def create_world_model(
-    model: str | os.PathLike[str],
+    model: Location,
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None,
     action_dim: int | None = None,
     device: torch.device | str = "cpu",
@@ -199,7 +199,7 @@ def _split(model: str, family: Family, settings: Mapping[str, Any]) -> tuple[dic
 
 
 def _load_file(
-    path: str | os.PathLike[str],
+    path: Location,
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
     action_dim: int | None,
     device: torch.device | str,
@@ -224,7 +224,7 @@ def _load_file(
 
 
 def _load_world_model(
-    directory: str | os.PathLike[str],
+    directory: Location,
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
     action_dim: int | None,
     device: torch.device | str,
@@ -303,20 +303,19 @@ def agent_from_description(
 ) -> Agent:
     """Make an untrained agent from what `Agent.describe` returned; `load_state_dict` or weights complete it."""
     model = _from_description("the description", description, overrides or {}).to(usable(device))
-    classes = tuple(description.get("action_classes", ()))
     family = cast(Family, find_family(description["family"]))
-    return cast(Agent, family.agent(model, seed, classes))
+    return cast(Agent, family.agent(model, seed, tuple(description.get("action_classes", ()))))
 
 
 def load_agent(
-    directory: str | os.PathLike[str],
+    directory: Location,
     device: torch.device | str = "cpu",
     seed: int = 0,
     episode_length: int | None = None,
     **settings: Any,
 ) -> Agent:
-    """Load a trained agent from a run directory (its newest checkpoint), a model directory, or a file that a family's
-    authors published; episode_length and the family's options are for such files (see `create_world_model`).
+    """Load a trained agent from a run (its newest checkpoint; a folder, or a URL such as s3://bucket/runs/NAME), a
+    model directory, or a file that a family's authors published (see `create_world_model` for its options).
     settings: configuration fields that shape no parameter, such as num_samples=256 for half of TD-MPC2's planning.
 
         agent = load_agent("runs/pendulum")
@@ -328,20 +327,21 @@ def load_agent(
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for settings that the parameters do not fit.
     """
-    folder = Path(directory)
-    if folder.is_file():
+    folder = locate(directory)
+    if is_file(folder):
         family, model = _load_file(folder, None, None, device, episode_length, settings)
         return cast(Agent, family.agent(model, seed, ()))
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
-    elif not (folder / "config.json").is_file():
+    elif not is_file(folder / "config.json"):
         raise FileNotFoundError(
             f"{directory} holds neither checkpoints nor a config.json, expected the directory of a run or of a model."
         )
-    agent = agent_from_description(read_description(folder), device, seed, settings)
-    load_parameters(folder / "model.safetensors", agent.world_model)
-    if agent.behaviour is not None:
-        load_parameters(folder / "behaviour.safetensors", agent.behaviour)
+    with on_disk(folder) as local:
+        agent = agent_from_description(read_description(local), device, seed, settings)
+        load_parameters(local / "model.safetensors", agent.world_model)
+        if agent.behaviour is not None:
+            load_parameters(local / "behaviour.safetensors", agent.behaviour)
     return agent
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from worldloom.encoding import pack, unpack
+from worldloom.locations import as_os_errors, read_bytes, write_bytes
 
-PARTIAL = ".partial"  # suffix of folders and files that are not complete
 ZLIB_MARK = b"x"  # first byte of data that zlib compressed; a msgpack mapping never starts with it
 BLOCK_BYTES = 2**20
 
@@ -26,7 +25,7 @@ def checksum(data: bytes) -> str:
 def checksum_of(path: Path) -> str:
     """Return the checksum of a file, which is read in blocks. Raises OSError."""
     value = 0
-    with path.open("rb") as file:
+    with as_os_errors(path), path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
@@ -34,25 +33,14 @@ def checksum_of(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all."""
-    partial = path.with_suffix(PARTIAL)
-    partial.write_text(text)
-    partial.replace(path)
+    write_bytes(path, text.encode())
 
 
 def write_msgpack(path: Path, value: Any, compress: bool = False) -> str:
     """Write a file completely or not at all; return its checksum. compress: losslessly (zlib), which `read_msgpack`
     detects."""
-    partial = path.with_suffix(PARTIAL)
     packed = zlib.compress(pack(value), level=1) if compress else pack(value)
-    try:
-        with partial.open("wb") as file:
-            file.write(packed)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_bytes(path, packed)
     return checksum(packed)
 
 
@@ -62,7 +50,7 @@ def read_msgpack(path: Path, expected: str | None = None) -> Any:
     Raises CheckpointError, naming the file, if it is missing, cut short, changed or of another kind.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         if expected not in (None, checksum(data)):
             raise ValueError(f"its checksum is {checksum(data)}, but {expected} when it was written")
         return unpack(zlib.decompress(data) if data[:1] == ZLIB_MARK else data)

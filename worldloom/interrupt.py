@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 
 class StopAtOnce(KeyboardInterrupt):
-    """The error that the second Ctrl-C raises, wherever the program is."""
+    """The error that the second Ctrl-C raises, and SIGTERM while a run starts, wherever the program is."""
 
 
 class GracefulStop:
@@ -35,6 +37,23 @@ class GracefulStop:
         if self.requested and number == signal.SIGINT:
             raise StopAtOnce
         self.requested = True
+
+
+@contextlib.contextmanager
+def sigterm_stops_at_once() -> Iterator[None]:
+    """A context in which SIGTERM raises StopAtOnce: while a run starts, there is nothing to save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop_at_once(_number: int, _frame: FrameType | None) -> None:
+    raise StopAtOnce
 
 
 def is_ctrl_c(error: KeyboardInterrupt) -> bool:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from worldloom.files import CheckpointError, checksum, checksum_of
+from worldloom.locations import Location, find, join, locate, read_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 3
+NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 READABLE = (2, 3)  # 1 had no shards; 2 has no checksums, and stores the starts of windows
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest with a checksum of itself. Its files: path relative to `folder` -> checksum."""
     manifest = {"format": FORMAT, **content}
-    with (folder / MANIFEST).open("w") as file:
-        file.write(_dump({**manifest, "checksum": checksum(_dump(manifest).encode())}))
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(folder / MANIFEST, _dump({**manifest, "checksum": checksum(_dump(manifest).encode())}).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any]:
     """Read a manifest and compare its own checksum."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(read_bytes(folder / MANIFEST).decode())
         written, version = manifest.pop("checksum", None), manifest["format"]
         if written not in (None, checksum(_dump(manifest).encode())):
             raise ValueError("its checksum differs")
@@ -72,13 +71,23 @@ def row_numbers(name: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first. Raises CheckpointError if there is none."""
-    found = sorted(path.parent for path in Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}"))
-    complete = [path for path in found if path.suffix == ""]
-    if not complete:
+def checkpoint_folders(run_dir: Location) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first: those with a manifest."""
+    found = [path.parent for path in find(locate(run_dir), f"checkpoints/step-*/{MANIFEST}")]
+    return sorted((path for path in found if NAME.fullmatch(path.name)), key=age)
+
+
+def checkpoints(run_dir: Location) -> list[Path]:
+    """Return `checkpoint_folders`. Raises CheckpointError if there is none."""
+    if not (found := checkpoint_folders(run_dir)):
         raise CheckpointError(f"{run_dir} holds no checkpoint. Give the directory of a run that saved one.")
-    return complete
+    return found
+
+
+def age(folder: Path) -> tuple[int, int]:
+    """Return what sorts checkpoints by age: environment steps, and the number of the attempt at these steps."""
+    found = NAME.fullmatch(folder.name)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
 def find_damage(folder: Path, rows: bool = False) -> list[str]:
@@ -89,14 +98,14 @@ def find_damage(folder: Path, rows: bool = False) -> list[str]:
         if name.startswith("..") and not rows:
             continue
         try:
-            if (found := checksum_of(folder / name)) != written:
+            if (found := checksum_of(join(folder, name))) != written:
                 damage.append(f"{name} has checksum {found}, but {written} when it was written")
         except OSError as error:
             damage.append(f"{name} cannot be read: {error}")
     return damage
 
 
-def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
+def newest_checkpoint(run_dir: Location) -> Path:
     """Return the newest checkpoint of a run whose files, rows apart, are as they were written; warn of newer ones.
 
     Raises CheckpointError if there is none, or if the newest is of another format.

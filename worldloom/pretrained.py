@@ -6,7 +6,6 @@ Each checkpoint of a run holds one; the newest is the trained agent.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from worldloom.locations import Location, is_file, locate, read_bytes
 
-def save_model(directory: str | os.PathLike[str], description: dict[str, Any], model: nn.Module) -> None:
+
+def save_model(directory: Location, description: dict[str, Any], model: nn.Module) -> None:
     """Write config.json and model.safetensors. Raises OSError if the disk refuses."""
     save_described(directory, description, model.state_dict())
 
 
-def save_described(
-    directory: str | os.PathLike[str], description: dict[str, Any], parameters: Mapping[str, Tensor]
-) -> None:
+def save_described(directory: Location, description: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Write what `save_model` writes, from a model's state dict."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,13 +38,13 @@ def save_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_description(directory: Location) -> dict[str, Any]:
     """Return config.json of a model directory. Raises FileNotFoundError or ValueError that names the directory."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
+    path = locate(directory) / "config.json"
+    if not is_file(path):
         raise FileNotFoundError(f"{directory} holds no config.json, expected a directory written by save_pretrained.")
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(read_bytes(path).decode())
         if not isinstance(description, dict):
             raise ValueError(f"it holds a {type(description).__name__}, expected an object")
     except ValueError as error:  # not text, not JSON, or other JSON

@@ -11,6 +11,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import ray
 
+from distributed.signals import outlive_sigterm
+
 Actor = TypeVar("Actor", bound="Process")
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -37,6 +39,7 @@ class Process:
     """An actor's process: where it runs, whether it lives, and how its work thread gets on."""
 
     def __init__(self) -> None:
+        outlive_sigterm()
         self.pulse_clock = Pulse()
 
     @ray.method(concurrency_group="control")

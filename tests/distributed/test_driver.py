@@ -1,5 +1,6 @@
-"""The driver's own end: by SIGTERM, as `ray job stop` sends it, and by SIGKILL."""
+"""The driver's own end: by SIGTERM, as `ray job stop` sends it to the driver and SLURM to all, and by SIGKILL."""
 
+import contextlib
 import json
 import os
 import re
@@ -53,8 +54,8 @@ def wait_for(condition, seconds, what):
 
 
 @pytest.fixture
-def driver(tmp_path):
-    """A run in a process of its own, past its first updates; ended at the end whatever happens."""
+def started(tmp_path):
+    """A run in a process of its own, whose start has begun; ended at the end whatever happens."""
     config = slow_config(
         train=TrainConfig(total_steps=100_000, learning_starts=100, train_ratio=12),
         checkpoint=CheckpointConfig(interval=0),
@@ -63,17 +64,26 @@ def driver(tmp_path):
     command = [sys.executable, "-m", "launch.train", "--config", str(tmp_path / "config.yaml")]
     log = (tmp_path / "log").open("w")
     run_dir = tmp_path / "run"
-    process = subprocess.Popen([*command, "--run-dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log)
-    metrics = run_dir / "metrics.jsonl"
+    process = subprocess.Popen(
+        [*command, "--run-dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+    )
     try:
-        wait_for(
-            lambda: metrics.exists() and '"updates": 1' in metrics.read_text(), 180, (tmp_path / "log").read_text()
-        )
-        yield process, run_dir, descendants(process.pid)
+        yield process, run_dir
     finally:
         process.kill()
         process.wait()
         log.close()
+
+
+@pytest.fixture
+def driver(started):
+    """A run in a process of its own, past its first updates; ended at the end whatever happens."""
+    process, run_dir = started
+    metrics = run_dir / "metrics.jsonl"
+    wait_for(
+        lambda: metrics.exists() and '"updates": 1' in metrics.read_text(), 180, (run_dir.parent / "log").read_text()
+    )
+    return process, run_dir, descendants(process.pid)
 
 
 @pytest.mark.parametrize("window", [20.0, pytest.param(3.0, marks=pytest.mark.slow)])  # 3 s is that of `ray job stop`
@@ -103,6 +113,57 @@ def test_sigterm_leaves_a_manifest_within_the_stop_window_and_the_run_goes_on(wi
     assert summary["status"] == "completed"
     assert summary["updates"] == summary["env_steps"] // 2  # owed over both, without a burst
     assert verify(run_dir) == []
+
+
+def signal_group(number, process, others):
+    os.killpg(process.pid, number)
+
+
+def signal_each(number, process, others):
+    for pid in [*sorted(others), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        pytest.param(signal_group, signal.SIGTERM, id="sigterm to the group, as timeout does"),
+        pytest.param(signal_each, signal.SIGTERM, id="sigterm to each, as systemd and SLURM do"),
+        pytest.param(signal_group, signal.SIGINT, id="sigint to the group", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_all_saves_like_one_to_the_driver(send, number, driver):
+    process, run_dir, others = driver
+    send(number, process, others)
+    assert process.wait(timeout=120) == 130
+    told = (run_dir.parent / "log").read_text()
+    saved = read_manifest(newest_checkpoint(run_dir))["limiter"]["env_steps"]
+    assert f"saved at step {saved:,}; go on with:\n  python -m launch.train --resume --run-dir {run_dir}" in told
+    assert verify(run_dir) == []
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["actor_restarts"], summary["updates_lost"]) == ("interrupted", 0, 0)
+    wait_for(lambda: not running(others), 30, f"{running(others)} still run")
+
+
+def test_sigterm_to_the_group_while_a_run_starts_ends_it_with_a_word(started):
+    process, run_dir = started
+    log, seen = run_dir.parent / "log", set()
+
+    def actors_start():
+        seen.update(descendants(process.pid))
+        for pid in seen:
+            with contextlib.suppress(OSError):  # it has just ended
+                if re.match(rb"ray::\w+Actor", Path(f"/proc/{pid}/cmdline").read_bytes()):
+                    return True
+        return False
+
+    wait_for(actors_start, 180, "no actor starts")
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert log.read_text().endswith("stopped at once; nothing was saved yet\n")
+    assert not run_dir.exists()
+    wait_for(lambda: not running(seen), 30, f"{running(seen)} still run")
 
 
 def test_sigkill_of_the_driver_leaves_no_actor_behind_and_is_told(driver):

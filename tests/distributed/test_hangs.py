@@ -149,7 +149,7 @@ def test_a_part_that_is_frozen_for_a_while_goes_on(quick_to_see, coordinator, tm
 
 
 def test_an_update_that_never_ends_is_ended(hanging_learner, coordinator, tmp_path, capsys):
-    config = slow_config(runtime=runtime(env_actors=1, learner_timeout=3.0))
+    config = slow_config(runtime=runtime(env_actors=1, learner_timeout=10.0))
     made = coordinator(config)
     updates = made.run.recorder.updated
     hung = []
@@ -187,10 +187,10 @@ def test_building_slow_environments_is_not_a_hang(coordinator, tmp_path, capsys)
     config = ray_config(
         "SlowToBuild",
         train=TrainConfig(total_steps=200, learning_starts=100, train_ratio=12),
-        eval=EvalConfig(interval=0, episodes=4),
-        runtime=runtime(env_actors=1, collect_timeout=3.0, build_timeout=30.0),
-    )  # 2 s each: 6 s for the environments that collect, 8 s for those that evaluate
-    made = coordinator(dataclasses.replace(config, env=dataclasses.replace(config.env, num_envs=3)))
+        eval=EvalConfig(interval=0, episodes=6),
+        runtime=runtime(env_actors=1, collect_timeout=10.0, build_timeout=60.0),
+    )  # 2 s each: 12 s for the environments that collect, and for those that evaluate
+    made = coordinator(dataclasses.replace(config, env=dataclasses.replace(config.env, num_envs=6)))
     summary = made.train()
     assert summary["status"] == "completed"
     assert summary["actor_restarts"] == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import status
-from launch.runs import run_directory
+from launch.places import run_place
 from launch.train import main
 from tests.run_configs import TINY_YAML
 from worldloom.manifest import newest_checkpoint
@@ -34,7 +34,7 @@ def job(tmp_path, monkeypatch):
         "RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}})
     )
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("WORLDLOOM_RUNS", raising=False)
+    monkeypatch.delenv("WORLDLOOM_STORAGE", raising=False)
     return working_dir
 
 
@@ -43,21 +43,21 @@ def job(tmp_path, monkeypatch):
     [("runs/mine", "mine"), ("mine", "mine"), ("sweep/3", "sweep/3"), ("runs/sweep/3", "sweep/3"), ("./runs/a", "a")],
 )
 def test_a_relative_run_directory_of_a_job_lies_in_the_runs_folder(given, lies, job, tmp_path, monkeypatch):
-    assert run_directory(given) == tmp_path / "home" / "worldloom" / "runs" / lies
-    monkeypatch.setenv("WORLDLOOM_RUNS", "/shared/runs")
-    assert run_directory(given) == Path("/shared/runs") / lies
-    monkeypatch.setenv("WORLDLOOM_RUNS", "~/elsewhere")
-    assert run_directory(given) == tmp_path / "home" / "elsewhere" / lies
-    assert run_directory("/data/mine") == Path("/data/mine")
+    assert run_place(given) == tmp_path / "home" / "worldloom" / "runs" / lies
+    monkeypatch.setenv("WORLDLOOM_STORAGE", "/shared/runs")
+    assert run_place(given) == Path("/shared/runs") / lies
+    monkeypatch.setenv("WORLDLOOM_STORAGE", "~/elsewhere")
+    assert run_place(given) == tmp_path / "home" / "elsewhere" / lies
+    assert run_place("/data/mine") == Path("/data/mine")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    assert run_directory(given) == Path(given)
+    assert run_place(given) == Path(given)
 
 
 def test_a_job_names_its_run_directory_first_and_a_later_one_resumes_it(job, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(SHORT)
     run_dir = tmp_path / "home" / "worldloom" / "runs" / "mine"
     assert main(["--config", str(tmp_path / "tiny.yaml"), "--run-dir", "runs/mine"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith(f"run directory: {run_dir} (of a Ray job")
+    assert capsys.readouterr().out.splitlines()[0] == f"run directory: {run_dir}"
     assert not list(job.iterdir())
     shutil.rmtree(job)  # the checkout changed: the next job's copy has another name
     job.with_name("_ray_pkg_fedcba9876543210").mkdir()
@@ -73,15 +73,18 @@ def test_a_default_run_directory_of_a_job_lies_there_too(job, tmp_path, capsys):
     assert main(["--config", str(tmp_path / "tiny.yaml")]) == 0
     (run_dir,) = (tmp_path / "home" / "worldloom" / "runs").iterdir()
     assert run_dir.name.startswith("tests.environments-Counting-v0-tdmpc2-1m-")
-    assert f"run directory: {run_dir} " in capsys.readouterr().out.splitlines()[0]
+    assert capsys.readouterr().out.splitlines()[0] == f"run directory: {run_dir}"
 
 
 def test_a_runs_folder_that_is_relative_is_refused(job, monkeypatch, capsys):
-    monkeypatch.setenv("WORLDLOOM_RUNS", "shared/runs")
+    monkeypatch.setenv("WORLDLOOM_STORAGE", "shared/runs")
     for words in (["--run-dir", "runs/mine"], ["--resume", "--run-dir", "runs/mine"]):
         with pytest.raises(SystemExit):
             main(["--train.learning_starts", "10", *words])
-        assert "WORLDLOOM_RUNS is 'shared/runs', expected an absolute path." in capsys.readouterr().err
+        assert (
+            "WORLDLOOM_STORAGE is 'shared/runs', expected an absolute path or a URL in a Ray job."
+            in capsys.readouterr().err
+        )
     assert status.main(["--run-dir", "runs/mine"]) == 1
 
 
@@ -94,7 +97,7 @@ def head(tmp_path):
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         ports = [str(each.getsockname()[1]) for each in sockets]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "WORLDLOOM_RUNS": str(tmp_path / "runs")}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "WORLDLOOM_STORAGE": str(tmp_path / "runs")}
     with tempfile.TemporaryDirectory(prefix="wl") as folder:  # short, since Ray's sockets lie there
         options = [*(word for pair in zip(names, ports, strict=True) for word in pair), "--temp-dir", folder]
         command = [RAY, "start", "--head", "--block", "--num-cpus", "3", "--object-store-memory", str(200 * 2**20)]
@@ -118,7 +121,7 @@ def test_a_job_that_is_submitted_again_from_a_changed_checkout_goes_on(head, tmp
     (checkout / "tiny.yaml").write_text(TINY_YAML.replace("kind: inline", "kind: ray, env_actors: 1"))
     said = submit(head, checkout, "--config", "tiny.yaml", "--run-dir", "runs/mine")
     log = said.split("Running entrypoint for job", 1)[1].splitlines()[1:]
-    assert log[0].startswith(f"run directory: {run_dir} (of a Ray job"), said
+    assert log[0] == f"run directory: {run_dir}", said
     steps = int(newest_checkpoint(run_dir).name.removeprefix("step-"))
     assert steps >= 300
     (checkout / "launch" / "__init__.py").write_text('"""Changed."""\n')

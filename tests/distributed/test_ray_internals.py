@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from distributed import ray_internals
-from distributed.ray_internals import ObjectStoreStats, draining_nodes, free_cpus_by_node
+from distributed.ray_internals import ObjectStoreStats, draining_nodes, end_by_sigkill, free_cpus_by_node
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("small_cluster")]
 
@@ -42,6 +42,9 @@ def test_ray_has_every_private_part_that_we_use(complaints, monkeypatch):
     assert stats.spilled_bytes_total == 0
     two_nodes(monkeypatch)
     assert free_cpus_by_node() == [2.0]  # the private way, which knows better than two_nodes
+    node = ray._private.worker._global_node
+    monkeypatch.setattr(node, "kill_all_processes", node.kill_all_processes)  # put back afterwards
+    end_by_sigkill()
     assert complaints == []
 
 
@@ -54,4 +57,6 @@ def test_without_the_private_parts_a_run_goes_on_with_less(complaints, monkeypat
     assert free_cpus_by_node() == pytest.approx([free / 4, 3 * free / 4])
     assert draining_nodes() == set()
     assert ObjectStoreStats().read() is None
-    assert len(complaints) == 3
+    monkeypatch.delattr("ray._private.worker._global_node")
+    end_by_sigkill()
+    assert len(complaints) == 4

@@ -23,7 +23,9 @@ import torch
 import yaml
 from nbclient import NotebookClient
 
-from launch.arguments import run_config, run_parser
+from launch.arguments import run_config
+from launch.sweeps.plan import read_plan, sweep_parser
+from launch.sweeps.workers import Ending
 from launch.train import main as train_command
 from worldloom import create_world_model
 from worldloom.family import GROUP
@@ -52,7 +54,7 @@ def blocks(page, *kinds):
 def written(page):
     """The files that a page has the reader write, perhaps block by block."""
     files = {}
-    for _, title, code in blocks(page, "python"):
+    for _, title, code in blocks(page, "python", "yaml"):
         if match := re.search(r'title="([^"]+)"', title):
             files.setdefault(match[1], []).append(code)
     return {name: "\n".join(parts) for name, parts in files.items()}
@@ -111,7 +113,12 @@ def commands(page):
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "bash") and p.stem not in FROM_A_FRESH_FOLDER], ids=name_of
 )
-def test_commands_run_or_name_what_exists(page, workplace):
+def test_commands_run_or_name_what_exists(page, workplace, monkeypatch):
+    monkeypatch.setattr("launch.sweeps.workers.TaskWorkers", HereWorkers)
+    monkeypatch.setattr("distributed.cluster.connect", lambda config, namespace: False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    for name, text in written(page).items():
+        (workplace / name).write_text(text)
     for words in commands(page):
         check_command(words, workplace)
 
@@ -140,6 +147,26 @@ def test_tutorials_run_from_a_fresh_folder(name, tmp_path):
     assert list(folder.glob("runs/*/report.html"))
 
 
+class HereWorkers:
+    """Runs the runs of a sweep in this process, which spares Ray and each of them its imports."""
+
+    def __init__(self, slots, stop_file):
+        self._endings = []
+
+    @property
+    def running(self):
+        return len(self._endings)
+
+    def start(self, name, run):
+        self._endings.append(Ending(name, train_command(run.arguments())))
+
+    def ended(self):
+        yield self._endings.pop()
+
+    def stop(self):
+        pass
+
+
 def check_command(words, workplace):
     if words[:2] == ["python", "-m"] and words[2].startswith("launch."):
         run_launch(words[2:], workplace)
@@ -163,12 +190,17 @@ def check_command(words, workplace):
     else:
         known = {"ray": {"start"}, "git": {"clone"}, "cd": {"worldloom"}, "tensorboard": {"--logdir"}}
         known |= {"source": {".venv/bin/activate"}, "python3": {"-m"}, "export": {"RAY_AUTH_MODE=token"}}
+        known |= {"prometheus": {"--config.file=/tmp/ray/session_latest/metrics/prometheus/prometheus.yml"}}
         assert words[1] in known.get(words[0], ()), f"nothing checks {' '.join(words)!r}"
 
 
 def run_launch(words, workplace):
     """Run it where the pages' files are; runs are short, with tiny models, and go to a directory of their own."""
     module, *arguments = words
+    arguments = [str(workplace / "bucket") if word.startswith("s3://") else word for word in arguments]
+    if module == "launch.dashboard":
+        (workplace / "ray" / "session_latest").mkdir(parents=True, exist_ok=True)
+        arguments += ["--temp-dir", str(workplace / "ray")]
     if module == "launch.train" and "--resume" in arguments:
         arguments += ["--train.total_steps", "62"] if "--train.total_steps" not in arguments else []
         at = arguments.index("--train.total_steps") + 1
@@ -178,7 +210,14 @@ def run_launch(words, workplace):
         arguments += shortened(next((family for family in TINY if family in text), "tdmpc2"))
         if "dm_control" in text or "dmc" in text or "atari" in text:
             arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
-        arguments += ["--run-dir", f"runs/{len(list((workplace / 'runs').iterdir()))}"]
+        fresh = f"runs/{len(list((workplace / 'runs').iterdir()))}"
+        arguments += [] if "--name" in arguments else ["--run-dir", fresh]
+    elif module == "launch.sweep":
+        if "jobs" in arguments or "search.yaml" in arguments:  # they need a cluster; test_sweep.py runs them
+            with contextlib.chdir(workplace):
+                read_plan(sweep_parser(), arguments)
+            return
+        arguments = [word.replace("0..2", "0") for word in arguments] + shortened("tdmpc2")
     code, said = run_as_main(module, arguments, workplace)
     assert code in (0, None), f"{' '.join(words)}\n{said}"
 
@@ -212,7 +251,7 @@ def test_yaml_blocks_are_presets(page, tmp_path):
     for _, _, code in blocks(page, "yaml"):
         assert "algorithm" in yaml.safe_load(code)
         (tmp_path / "preset.yaml").write_text(code)
-        parser = run_parser("launch.train", "")
+        parser = sweep_parser()  # it knows all that launch.train knows, and search
         run_config(parser, parser.parse_args(["--config", str(tmp_path / "preset.yaml")]))
 
 

@@ -155,7 +155,7 @@ def test_a_damaged_agent_falls_back_to_the_checkpoint_before_and_says_so(run_dir
     trainer = InlineTrainer(longer, tmp_path, resume=True)
     assert trainer.run.limiter.env_steps == 150
     assert trainer.train()["status"] == "completed"
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000000000300", "step-000000000320"]
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000000000300-1", "step-000000000320"]
     assert verify(tmp_path) == []
 
 

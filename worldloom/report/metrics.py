@@ -130,6 +130,7 @@ class Recorder:
 
     def chunk(self, info: ChunkInfo, newest_version: int) -> None:
         """Record an accepted chunk."""
+        self._logger.open_boards()
         self.counters["episodes"] += len(info.returns)
         self.counters["true_ends"] += info.true_ends
         self.timing.spend("acting", info.waited)
@@ -185,7 +186,7 @@ class Recorder:
         )
 
     def picture(self, image: Array | None) -> None:
-        """Record a picture [H, W, 3] uint8 of the model's imagination in TensorBoard; the report shows the newest."""
+        """Record a picture [H, W, 3] uint8 of the model's imagination on the boards; the report shows the newest."""
         if image is None:
             return
         import imageio.v3 as imageio

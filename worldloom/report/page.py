@@ -1,4 +1,4 @@
-"""report.html: the results of a run in one file that needs no other."""
+"""report.html: the results of a run in one file that needs no other; and what all pages share."""
 
 from __future__ import annotations
 
@@ -30,13 +30,41 @@ class Section:
     picture: str  # HTML
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of each row is its heading."""
+
+    title: str
+    text: str = ""
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """The content of a page. details: texts by name that the reader unfolds."""
+
+    title: str
+    verdict: str
+    tiles: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+    tables: Sequence[Table]
+    details: Sequence[tuple[str, str]]
+
+    def write(self, path: Path) -> Path:
+        """Write the page in one file that needs no other. Needs jinja2."""
+        import jinja2
+
+        template = (files("worldloom.report") / "report.html.j2").read_text()
+        path.write_text(jinja2.Environment(autoescape=True).from_string(template).render(page=self))
+        return path
+
+
 def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
     """Write report.html from a run's metrics.jsonl, summary.json and imagined.png; settings: text of its config.yaml.
 
     Needs matplotlib and jinja2. Raises FileNotFoundError for a run without a summary.
     """
-    import jinja2
-
     summary = json.loads((run_dir / "summary.json").read_text())
     lines = read_metrics(run_dir)
     sections = [
@@ -45,22 +73,15 @@ def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
         _rates(lines, summary),
         _imagined(run_dir),
     ]
-    template = (files("worldloom.report") / "report.html.j2").read_text()
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            title=f"{summary['algorithm']} on {summary['env_id']}",
-            verdict=_verdict(summary),
-            tiles=_tiles(summary),
-            sections=[section for section in sections if section is not None],
-            summary={name: _shown(value) for name, value in summary.items()},
-            settings=settings,
-        )
+    page = Page(
+        title=f"{summary['algorithm']} on {summary['env_id']}",
+        verdict=_verdict(summary),
+        tiles=_tiles(summary),
+        sections=[section for section in sections if section is not None],
+        tables=[Table("Figures", rows=[(name, _shown(value)) for name, value in summary.items()])],
+        details=[("config.yaml, complete", settings)],
     )
-    path = run_dir / "report.html"
-    path.write_text(page)
-    return path
+    return page.write(run_dir / "report.html")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -92,7 +113,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *tiles,
         ("environment steps", f"{summary['env_steps']:,}"),
         ("updates", f"{summary['updates']:,}"),
-        ("wall time", _duration(summary["wall_seconds"])),
+        ("wall time", duration(summary["wall_seconds"])),
         ("train ratio, actual / target", f"{summary['train_ratio_actual']:g} / {summary['train_ratio_target']:g}"),
         ("seed, device, runtime", f"{summary['seed']}, {summary['device']}, {summary['runtime']}"),
     ]
@@ -100,7 +121,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def returns_section(lines: Sequence[Mapping[str, float]], subject: Subject) -> Section:
     """Draw the learning curve of a run, with the published one if the authors report one."""
-    figure, axis = _axes(1, 1, 9.6, 3.6)
+    figure, axis = axes(1, 1, 9.6, 3.6)
     axis = axis[0]
     repeat = subject.action_repeat
     training = [(line["env_steps"] * repeat, line["episode/return"]) for line in lines if "episode/return" in line]
@@ -138,7 +159,7 @@ def returns_section(lines: Sequence[Mapping[str, float]], subject: Subject) -> S
     axis.set_xlim(left=0)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=9, frameon=False, loc="best")
-    return Section("Return", text, _svg(figure))
+    return Section("Return", text, svg(figure))
 
 
 def _losses(lines: Sequence[Mapping[str, float]]) -> Section | None:
@@ -181,17 +202,17 @@ def _imagined(run_dir: Path) -> Section | None:
 def _multiples(lines: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> str:
     """Draw a small plot for each metric over environment steps, as SVG."""
     rows = -(-len(names) // 3)
-    figure, axes = _axes(rows, 3, 9.6, 1.9 * rows)
+    figure, panels = axes(rows, 3, 9.6, 1.9 * rows)
     last = max(line["env_steps"] for line in lines)
-    for axis, (name, label) in zip(axes, names.items(), strict=False):
+    for axis, (name, label) in zip(panels, names.items(), strict=False):
         points = [(line["env_steps"], line[name]) for line in lines if name in line]
         axis.plot(*zip(*points, strict=True), color=OWN, lw=1.4, marker="o" if len(points) < FEW else None, ms=3)
         axis.set_xlim(0, 1.02 * max(last, 1))
         _calm(axis)
         axis.set_title(label, fontsize=9.5, loc="left", color=INK)
-    for axis in axes[len(names) :]:
+    for axis in panels[len(names) :]:
         axis.set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _calm(axis: Any) -> None:
@@ -201,13 +222,14 @@ def _calm(axis: Any) -> None:
     axis.set_ylim(low - room, high + room)
 
 
-def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Make a figure with rows x columns panels in the looks of all pages; width and height in inches."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axis in axes:
+    panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in panels:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#b8c0ca")
         axis.tick_params(labelsize=8.5, colors=SOFT, length=3)
@@ -216,17 +238,19 @@ def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, An
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")  # no offset or power above the plot
-    return figure, axes
+    return figure, panels
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """Draw a figure as an SVG element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words, such as 1 h 2 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from worldloom.files import CheckpointError, checksum_of, read_msgpack, write_msgpack
+from worldloom.locations import is_remote, upload
 from worldloom.pretrained import read_description, save_described, save_parameters
 from worldloom.types import Agent
 
@@ -69,6 +70,12 @@ def copy_agent(agent: Agent) -> AgentSnapshot:
 
 def write_agent(folder: Path, snapshot: AgentSnapshot) -> dict[str, str]:
     """Write a snapshot; return path relative to `folder` -> checksum, of its files."""
+    if is_remote(folder):  # safetensors writes to disks only
+        with tempfile.TemporaryDirectory(prefix="worldloom-") as local:
+            files = write_agent(Path(local), snapshot)
+            for name in files:
+                upload(Path(local) / name, folder / name)
+        return files
     save_described(folder / "agent", snapshot.description, snapshot.model)
     if snapshot.behaviour is not None:
         save_parameters(folder / "agent" / "behaviour.safetensors", snapshot.behaviour)

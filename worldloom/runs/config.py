@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from worldloom.envs.suites import AtariConfig, DMCConfig
+from worldloom.report.boards import check_boards
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -204,15 +205,19 @@ class LogConfig:
 
     Args:
         interval: environment steps between two lines of metrics
-        picture_interval: environment steps between two pictures of imagination in TensorBoard; 0 draws one at the end
+        picture_interval: environment steps between two pictures of imagination; 0 draws one at the end
+        to: boards that show the metrics besides metrics.jsonl: tensorboard, wandb (Weights & Biases) and mlflow; the
+            last two are the extras worldloom[wandb] and worldloom[mlflow]
     """
 
     interval: int = 1_000
     picture_interval: int = 0
+    to: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
         _require(self.picture_interval >= 0, "log.picture_interval", self.picture_interval, "0 or more")
         _require(self.interval >= 1, "log.interval", self.interval, "at least 1")
+        check_boards(self.to)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +229,14 @@ class RunConfig:
         agent: fields that replace those of the preset's config
         protocol: paper: the published hyper-parameters; head: those of the authors' current code, if the preset has
             them
+        storage: folder or URL (s3://bucket/runs) with a folder for each run; null takes $WORLDLOOM_STORAGE, else runs/
+            or, in a Ray job, ~/worldloom/runs
     """
 
     algorithm: str = "tdmpc2:5m"
     agent: dict[str, Any] = field(default_factory=dict)
     protocol: Literal["paper", "head"] = "paper"
+    storage: str | None = None
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from worldloom.runs.build import (
 )
 from worldloom.runs.checkpoint import begin_checkpoint, checkpoint_to_resume, commit_checkpoint
 from worldloom.runs.config import RunConfig
+from worldloom.runs.home import Home, as_home
 from worldloom.runs.rows import ReplayStore
 from worldloom.runs.run import Run
 from worldloom.types import Array, FreshColumns
@@ -38,22 +39,22 @@ COLLECT_EVERY = 100  # updates on a GPU, because reading metrics waits for the G
 class InlineTrainer:
     """Collects, replays and learns in this process, one vector step at a time."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, resume: bool = False) -> None:
+    def __init__(self, config: RunConfig, run_dir: str | os.PathLike[str] | Home, resume: bool = False) -> None:
         if config.runtime.learner_threads:
             torch.set_num_threads(config.runtime.learner_threads)
-        env = probe_env(config)
+        home, env = as_home(run_dir), probe_env(config)
         seed = config.train.seed
         self.config = config
         self.agent = make_run_agent(config, env, choose_device(config.train.device), seed)
         spec = agent_spec(self.agent)
-        checkpoint = checkpoint_to_resume(run_dir, config.replay.shards) if resume else None
+        checkpoint = checkpoint_to_resume(home.root, config.replay.shards) if resume else None
         self.replay = make_replay(config, env, spec)
-        self.store = ReplayStore(run_dir, compress=config.checkpoint.compress)
+        self.store = ReplayStore(home.root, compress=config.checkpoint.compress)
         rows_lost = 0
         if checkpoint:
             load_agent_state(checkpoint, self.agent)
             rows_lost = self.store.load(checkpoint, self.replay)
-        self.run = Run(config, run_dir, env, spec, checkpoint)
+        self.run = Run(config, home, env, spec, checkpoint)
         self.run.limiter.drawable = self.replay.num_windows > 0
         self.run.recorder.rows_lost(rows_lost)
         self._on_gpu = torch.device(self.run.spec.device).type == "cuda"
@@ -149,11 +150,12 @@ class InlineTrainer:
         snapshot = take_agent(self.agent)
         manifest = self.run.manifest(self.run.incarnation)
         with self.run.saving():
-            partial = begin_checkpoint(self.run.dir, self.run.limiter.env_steps)
-            files = write_agent(partial, snapshot)
-            saved = self.store.save(partial, self.replay, self.config.runtime.sync)
+            folder = begin_checkpoint(self.run.home.root, self.run.limiter.env_steps)
+            files = write_agent(folder, snapshot)
+            saved = self.store.save(folder, self.replay, self.config.runtime.sync)
             manifest |= {"rows": [saved.rows], "files": files | saved.files}
-            commit_checkpoint(partial, manifest, self.config.checkpoint.keep)
+            self.run.home.check()
+            commit_checkpoint(folder, manifest, self.config.checkpoint.keep)
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         self.save()

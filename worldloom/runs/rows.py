@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.files import CheckpointError, checksum_of, read_msgpack, write_msgpack
+from worldloom.locations import find, is_file, make_folder
 from worldloom.manifest import read_manifest, row_numbers
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.runs.checkpoint import check_shards
@@ -79,7 +80,7 @@ class ReplayStore:
     def _take(self, replay: ReplayBuffer, exact: bool) -> ReplaySnapshot:
         end = replay.accepted().rows
         oldest = end - len(replay)
-        if not all((self._folder / saved.name).is_file() for saved in self._saved):
+        if not self._names_taken().issuperset(saved.name for saved in self._saved):
             logger.warning("files of rows are gone from %s, so all rows are written again", self._folder)
             self._saved = []
         begin = max(self._saved[-1].last if self._saved else oldest, oldest)
@@ -91,10 +92,11 @@ class ReplayStore:
 
     def write(self, folder: Path, snapshot: ReplaySnapshot) -> SavedReplay:
         """Write a snapshot. Raises OSError; files written before it stay valid."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._saved = [saved for saved in self._saved if saved.last > snapshot.oldest]
+        taken = self._names_taken()
         for first, last, columns in snapshot.segments:
-            name = self._free_name(first, last)
+            name = self._free_name(first, last, taken)
             written = write_msgpack(self._folder / name, columns, self._compress)
             self._saved.append(RowsFile(first, last, name, written))
         files = {f"{ROWS}/{saved.name}": saved.checksum for saved in self._saved}
@@ -130,7 +132,7 @@ class ReplayStore:
         segments = (None if file in damaged else self._read(file, replay) for file in files)
         try:
             replay.load_state_dict(read_msgpack(folder / state), segments, rows, lost)
-            if not lost and (folder / extra).is_file():
+            if not lost and is_file(folder / extra):
                 replay.fill_columns(read_msgpack(folder / extra))
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # of another replay, or other data
             raise CheckpointError(f"{folder}: {state} is of another replay or damaged: {error}") from error
@@ -171,10 +173,13 @@ class ReplayStore:
     def _path(self, file: RowsFile) -> Path:
         return self._folder / file.name
 
-    def _free_name(self, first: int, last: int) -> str:
+    def _names_taken(self) -> set[str]:
+        return {path.name for path in find(self._folder, f"{self._shard}-*.msgpack")}
+
+    def _free_name(self, first: int, last: int, taken: set[str]) -> str:
         """Return a file name that is free, because another checkpoint may need the existing files."""
         attempts = (
             f"{self._shard}-{first:012d}-{last:012d}{again}.msgpack"
             for again in chain([""], map("-{}".format, count(1)))
         )
-        return next(name for name in attempts if not (self._folder / name).exists())
+        return next(name for name in attempts if name not in taken)

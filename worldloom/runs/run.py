@@ -14,8 +14,9 @@ from worldloom.replay.memory import ring_bytes
 from worldloom.report.metrics import Recorder
 from worldloom.report.sinks import Sink
 from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns, subject_of
-from worldloom.runs.checkpoint import drop_partial, set_aside_newer
+from worldloom.runs.checkpoint import drop_partial, tidy
 from worldloom.runs.config import RunConfig
+from worldloom.runs.home import Home
 from worldloom.runs.limiter import Every
 from worldloom.spaces import observation_shape
 from worldloom.types import ObsShape
@@ -31,14 +32,14 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        run_dir: Path,
+        home: Home,
         env: EnvSpec,
         spec: AgentSpec,
         checkpoint: Path | None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self.config, self.dir, self.spec = config, run_dir, spec
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self.config, self.home, self.spec = config, home, spec
+        self.dir.mkdir(parents=True, exist_ok=True)
         self.unsaved = False  # the last checkpoint could not be written
         self._config_text: str | None = None  # of config.yaml
         manifest = read_manifest(checkpoint) if checkpoint else {}
@@ -54,8 +55,8 @@ class Run:
                 f"{checkpoint}/manifest.json lacks what a run needs, or is damaged: {error}"
             ) from error
         if checkpoint:
-            set_aside_newer(checkpoint)
-        self.recorder = Recorder(run_dir, subject_of(config), self.limiter, counters, spec.true_ends_hint, sinks)
+            tidy(checkpoint)
+        self.recorder = Recorder(self.dir, subject_of(config), self.limiter, counters, spec.true_ends_hint, sinks)
         self.eval_clock = Every(config.eval.interval, self.limiter.env_steps)
         self.checkpoint_clock = Every(config.checkpoint.interval, self.limiter.env_steps)
         self.picture_clock = Every(config.log.picture_interval, self.limiter.env_steps)
@@ -64,7 +65,7 @@ class Run:
 
     def _print_header(self, env: EnvSpec, checkpoint: Path | None) -> None:
         spec, config, say = self.spec, self.config, self.recorder.say
-        say(f"run directory: {self.dir.resolve()}")
+        say(f"run directory: {self.home.root}")
         shape = _shown(observation_shape(env.observation_space))
         say(
             f"{config.algorithm} ({spec.parameters:,} parameters) on {config.env.id}: observations "
@@ -79,6 +80,11 @@ class Run:
         if checkpoint:
             done = f"{self.limiter.env_steps:,} steps, {self.limiter.updates:,} updates"
             say(f"resumed from {checkpoint.name}: {done}")
+
+    @property
+    def dir(self) -> Path:
+        """The folder of this machine with the files that grow."""
+        return self.home.dir
 
     @property
     def finished(self) -> bool:
@@ -102,7 +108,8 @@ class Run:
     def write_config(self, text: str) -> None:
         """Write config.yaml, and again with a checkpoint if it is deleted."""
         self._config_text = text
-        write_text(self.dir / "config.yaml", text)
+        for folder in {self.dir, self.home.root}:  # at once: a checkpoint without it is of no use
+            write_text(folder / "config.yaml", text)
 
     def _write_again_what_was_deleted(self) -> None:
         if self._config_text is not None and not (self.dir / "config.yaml").exists():
@@ -113,14 +120,16 @@ class Run:
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Wrap the writing of a checkpoint: report a disk error, and raise it if checkpoint.on_error is stop. Earlier
-        checkpoints stay valid."""
+        checkpoints stay valid. Raises LeaseLost if another process has taken the run over."""
         try:
+            self.home.check()
             self._write_again_what_was_deleted()
             yield
             self.unsaved = False
         except OSError as error:
             self.unsaved = True
-            drop_partial(self.dir)
+            with contextlib.suppress(OSError):
+                drop_partial(self.home.root)
             self.recorder.counters["checkpoints_failed"] += 1
             text = f"no checkpoint could be written at step {self.limiter.env_steps:,} ({error})"
             if self.config.checkpoint.on_error == "stop":
@@ -143,7 +152,7 @@ class Run:
         return f"{self.config.algorithm} on {self.config.env.id}, step {self.limiter.env_steps:,}"
 
     def resume_command(self) -> str:
-        return f"python -m launch.train --resume --run-dir {self.dir}"
+        return f"python -m launch.train --resume --run-dir {self.home.root}"
 
 
 def _shown(shape: ObsShape) -> str:
