@@ -255,7 +255,7 @@ def test_yaml_blocks_are_presets(page, tmp_path):
         run_config(parser, parser.parse_args(["--config", str(tmp_path / "preset.yaml")]))
 
 
-def test_every_picture_of_a_page_is_there_and_made_by_a_command():
+def test_every_picture_of_a_page_is_there_and_all_but_rays_dashboard_are_made_by_a_command():
     named = {
         (page.parent / path).resolve()
         for page in PAGES
@@ -263,7 +263,8 @@ def test_every_picture_of_a_page_is_there_and_made_by_a_command():
     }
     folder = ROOT / "docs" / "pictures"
     assert named == {path for path in folder.iterdir() if path.suffix in (".svg", ".gif", ".png")}
-    assert all(path.name in (folder / "make.py").read_text() for path in named)
+    made = (folder / "make.py").read_text()
+    assert [path.name for path in sorted(named) if path.name not in made] == ["ray_dashboard.png"]  # of a live cluster
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
