@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint bench docs clean help
+.PHONY: train test test-slow lint bench docs pictures clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ lint: $(VENV)/.installed  ## ruff and mypy --strict
 
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
+
+pictures: $(VENV)/.installed  ## train two agents and make the pictures of README and documentation from them
+	$(BIN)/python docs/pictures/make.py
 
 bench: $(VENV)/.installed  ## measured comparisons: replay and runtime
 	$(BIN)/python -m benchmarks.replay

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,37 @@ class Shares:
     learner_threads: int
     processes: int  # that ask for `cpus` each
 
-    def describe(self) -> str:
-        """Return a sentence that compares what is asked for with what the cluster has."""
+    def describe(self, own: bool) -> str:
+        """Return a sentence that compares what is asked for with what the cluster has; own: this run started it."""
+        if own:  # its logical CPUs are at least one for each process
+            gpus = ray.cluster_resources().get("GPU", 0.0)
+            return f"this machine: {os.cpu_count()} CPUs and {gpus:g} GPUs for {self.processes} processes"
         total, gpus = ray.cluster_resources(), self.gpus + self.server_gpus
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
         return (
             f"cluster: {nodes} node(s) with {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; asked "
             f"for: {self.processes} processes x {self.cpus:g} CPUs, {gpus:g} GPUs"
         )
+
+
+@contextlib.contextmanager
+def ray_log(path: Path) -> Iterator[None]:
+    """A context in which a file keeps what Ray says in this process; only its errors reach the screen, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ray_logger = logging.getLogger("ray")
+    kept = logging.FileHandler(path, delay=True)
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)s -- %(message)s"))
+    screens = [(handler, handler.level) for handler in ray_logger.handlers]
+    for handler, _ in screens:
+        handler.setLevel(logging.ERROR)
+    ray_logger.addHandler(kept)
+    try:
+        yield
+    finally:
+        ray_logger.removeHandler(kept)
+        kept.close()
+        for handler, level in screens:
+            handler.setLevel(level)
 
 
 def connect(config: RunConfig, namespace: str, run: str) -> bool:
@@ -68,8 +92,10 @@ def _connect(config: RunConfig, namespace: str, run: str) -> bool:
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
     options["job_config"] = JobConfig(metadata={"worldloom_run": run})
     if address:
+        print(f"joining the Ray cluster at {address} …", flush=True)
         ray.init(address=address, **options)
         return False
+    print("starting Ray on this machine …", flush=True)
     _set_private_token()
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with sigterm_blocked():

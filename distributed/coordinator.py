@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from distributed.cluster import check_object_store, connect, share
+from distributed.cluster import check_object_store, connect, ray_log, share
 from distributed.free_running import FreeRunning
 from distributed.gauges import Gauges
 from distributed.launcher import ActorLost, Launcher
@@ -70,7 +70,7 @@ class Coordinator:
         state.incarnation = state.run.incarnation
         parts.serving.start()
         parts.learning.publish()
-        state.run.recorder.say(state.shares.describe())
+        state.run.recorder.say(state.shares.describe(self._owns_cluster))
         parts.collecting.start()
 
     def _restore(self, checkpoint: Path) -> int:
@@ -164,11 +164,14 @@ def train(
 
     on_start: called with the run once everything is up, and restored if `resume`, before the first step.
     """
-    coordinator = Coordinator(config, run_dir)
-    try:
-        with sigterm_stops_at_once():  # Ray's own handler ends the process with a stack trace
-            coordinator.start(resume)
-            on_start(coordinator.run)
-        return coordinator.train()
-    finally:
-        coordinator.close()
+    home = as_home(run_dir)
+    with ray_log(home.dir / "ray.log"):
+        coordinator = Coordinator(config, home)
+        try:
+            print("starting the learner, replay and env actors …", flush=True)
+            with sigterm_stops_at_once():  # Ray's own handler ends the process with a stack trace
+                coordinator.start(resume)
+                on_start(coordinator.run)
+            return coordinator.train()
+        finally:
+            coordinator.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
 import sys
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch.sweeps.search import SearchConfig
 from worldloom.dreamerv3 import DreamerV3Config
 from worldloom.envs.suites import AtariConfig, DMCConfig
+from worldloom.meanings import meanings
 from worldloom.runs.config import (
     CheckpointConfig,
     EnvConfig,
@@ -54,14 +54,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def table(name: str) -> str:
     """A row for each field: name, type, default and what it means."""
     prefix, config = SECTIONS[name]
-    types, meanings = get_type_hints(config), {**comments(config), **arguments(config)}
+    types, said = get_type_hints(config), meanings(config)
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(types[field.name]):
             continue  # it has a table of its own
         shown = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
         default = json.dumps(shown) if shown is None or isinstance(shown, (bool, dict, list)) else shown
-        meaning = meanings.get(field.name, "").replace("|", "\\|")
+        meaning = said.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{prefix}{field.name}` | {kind(types[field.name])} | `{default}` | {meaning} |")
     return "\n".join(rows)
 
@@ -77,24 +77,3 @@ def kind(hint: Any) -> str:
         return " or ".join(f"`{part}`" for part in parts)
     names = [getattr(part, "__name__", str(part)) for part in (parts or (hint,))]
     return " or ".join("null" if name == "NoneType" else name for name in names)
-
-
-def arguments(config: type[Any]) -> dict[str, str]:
-    """Meanings out of the docstring's Args."""
-    text = inspect.getdoc(config) or ""
-    found: dict[str, str] = {}
-    last = ""
-    for line in text.partition("Args:\n")[2].splitlines():
-        match = re.match(r"    (\w+): (.*)", line)
-        if match:
-            last = match[1]
-            found[last] = match[2]
-        elif last and line.strip():
-            found[last] += " " + line.strip()
-    return found
-
-
-def comments(config: type[Any]) -> dict[str, str]:
-    """Meanings out of the comments beside the fields."""
-    source = inspect.getsource(config)
-    return dict(re.findall(r"^    (\w+): [^\n#]*#\s*(.+)$", source, re.MULTILINE))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -12,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from worldloom.families import FAMILIES, config_fields
+from launch.sections import asked, help_text
+from worldloom.nearest import nearest
 from worldloom.runs.config import RunConfig
 
 
@@ -22,6 +22,12 @@ class Parser(ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None, **rest: Any) -> Any:  # type: ignore[override]
         """Parse as the base class does; the preset's fields for the chosen protocol apply before the overrides."""
         args = list(sys.argv[1:] if args is None else args)
+        if (topic := asked(args)) is not None:
+            try:
+                print(help_text(self, topic))
+            except ValueError as error:
+                self.error(str(error))
+            self.exit()
         parsed = super().parse_args(args, namespace, **rest)
         if parsed.protocol == "paper":
             return parsed
@@ -36,40 +42,35 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002 - the base class's
         text = re.sub(r"\s*\n\s*", " ", str(message)).strip()
         known = [action.dest for action in self._actions if action.dest not in ("help", "config")]
-        for wrong in re.findall(r"--([\w.]+)|[Kk]ey [\"']([\w.]+)[\"']|option [\"']?([\w.]+)", text):
+        for wrong in re.findall(r"--([\w.-]+)|[Kk]ey [\"']([\w.]+)[\"']|option [\"']?([\w.]+)", text):
             name = next(filter(None, wrong))
-            if name not in known and (near := _nearest(name, known)):
+            if name.replace("-", "_") not in known and (near := _nearest(name, known)):
                 text += f" Did you mean {near}?"
-        self.exit(2, f"{self.prog}: {text}\nRun with --help to list every field and its default.\n")
+        self.refuse(f"{text}\nRun with --help to see the usual settings, or with --help all for every field.")
+
+    def refuse(self, text: str) -> NoReturn:
+        """End the program with an error that is complete as it is."""
+        self.exit(2, f"{self.prog}: {text}\n")
         raise AssertionError("exit returned")
 
 
 def _nearest(name: str, known: list[str]) -> str | None:
     """Return the known key nearest to `name`, which may be only the last part of a key; None if none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
+    if near := nearest(name, known):
         return near[0]
     last = {key.rsplit(".", 1)[-1]: key for key in known}
-    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)
+    near = nearest(name.rsplit(".", 1)[-1], last)
     return last[near[0]] if near else None
 
 
 def run_parser(prog: str, description: str) -> Parser:
     """Return a parser for a whole RunConfig, with --config FILE."""
-    parser = Parser(prog=prog, description=description, epilog=_agent_help())
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="YAML file; fields that it leaves out keep their defaults")
     parser.add_class_arguments(RunConfig, None, as_group=True)
     help_text = "in presets: the fields that each protocol changes; the config.yaml of a run already has them applied"
     parser.add_argument("--protocols", type=dict[str, dict[str, Any]], default={}, help=help_text)
     return parser
-
-
-def _agent_help() -> str:
-    def fields(model: str) -> str:
-        listed = ", ".join(f"{field.name}={field.default}" for field in config_fields(model))
-        return f"Fields of --agent.NAME for {model.partition(':')[0]} (defaults of {model}): {listed}."
-
-    return " ".join(fields(f"{name}:{family.default_size}") for name, family in FAMILIES.items())
 
 
 def run_config(parser: Parser, parsed: Any) -> RunConfig:

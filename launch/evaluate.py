@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
+from launch.failures import sentence
 from launch.places import FAILURES, env_config, run_envs, run_place
 from worldloom import load_agent
 from worldloom.acting.evaluation import ENVS_AT_ONCE, Evaluation, start_evaluation
@@ -20,7 +21,8 @@ from worldloom.runs.config import EnvConfig
 from worldloom.types import Agent, Array
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.evaluate", description="Play whole episodes without exploration noise.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="folder, URL or name of a run")
     parser.add_argument("--episodes", type=int, default=10)
@@ -31,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 uses all")
     overrides = "agent fields that change no parameter shape, each as --agent.NAME VALUE (--agent.num_samples 256)"
     parser.add_argument("--agent", type=dict[str, Any], default={}, help=overrides)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -40,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         env = env_config(run_dir)
         result = play(agent, env, options.episodes, options.seed, options.video)
     except FAILURES as error:
-        print(f"launch.evaluate: {error}", file=sys.stderr)
+        print(f"launch.evaluate: {sentence(error)}", file=sys.stderr)
         return 1
     for number, (total, length) in enumerate(zip(result.returns, result.lengths, strict=True), 1):
         print(f"episode {number}: return {total:.1f} in {length} steps")

@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from launch.evaluate import save_frames
+from launch.failures import sentence
 from launch.places import FAILURES, env_config, run_envs, run_place
 from worldloom import load_agent
 from worldloom.acting.evaluation import record_episode
@@ -23,7 +24,8 @@ actions. Images become a film (truth, prediction, error; .gif or .mp4). Otherwis
 predicted rewards and, if the model has a decoder, observations (.png or .gif)."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.imagine", description=DESCRIPTION)
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="folder, URL or name of a run")
     parser.add_argument("--out", type=str, default="imagined.gif", help="file to write: .gif, .mp4 or .png")
@@ -32,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the environment, acting and imagination")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 uses all")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -43,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         loop = open_loop(agent.world_model, obs, actions, rewards, options.observed, options.seed)
         written = write(Path(options.out), loop, env.name)
     except FAILURES as error:
-        print(f"launch.imagine: {error}", file=sys.stderr)
+        print(f"launch.imagine: {sentence(error)}", file=sys.stderr)
         return 1
     print(f"{loop.observed} steps observed, {loop.steps - loop.observed} imagined: {written}")
     return 0

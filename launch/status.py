@@ -8,24 +8,31 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from launch.failures import sentence
 from launch.places import run_place
 from launch.record import read_record
 from worldloom.files import CheckpointError
+from worldloom.report.display import describe_limits
 from worldloom.runs.verify import verify
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.status", description="Print the status of a run.")
     parser.add_argument("--run-dir", dest="run_dir", type=str, required=True, help="folder, URL or name of a run")
     parser.add_argument("--verify", action="store_true", help="also check the newest checkpoint's invariants")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     try:
         run = run_place(options.run_dir)
         for name, value in status(run):
             print(f"{name:<22}{value}")
         broken = verify(run) if options.verify else []
     except (OSError, ValueError, CheckpointError) as error:
-        print(f"launch.status: {error}", file=sys.stderr)
+        print(f"launch.status: {sentence(error)}", file=sys.stderr)
         return 1
     if options.verify:
         print("\n".join(f"{'broken':<22}{text}" for text in broken) or f"{'invariants':<22}hold")
@@ -52,7 +59,8 @@ def status(run: Path) -> list[tuple[str, str]]:
         shown.append(("evaluation", f"{mean:,.1f} ± {std:,.1f} at step {newest['env_steps']:,}"))
     shown.append(("checkpoint", record.checkpoints[-1] if record.checkpoints else "none yet"))
     if "limited_by" in logged:
-        shown.append(("limited by", str(logged["limited_by"])))
+        shares = {name.removeprefix("limits/"): logged[name] for name in logged if name.startswith("limits/")}
+        shown.append(("limited by", describe_limits(shares) or str(logged["limited_by"])))
     return shown
 
 

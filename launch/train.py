@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -13,10 +14,17 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from launch.starting import say_what_starts
+
+if __name__ == "__main__":
+    say_what_starts("training", sys.argv[1:])  # before the imports below, which take seconds
+
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
 from launch.earlier import RESUME, Asked, changes, check_unused, is_complete, read_asked, saved_config
+from launch.failures import sentence
 from launch.places import in_ray_job
+from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
 from worldloom.locations import is_remote, read_bytes, write_bytes
 from worldloom.manifest import checkpoint_folders
@@ -29,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Ray may be started with it blocked, to outlive it
     argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = _parser()
+    parser = command_parser()
     try:
         asked = read_asked(argv)
         saved = saved_config(asked)
@@ -48,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             check_config(config)
             home = _take(held, run, asked, saved is not None)
         except (ValueError, TypeError, OSError) as error:
-            parser.error(str(error))
+            parser.refuse(sentence(error))
         for change in changed:
             print(f"differs from the run so far: {change}", flush=True)
         return _run(config, home, saved is not None)
@@ -96,7 +104,7 @@ def _run(config: RunConfig, home: Home, resume: bool) -> int:
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # it shows the place in the user's code
-        print(f"launch.train: {error}", file=sys.stderr)
+        print(f"launch.train: {sentence(error)}", file=sys.stderr)
         return 1
     return _conclude(summary, home)
 
@@ -107,7 +115,8 @@ def _same_checkpoints(home: Home, saved: list[Path]) -> bool:
     return False
 
 
-def _parser() -> Parser:
+def command_parser() -> Parser:
+    """Return the parser of the command's options."""
     parser = run_parser("launch.train", "Train an agent, with Ray or in this process (--runtime.kind inline).")
     parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
     parser.add_argument("--name", type=str, default=None, help=NAME_HELP)
@@ -147,7 +156,8 @@ def _results(home: Home) -> Path:
 
 
 def _resume_command(run: Path) -> str:
-    return f"python -m launch.train --resume --run-dir {run}"
+    command = "worldloom train" if COMMAND in os.environ else "python -m launch.train"
+    return f"{command} --resume --run-dir {run}"
 
 
 def _conclude(summary: dict[str, Any], home: Home) -> int:
@@ -176,8 +186,9 @@ RESUME_HELP = (
     "go on with the run of --name or --run-dir, replay included; auto: begin it if it does not exist (the default in a "
     "Ray job); never: refuse if it exists (the default elsewhere)"
 )
-LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "tensorboard")  # written before the first line of metrics
-EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError)
+# Written before the first line of metrics.
+LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard")
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError, ModuleNotFoundError)
 
 if __name__ == "__main__":
     sys.exit(main())

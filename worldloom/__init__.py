@@ -1,17 +1,23 @@
 """World models for reinforcement learning: one typed API, no cluster needed."""
 
-from worldloom.families import (
-    ModelInfo,
-    create_agent,
-    create_world_model,
-    get_config,
-    get_model_info,
-    list_models,
-    load_agent,
-    register_model,
-)
-from worldloom.family import Family
-from worldloom.types import Agent, Batch, LatentState, Trajectory, WindowSpec, WorldModel
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worldloom.families import (
+        ModelInfo,
+        create_agent,
+        create_world_model,
+        get_config,
+        get_model_info,
+        list_models,
+        load_agent,
+        register_model,
+    )
+    from worldloom.family import Family
+    from worldloom.types import Agent, Batch, LatentState, Trajectory, WindowSpec, WorldModel
 
 __version__ = "0.1.0"
 
@@ -32,3 +38,17 @@ __all__ = [
     "load_agent",
     "register_model",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used: the console command must answer before torch is imported."""
+        if name not in __all__:
+            raise AttributeError(f"module 'worldloom' has no attribute {name!r}")
+        types = ("Agent", "Batch", "LatentState", "Trajectory", "WindowSpec", "WorldModel")
+        home = "types" if name in types else "family" if name == "Family" else "families"
+        value = globals()[name] = getattr(importlib.import_module(f"worldloom.{home}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

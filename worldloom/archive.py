@@ -11,6 +11,7 @@ import pickle
 import struct
 import tokenize
 import zipfile
+import zlib
 
 UNREADABLE = (  # what readers of zip, pickle, npy and msgpack raise for bytes that no writer wrote
     ArithmeticError,
@@ -26,6 +27,7 @@ UNREADABLE = (  # what readers of zip, pickle, npy and msgpack raise for bytes t
     pickle.UnpicklingError,
     struct.error,
     tokenize.TokenError,
+    zlib.error,
     zipfile.BadZipFile,
 )
 LOCAL_HEADER = 30  # bytes before an entry's name; the last four are the lengths of the name and of the extra field

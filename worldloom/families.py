@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 import torch
 
 from worldloom import dreamerv3, tdmpc2
+from worldloom.arguments import channel_first, usable
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
 from worldloom.locations import Location, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
+from worldloom.nearest import nearest
 from worldloom.pretrained import load_parameters, read_description
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
 from worldloom.tdmpc2.tasks import read_options
@@ -137,7 +138,7 @@ def _preset(model: str) -> tuple[Family, str, str]:
     known += [*FAMILIES, *installed(), *ALIASES]
     if family is not None:
         known = [f"{name}:{size}" for size in family.sizes]
-    near = [] if "." in name and not family else difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+    near = [] if "." in name and not family else nearest(model, known, 3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     others = "" if family else ", the path of a model, or module:size of a module that can be imported and holds FAMILY"
     raise ValueError(f"unknown model {model!r}.{hint} Known: {', '.join(known)}{others}.")
@@ -178,9 +179,8 @@ def create_world_model(
         )
     options, overrides = _split(str(model), family, settings)
     fields, options = family.read_options(size, options)
-    config = build_config(str(model), {**fields, **overrides})
-    shape = obs_shape if isinstance(obs_shape, Mapping) else tuple(obs_shape)
-    return cast(WorldModel, family.model(shape, action_dim, config, episode_length, **options).to(device))
+    config, shape = build_config(str(model), {**fields, **overrides}), channel_first(obs_shape)
+    return cast(WorldModel, family.model(shape, action_dim, config, episode_length, **options).to(usable(device)))
 
 
 def _split(model: str, family: Family, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -216,7 +216,7 @@ def _load_file(
         fields = check_overrides(family.config, overrides)
         try:
             return family, family.load_file(
-                path, obs_shape, action_dim, device, episode_length, overrides=fields, **options
+                path, obs_shape, action_dim, usable(device), episode_length, overrides=fields, **options
             )
         except ValueError as error:
             refused.append(error)
@@ -241,7 +241,7 @@ def _load_world_model(
         if wanted is not None and wanted != found:
             raise ValueError(f"{directory} holds a model with {name}={found}, but {name}={wanted} was asked for.")
     load_parameters(Path(directory) / "model.safetensors", model)
-    return cast(WorldModel, model.to(device))
+    return cast(WorldModel, model.to(usable(device)))
 
 
 def _from_description(source: object, description: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
@@ -302,7 +302,7 @@ def agent_from_description(
     overrides: Mapping[str, Any] | None = None,
 ) -> Agent:
     """Make an untrained agent from what `Agent.describe` returned; `load_state_dict` or weights complete it."""
-    model = _from_description("the description", description, overrides or {}).to(device)
+    model = _from_description("the description", description, overrides or {}).to(usable(device))
     family = cast(Family, find_family(description["family"]))
     return cast(Agent, family.agent(model, seed, tuple(description.get("action_classes", ()))))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from worldloom.nearest import nearest
 
 GROUP = "worldloom.families"  # entry points: short name = "my_package.my_family", or "my_package.my_family:FAMILY"
 
@@ -80,7 +81,7 @@ def check_overrides(config: type[Any], overrides: Mapping[str, Any]) -> dict[str
     checked = {}
     for name, value in overrides.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
+            near = nearest(name, hints)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(hints)}."
             raise ValueError(f"agent.{name} is not a field of {config.__name__}. {hint}")
         if get_origin(hints[name]) is Literal:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import shtab
 import torch
 import yaml
 from nbclient import NotebookClient
@@ -33,6 +34,7 @@ from worldloom.tdmpc2 import save_official
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FROM_A_FRESH_FOLDER = ("own-environment", "own-world-model")  # tutorials
 TINY = {
     "tdmpc2": "encoder_dim=16 mlp_dim=16 latent_dim=16 batch_size=8 num_samples=16 num_elites=4 num_pi_trajs=4",
     "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
@@ -108,7 +110,9 @@ def commands(page):
     return [[shlex.split(word)[0] for word in words] for words in found]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "bash") and p.stem not in FROM_A_FRESH_FOLDER], ids=name_of
+)
 def test_commands_run_or_name_what_exists(page, workplace, monkeypatch):
     monkeypatch.setattr("launch.sweeps.workers.TaskWorkers", HereWorkers)
     monkeypatch.setattr("distributed.cluster.connect", lambda config, namespace: False)
@@ -117,6 +121,30 @@ def test_commands_run_or_name_what_exists(page, workplace, monkeypatch):
         (workplace / name).write_text(text)
     for words in commands(page):
         check_command(words, workplace)
+
+
+@pytest.mark.parametrize("name", FROM_A_FRESH_FOLDER)
+def test_tutorials_run_from_a_fresh_folder(name, tmp_path):
+    """As a person does it: the page's files in a new folder, its commands in a shell, `worldloom` as pip makes it."""
+    page = ROOT / "docs" / "tutorials" / f"{name}.md"
+    folder, programs = tmp_path / "fresh", tmp_path / "bin"
+    folder.mkdir()
+    programs.mkdir()
+    for file, text in written(page).items():
+        (folder / file).write_text(text)
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from worldloom.command import main; sys.exit(main())"
+    (programs / "worldloom").write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "{start}" "$@"\n')
+    (programs / "worldloom").chmod(0o755)
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    family = "gru_family" if name == "own-world-model" else "tdmpc2"
+    for words in commands(page):
+        small = shortened(family) if words[:2] == ["worldloom", "train"] else []
+        line = shlex.join([*words, *small])
+        ran = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"
+    assert list(folder.glob("runs/*/report.html"))
 
 
 class HereWorkers:
@@ -142,6 +170,10 @@ class HereWorkers:
 def check_command(words, workplace):
     if words[:2] == ["python", "-m"] and words[2].startswith("launch."):
         run_launch(words[2:], workplace)
+    elif words[0] == "worldloom" and words[1] == "completion":
+        assert words[2] in shtab.SUPPORTED_SHELLS
+    elif words[0] == "worldloom":
+        run_launch([f"launch.{words[1]}", *words[2:]], workplace)
     elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
         ran = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=ROOT, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
@@ -157,7 +189,7 @@ def check_command(words, workplace):
         check_command(words[words.index("--") + 1 :], workplace)
     else:
         known = {"ray": {"start"}, "git": {"clone"}, "cd": {"worldloom"}, "tensorboard": {"--logdir"}}
-        known |= {"python3": {"-m"}, "export": {"RAY_AUTH_MODE=token"}}
+        known |= {"source": {".venv/bin/activate"}, "python3": {"-m"}, "export": {"RAY_AUTH_MODE=token"}}
         known |= {"prometheus": {"--config.file=/tmp/ray/session_latest/metrics/prometheus/prometheus.yml"}}
         assert words[1] in known.get(words[0], ()), f"nothing checks {' '.join(words)!r}"
 
@@ -178,8 +210,7 @@ def run_launch(words, workplace):
         arguments += shortened(next((family for family in TINY if family in text), "tdmpc2"))
         if "dm_control" in text or "dmc" in text or "atari" in text:
             arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
-        named = next((name for name in ("thermostat", "gru") if f"runs/{name}" in text), None)
-        fresh = f"runs/{named or len(list((workplace / 'runs').iterdir()))}"
+        fresh = f"runs/{len(list((workplace / 'runs').iterdir()))}"
         arguments += [] if "--name" in arguments else ["--run-dir", fresh]
     elif module == "launch.sweep":
         if "jobs" in arguments or "search.yaml" in arguments:  # they need a cluster; test_sweep.py runs them
@@ -224,10 +255,22 @@ def test_yaml_blocks_are_presets(page, tmp_path):
         run_config(parser, parser.parse_args(["--config", str(tmp_path / "preset.yaml")]))
 
 
+def test_every_picture_of_a_page_is_there_and_all_but_rays_dashboard_are_made_by_a_command():
+    named = {
+        (page.parent / path).resolve()
+        for page in PAGES
+        for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text())
+    }
+    folder = ROOT / "docs" / "pictures"
+    assert named == {path for path in folder.iterdir() if path.suffix in (".svg", ".gif", ".png")}
+    made = (folder / "make.py").read_text()
+    assert [path.name for path in sorted(named) if path.name not in made] == ["ray_dashboard.png"]  # of a live cluster
+
+
 def test_every_block_is_of_a_kind_that_is_tested():
     for page in PAGES:
         fences = re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)
-        assert set(fences) <= {"python", "bash", "yaml", "toml"}, page
+        assert set(fences) <= {"python", "bash", "yaml", "toml", "mermaid"}, page
 
 
 def test_the_family_of_the_page_is_the_example():

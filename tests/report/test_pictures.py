@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 
 import imageio.v3 as imageio
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from tests.dreamerv3_models import tiny_agent
 from worldloom import create_world_model
 from worldloom.imagination import OpenLoop, open_loop
+from worldloom.report.origin import commit, origin
 from worldloom.report.page import read_metrics, write_report
 from worldloom.report.pictures import film, image_keys, plot, sequence_picture, strip
 from worldloom.report.published import published_curve
@@ -172,7 +175,7 @@ def fake_run(folder, scale=1, **changes):
         "status": "completed", "algorithm": "tdmpc2:5m", "env_id": "dm_control/walker-walk-v0", "env_steps": 300,
         "updates": 300, "eval_return_mean": 870.0, "eval_return_std": 10.0, "eval_episodes": 10, "wall_seconds": 3725.0,
         "train_ratio_target": 768, "train_ratio_actual": 767.5, "seed": 3, "device": "cpu", "runtime": "inline",
-        "limited_by": {"learner": 0.75, "environments": 0.25}, **changes,
+        "limited_by": {"learner": 0.6, "environments": 0.2, "warm-up": 0.2}, **changes,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -184,7 +187,8 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     page = write_report(tmp_path, about, "algorithm: <b>tdmpc2:5m</b>").read_text()
     for words in (
         "tdmpc2:5m on dm_control/walker-walk-v0", "870.0 ± 10.0", "1 h 2 min", "767.5 / 768", "3, cpu, inline",
-        "For 75% of its time it was limited by: learner", "learner 75%, environments 25%", "&lt;b&gt;tdmpc2",
+        "For 75% of its time after the warm-up it was limited by: learner", "learner 60%, environments 20%",
+        "&lt;b&gt;tdmpc2",
         "as the authors report them",
     ):  # fmt: skip
         assert words in page, words
@@ -198,6 +202,32 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     page = write_report(tmp_path, about, "").read_text()
     assert "first point lies at 100,000 frames: 961.9." in page
     assert "published (3 seeds)" not in page
+
+
+def test_single_points_are_drawn_and_steady_values_are_not_magnified(tmp_path):
+    fake_run(tmp_path)
+    line = {"env_steps": 100, "episode/return": 800.0, "rate/train_ratio": 384.0, "learner/loss": 1e-6}
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(line) + "\n" + json.dumps({**line, "env_steps": 200, "rate/train_ratio": 384.004}) + "\n"
+    )
+    page = write_report(tmp_path, subject("Pendulum-v1")).read_text()
+    labels = re.findall(r"<!-- (\S+) -->", page)
+    assert not {"384.001", "384.002"} & set(labels), "rounding errors are magnified"
+    assert not [label for label in labels if label.startswith("+")], "an offset above the plot"
+    returns = page[page.index("<h2>Return") : page.index("<h2>Learning")]
+    assert returns.count("<use ") > 10  # ticks, and the marker of the line of two points
+    assert len(re.findall(r'<g clip-path="[^"]+">\s*<use ', returns)) == 1
+
+
+def test_the_origin_is_the_command_the_versions_and_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/launch/train.py", "--env.id", "a b", "--resume"])
+    found = origin()
+    assert found["command"] == "python -m launch.train --env.id 'a b' --resume"
+    assert f"torch {torch.__version__}" in found["versions"]
+    assert commit(tmp_path) is None
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a", "--allow-empty"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", commit(tmp_path))
 
 
 def test_a_run_that_was_interrupted_early_has_a_report_too(tmp_path):

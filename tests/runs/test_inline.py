@@ -160,7 +160,7 @@ def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
     learning = [line for line in lines if "learner/loss" in line]
     assert learning
     words = [line.pop("limited_by") for line in lines if "limited_by" in line]
-    assert set(words) <= {"environments (warm-up)", "environments", "learner", "replay"}
+    assert set(words) <= {"warm-up", "environments", "learner"}
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert sum("eval/return_mean" in line for line in lines) == 2
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2

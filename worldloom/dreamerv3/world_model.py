@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
+from worldloom.arguments import check_batch
 from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.encoder import Decoder, Encoder
 from worldloom.dreamerv3.layers import Linear, mlp
@@ -156,6 +157,7 @@ class DreamerV3WorldModel(nn.Module):
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` and its parts: `kl_loss` (`dynamics_loss` and `representation_loss`, scaled and added),
         `reconstruction_loss` (and `reconstruction/<key>`), `reward_loss` and `continue_loss`, all scalars."""
+        check_batch(batch)
         shape = batch["actions"].shape[:2]
         found = self.losses(batch, self.rssm.initial(shape[0]), self.draw_noise(shape[1], shape[0]))
         c, parts = self.config, found.parts

@@ -14,6 +14,8 @@ import gymnasium
 from worldloom.envs.environment import Environment
 from worldloom.envs.suites import DM_CONTROL_STEPS, AtariConfig, DMCConfig, make_atari, make_dm_control
 from worldloom.envs.vector import VectorEnv
+from worldloom.extras import missing_extra
+from worldloom.nearest import nearest
 
 
 def make_environment(
@@ -43,8 +45,13 @@ def make_environment(
             made = gymnasium.make(env_id, disable_env_checker=True, **options)
         return Environment(made, action_repeat, frame_stack=frame_stack, image_size=image_size)
     except gymnasium.error.Error as error:
-        raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {error} {_nearest(env_id)}") from error
+        if hint := missing_extra(error):
+            raise ValueError(f"env.id is {env_id!r}, but {hint}") from error
+        said = str(error).partition(" Did you mean")[0]  # Gymnasium leaves out versions
+        raise ValueError(f"env.id is {env_id!r}, which Gymnasium cannot make: {said} {_nearest(env_id)}") from error
     except ModuleNotFoundError as error:
+        if hint := missing_extra(error):
+            raise ValueError(f"env.id is {env_id!r}, but {hint}") from error
         raise ValueError(
             f"env.id is {env_id!r}, which cannot be imported: {error} Install that module, or correct the id."
         ) from error
@@ -100,7 +107,5 @@ def make_env(
 
 
 def _nearest(env_id: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(env_id, gymnasium.registry, n=3)
+    near = nearest(env_id, gymnasium.registry, 3)
     return f"Did you mean {' or '.join(near)}?" if near else "gymnasium.pprint_registry() lists the known ids."

@@ -153,6 +153,7 @@ class States(gymnasium.ObservationWrapper[Array, Any, Any]):
 def make_dm_control(env_id: str, config: DMCConfig, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
     """Make a "dm_control/…-v0" task; its states are one vector in dm_control's order."""
     _render_without_display()
+    import dm_control  # noqa: F401 - without it, shimmy registers nothing and says nothing
     import shimmy  # noqa: F401 - registers the ids
 
     if config.observations == "states":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.archive import UNREADABLE, explain
+from worldloom.extras import how_to_install
 from worldloom.types import Array, ColumnSpec, ObsShape
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -103,11 +105,13 @@ def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             yield from read_episodes(file)
     elif found.suffix == ".npz":
         try:
+            if not zipfile.is_zipfile(found):
+                raise ValueError("it is no zip file, or is cut short")
             with np.load(found, allow_pickle=False) as archive:
                 columns = {name: archive[name] for name in archive.files}
         except UNREADABLE as error:
             raise ValueError(
-                f"{path} cannot be read: {explain(error)}. Expected an npz file of plain arrays."
+                f"{path} cannot be read: {explain(error)}. Expected an npz file of plain arrays. Save it again."
             ) from error
         yield from _split(columns, str(path))
     elif found.suffix in (".hdf5", ".h5"):
@@ -120,7 +124,7 @@ def _read_hdf5(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import h5py
     except ImportError:
-        raise ImportError(f"{path} is an HDF5 file: install h5py (pip install 'worldloom[data]').") from None
+        raise ImportError(f"{path} is an HDF5 file, but {how_to_install('h5py')}") from None
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -145,7 +149,14 @@ def _split(columns: Mapping[str, Array], source: str) -> Iterator[dict[str, Any]
         raise ValueError(
             f"{source} holds {sorted(columns)}, expected at least observations, actions and rewards (or obs, …)."
         )
-    count = len(found["actions"])
+    arrays = {part: found[part] for part in ("obs", "actions", "rewards")}
+    counts = {part: len(array) if array is not None and array.ndim else 0 for part, array in arrays.items()}
+    count = counts["actions"]
+    if counts["rewards"] != count or not 0 < count <= counts["obs"]:
+        raise ValueError(
+            f"{source} holds {', '.join(f'{n} {part}' for part, n in counts.items())}. Expected as many rewards as "
+            "actions, and as many observations or one more."
+        )
     none = np.zeros(count, bool)
     dones = none if found["dones"] is None else _flags(found["dones"], count)
     timeouts = none if found["truncated"] is None else _flags(found["truncated"], count)

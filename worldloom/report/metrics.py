@@ -14,6 +14,7 @@ from worldloom.acting.evaluation import Evaluation
 from worldloom.contract import as_floats
 from worldloom.replay.chunk import ChunkInfo
 from worldloom.report.display import Display, Standing
+from worldloom.report.origin import origin
 from worldloom.report.page import PICTURE, write_report
 from worldloom.report.sinks import MetricsLogger, Sink
 from worldloom.report.subject import Subject
@@ -46,6 +47,9 @@ class Limiter(Protocol):
     @property
     def actual(self) -> float:
         """Train ratio so far."""
+
+    def updates_left(self, total_steps: int) -> int:
+        """Return the updates still to be made by the time that `total_steps` are accepted."""
 
 
 class LearnerMeans:
@@ -105,7 +109,7 @@ class Recorder:
     ) -> None:
         self._run_dir, self._subject, self._limiter = run_dir, subject, limiter
         self._logger = MetricsLogger(run_dir, sinks)
-        self._display = Display(subject.total_steps, limiter.env_steps)
+        self._display = Display(subject.total_steps)
         self.counters = {name: int(before.get(name, 0)) for name in COUNTERS}
         self.timing, self._staleness = Timing(float(before.get("wall_seconds", 0.0)), self._counts), Staleness()
         self._learner, self._episodes = LearnerMeans(), Episodes(true_ends_hint)
@@ -130,6 +134,8 @@ class Recorder:
         self.counters["episodes"] += len(info.returns)
         self.counters["true_ends"] += info.true_ends
         self.timing.spend("acting", info.waited)
+        if self._limiter.learning:
+            self.timing.end_warm_up(self._counts)
         if info.version is not None:
             self._staleness.acted(info.version, newest_version)
         if info.failures:
@@ -138,14 +144,15 @@ class Recorder:
             self.say(f"actor {info.key.actor}: {raised}; the last error: {info.last_failure}")
         if hint := self._episodes.add(info):
             self.say(hint)
-        self._display.show(self._standing())
+        self._display.show(self._standing)
 
     def updated(self, metrics: Metrics, updates: int, seconds: float, publish_seconds: float = 0.0) -> None:
         """Record updates that took `seconds`, plus publish_seconds for publishing weights; metrics: their means."""
         self.timing.spend("publishing", publish_seconds)
         self.timing.spend("learning", seconds)
+        self.timing.end_first_updates(self._counts)
         self._learner.add(metrics, updates)
-        self._display.show(self._standing())
+        self._display.show(self._standing)
 
     def gauges(self, values: Mapping[str, float]) -> None:
         """Set values by name that every line of metrics shows until they are set again."""
@@ -192,13 +199,15 @@ class Recorder:
 
     def log(self) -> None:
         """Write a line of metrics for the time since the last line."""
-        limiter, limited_by = self._limiter, self.limited_by()
+        limiter, shares = self._limiter, self.timing.shares()
         metrics = {**self._rates(), **self._staleness.metrics(), **self._gauges, **self._learner.take()}
         if (mean := self._episodes.mean_return()) is not None:
             metrics["episode/return"] = mean
-        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, limited_by=limited_by)
-        self._display.line(self._standing())
-        self.timing.mark(limited_by, self._counts)
+        metrics |= {f"limits/{name}": share for name, share in shares.items()}
+        most = max(shares, key=lambda name: shares[name])
+        self._logger.write(limiter.env_steps, limiter.updates, self.wall_seconds, metrics, limited_by=most)
+        self._display.line(self._standing(longer=False))
+        self.timing.mark(self._counts)
 
     def _rates(self) -> dict[str, float]:
         limiter, timing = self._limiter, self.timing
@@ -219,24 +228,25 @@ class Recorder:
             "episodes": float(self.counters["episodes"]),
         }
 
-    def _standing(self) -> Standing:
+    def _standing(self, longer: bool = True) -> Standing:
+        """Return the progress now; longer: over up to two log intervals, so that it stays calm after a log line."""
+        limiter, timing, total = self._limiter, self.timing, self._subject.total_steps
+        left = max(total - limiter.env_steps, 0), limiter.updates_left(total)
         return Standing(
-            self._limiter.env_steps,
-            self._limiter.updates,
-            self.timing.rates(self._counts)[0],
+            limiter.env_steps,
+            limiter.updates,
+            self.wall_seconds,
+            timing.seconds_left(*left, self._counts),
+            timing.rates(self._counts, longer)[0],
             self._episodes.mean_return(),
             self.last_evaluation.mean if self.last_evaluation else None,
-            self.limited_by(),
+            timing.shares(longer),
         )
 
     @property
     def wall_seconds(self) -> float:
         """Seconds of the whole run, earlier sessions included."""
         return self.timing.wall_seconds
-
-    def limited_by(self) -> str:
-        """Return what limited the run since the last log line; see `Timing.limited_by`."""
-        return self.timing.limited_by(self._limiter.learning)
 
     def saved_counters(self) -> dict[str, Any]:
         """Return the counters from which a resumed run goes on."""
@@ -269,6 +279,7 @@ class Recorder:
             "seed": self._subject.seed,
             "device": device,
             "runtime": self._subject.runtime,
+            **origin(),
         }
         try:
             (self._run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -15,9 +15,12 @@ import numpy as np
 
 from worldloom.report.published import published_curve
 from worldloom.report.subject import Subject
+from worldloom.report.timing import WARM_UP
 
 INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
 PICTURE = "imagined.png"
+FEW = 3  # points of a line that are drawn as points, too: one alone would not be seen
+STEADY = 0.02  # of a value's size: smaller changes are not magnified to the height of a plot
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
     summary = json.loads((run_dir / "summary.json").read_text())
     lines = read_metrics(run_dir)
     sections = [
-        _returns(lines, subject),
+        returns_section(lines, subject),
         _losses(lines),
         _rates(lines, summary),
         _imagined(run_dir),
@@ -95,10 +98,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def _verdict(summary: Mapping[str, Any]) -> str:
     ended = {"completed": "The run is complete", "interrupted": "The run was interrupted; it can be resumed"}
     text = ended.get(summary["status"], f"The run is {summary['status']}")
-    shares = summary.get("limited_by") or {}
-    if shares:
+    shares = {name: share for name, share in (summary.get("limited_by") or {}).items() if name != WARM_UP}
+    if total := sum(shares.values()):
         most = max(shares, key=lambda name: shares[name])
-        text += f". For {shares[most]:.0%} of its time it was limited by: {most}"
+        text += f". For {shares[most] / total:.0%} of its time after the warm-up it was limited by: {most}"
     return text + "."
 
 
@@ -116,14 +119,23 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _returns(lines: Sequence[Mapping[str, float]], subject: Subject) -> Section:
+def returns_section(lines: Sequence[Mapping[str, float]], subject: Subject) -> Section:
+    """Draw the learning curve of a run, with the published one if the authors report one."""
     figure, axis = axes(1, 1, 9.6, 3.6)
     axis = axis[0]
     repeat = subject.action_repeat
     training = [(line["env_steps"] * repeat, line["episode/return"]) for line in lines if "episode/return" in line]
     evaluated = [line for line in lines if "eval/return_mean" in line]
     if training:
-        axis.plot(*zip(*training, strict=True), color=TRAINING, lw=1.4, label="training, mean of the last 20 episodes")
+        few = "o" if len(training) < FEW else None
+        axis.plot(
+            *zip(*training, strict=True),
+            color=TRAINING,
+            lw=1.4,
+            marker=few,
+            ms=4,
+            label="training, mean of the last 20 episodes",
+        )
     if evaluated:
         frames = np.array([line["env_steps"] * repeat for line in evaluated], float)
         mean, std = (np.array([line[f"eval/return_{part}"] for line in evaluated]) for part in ("mean", "std"))
@@ -194,12 +206,20 @@ def _multiples(lines: Sequence[Mapping[str, float]], names: Mapping[str, str]) -
     last = max(line["env_steps"] for line in lines)
     for axis, (name, label) in zip(panels, names.items(), strict=False):
         points = [(line["env_steps"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), color=OWN, lw=1.4, marker="o" if len(points) < 3 else None, ms=3)
+        axis.plot(*zip(*points, strict=True), color=OWN, lw=1.4, marker="o" if len(points) < FEW else None, ms=3)
         axis.set_xlim(0, 1.02 * max(last, 1))
+        _calm(axis)
         axis.set_title(label, fontsize=9.5, loc="left", color=INK)
     for axis in panels[len(names) :]:
         axis.set_visible(False)
     return svg(figure)
+
+
+def _calm(axis: Any) -> None:
+    """Widen the range of a value that hardly changes."""
+    low, high = axis.get_ylim()
+    room = max(STEADY * max(abs(low), abs(high)) - (high - low), 0) / 2
+    axis.set_ylim(low - room, high + room)
 
 
 def axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -217,6 +237,7 @@ def axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any
         axis.set_axisbelow(True)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")  # no offset or power above the plot
     return figure, panels
 
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 RECENT_CHUNKS = 200
 PUBLISHES_KNOWN = 1000
-BUSY, WAITING = 0.8, 0.5  # shares of time from which the learner counts as busy, and collecting as waiting
+WARM_UP = "warm-up"
+LIMITS = ("learner", "ratio", "environments", "replay", WARM_UP)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a run had done at one moment. sums: seconds by activity."""
+
+    time: float
+    env_steps: int
+    updates: int
+    sums: Mapping[str, float]
 
 
 class Timing:
@@ -19,22 +32,26 @@ class Timing:
     """
 
     def __init__(self, before: float, counts: tuple[int, int]) -> None:
-        self._before, self._begun, self._counts = before, time.monotonic(), counts
+        self._before = before
         self._learning_since: float | None = None
         self._sums: dict[str, float] = defaultdict(float)  # seconds by activity
-        self._at_mark: dict[str, float] = {}  # the sums at the last log line
-        self._mark = self._begun  # time of the last log line
+        self._start = self._mark = self._earlier = self._now(counts)  # at the last log line, and at the one before
+        self._warm: Mark | None = None  # when the warm-up ended
+        self._first: Mark | None = None  # when the first updates were done
         self._limits: dict[str, float] = defaultdict(float)  # seconds by what limited the run
+
+    def _now(self, counts: tuple[int, int]) -> Mark:
+        return Mark(time.monotonic(), *counts, dict(self._sums))
 
     @property
     def wall_seconds(self) -> float:
         """Seconds of the whole run, earlier sessions included."""
-        return self._before + time.monotonic() - self._begun
+        return self._before + time.monotonic() - self._start.time
 
     @property
     def span(self) -> float:
         """Seconds since the last log line."""
-        return max(time.monotonic() - self._mark, 1e-9)
+        return max(time.monotonic() - self._mark.time, 1e-9)
 
     def spend(self, what: str, seconds: float) -> None:
         """Add seconds of an activity: `learning`, `publishing`, `held` (collecting waited for the learner) or `acting`
@@ -43,20 +60,34 @@ class Timing:
             self._learning_since = time.monotonic() - seconds
         self._sums[what] += seconds
 
+    def end_warm_up(self, counts: tuple[int, int]) -> None:
+        """Note, at the first call, that the warm-up is over."""
+        if self._warm is None:
+            self._warm = self._now(counts)
+
+    def end_first_updates(self, counts: tuple[int, int]) -> None:
+        """Note, at the first call, that the first updates are done. Predictions leave them out: they may compile."""
+        if self._first is None:
+            self._first = self._now(counts)
+
     def total(self, what: str) -> float:
         return self._sums[what]
 
     def lately(self, what: str) -> float:
         """Return the seconds of an activity since the last log line."""
-        return self._sums[what] - self._at_mark.get(what, 0.0)
+        return self._since(self._mark, what)
+
+    def _since(self, mark: Mark, what: str) -> float:
+        return self._sums[what] - mark.sums.get(what, 0.0)
 
     def steps_since_mark(self, env_steps: int) -> int:
-        return env_steps - self._counts[0]
+        return env_steps - self._mark.env_steps
 
-    def rates(self, counts: tuple[int, int]) -> tuple[float, float]:
-        """Return environment steps and updates per second since the last log line."""
-        steps, updates = ((now - then) / self.span for now, then in zip(counts, self._counts, strict=True))
-        return steps, updates
+    def rates(self, counts: tuple[int, int], longer: bool = False) -> tuple[float, float]:
+        """Return environment steps and updates per second since the last log line; longer: since the one before."""
+        mark = self._earlier if longer else self._mark
+        span = max(time.monotonic() - mark.time, 1e-9)
+        return (counts[0] - mark.env_steps) / span, (counts[1] - mark.updates) / span
 
     def busy_fraction(self) -> float:
         """Return the share of time that the learner spent learning, since its first update."""
@@ -64,27 +95,48 @@ class Timing:
             return 0.0
         return min(self._sums["learning"] / max(time.monotonic() - self._learning_since, 1e-9), 1.0)
 
-    def limited_by(self, learning: bool) -> str:
-        """Return what limited the run since the last log line. learning: the warm-up is over.
+    def shares(self, longer: bool = False) -> dict[str, float]:
+        """Return the shares of the time since the last log line by what limited the run; longer: since the one before.
 
-        A busy learner gives "learner", or "ratio" if collecting also had to wait. A learner that is not busy gives
-        "replay" if collecting had to wait, else "environments"."""
-        if not learning:
-            return "environments (warm-up)"
-        busy, waiting = self.lately("learning") / self.span >= BUSY, self.lately("held") / self.span >= WAITING
-        if busy:
-            return "ratio" if waiting else "learner"
-        return "replay" if waiting else "environments"
+        Collecting waits because the learner is behind, so while it waits, the learner is taken to be busy: that is the
+        share of "ratio". The learner's other busy time is "learner", other waiting is "replay", and the rest is
+        "environments". The warm-up is a share of its own.
+        """
+        mark, now = self._earlier if longer else self._mark, time.monotonic()
+        span = max(now - mark.time, 1e-9)
+        warm_up = min(max((self._warm.time if self._warm else now) - mark.time, 0.0), span)
+        rest = span - warm_up
+        busy, held = (min(self._since(mark, what), rest) for what in ("learning", "held"))
+        both = min(busy, held)
+        seconds = (busy - both, both, rest - max(busy, held), held - both, warm_up)
+        return {name: value / span for name, value in zip(LIMITS, seconds, strict=True)}
 
-    def mark(self, limited_by: str, counts: tuple[int, int]) -> None:
+    def seconds_left(self, steps: int, updates: int, counts: tuple[int, int]) -> float | None:
+        """Predict the seconds that further steps and updates take; None until an update after the first is timed.
+
+        An update takes what updates took lately. A step takes the time without learning, per step since the warm-up.
+        """
+        if self._warm is None or self._first is None or counts[1] <= self._first.updates:
+            return 0.0 if steps == updates == 0 else None
+        lately = counts[1] > self._earlier.updates and self._earlier.time > self._first.time
+        since = self._earlier if lately else self._first
+        each = self._since(since, "learning") / (counts[1] - since.updates)
+        collected, waited = counts[0] - self._warm.env_steps, time.monotonic() - self._warm.time
+        other = max(waited - self._since(self._warm, "learning"), 0.0)
+        if not collected:  # updates of the warm-up's steps come first
+            collected, other = self._warm.env_steps - self._start.env_steps, self._warm.time - self._start.time
+        return updates * each + steps * other / max(collected, 1)
+
+    def mark(self, counts: tuple[int, int]) -> None:
         """Begin the period of the next log line."""
-        self._limits[limited_by] += self.span
-        self._mark, self._at_mark, self._counts = time.monotonic(), dict(self._sums), counts
+        for name, share in self.shares().items():
+            self._limits[name] += share * self.span
+        self._earlier, self._mark = self._mark, self._now(counts)
 
     def limits(self) -> dict[str, float]:
         """Return the shares of time by what limited the run."""
         total = sum(self._limits.values())
-        return {name: round(seconds / total, 3) for name, seconds in self._limits.items()}
+        return {name: round(seconds / total, 3) for name, seconds in self._limits.items() if seconds >= total / 2000}
 
 
 class Staleness:

@@ -37,17 +37,27 @@ class RateLimiter:
     @property
     def counted_steps(self) -> int:
         """Environment steps that updates are owed for."""
-        return self.env_steps if self.pretrain else max(self.env_steps - self.learning_starts, 0)
+        return self._counted(self.env_steps)
+
+    def _counted(self, env_steps: int) -> int:
+        return env_steps if self.pretrain else max(env_steps - self.learning_starts, 0)
 
     def updates_due(self) -> int:
         """Return the updates owed now; 0 until learning starts."""
         if not self.learning:
             return 0
-        return max(math.floor(self.owed() + 1e-9) - self.updates, 0)
+        return self.updates_left(self.env_steps)
+
+    def updates_left(self, total_steps: int) -> int:
+        """Return the updates still to be made by the time that `total_steps` are accepted."""
+        return max(math.floor(self._owed_at(total_steps) + 1e-9) - self.updates, 0)
 
     def owed(self) -> float:
         """Return the updates that are owed for all steps so far."""
-        return self.counted_steps * self.train_ratio / self.replayed_per_update + self._ahead
+        return self._owed_at(self.env_steps)
+
+    def _owed_at(self, env_steps: int) -> float:
+        return self._counted(env_steps) * self.train_ratio / self.replayed_per_update + self._ahead
 
     def steps_ahead(self, under_way: int = 0) -> float:
         """Return how many environment steps collecting is ahead of the learner; 0 until learning starts.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom.arguments import check_batch
 from worldloom.optim import move_towards
 from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
@@ -95,6 +96,7 @@ class TDMPC2WorldModel(TDMPC2Networks):
         share their end rows. The policy has a loss of its own (`TDMPC2Agent.update`). After a step of an optimiser on
         this loss, call `update_targets`. Raises ValueError for other shapes.
         """
+        check_batch(batch)
         batch = cut_windows(batch, self.config.horizon)
         found = joint_loss(self, batch, draw_loss_noise(self, *batch["actions"].shape[:2]))
         names = [field.name for field in dataclasses.fields(found) if field.name != "latents"]

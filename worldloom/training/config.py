@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from worldloom.nearest import nearest
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TrainingConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in found if isinstance(found, dict) else [f"a {type(found).__name__}"]:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
+                near = nearest(name, names)
                 hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
                 raise ValueError(f"{path} holds {name!r}, which is no field of TrainingConfig. {hint}")
         return cls(**found)

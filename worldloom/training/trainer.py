@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 from worldloom.files import CheckpointError, checksum_of, read_msgpack, write_msgpack
 from worldloom.interrupt import GracefulStop
 from worldloom.manifest import MANIFEST, find_damage, write_manifest
+from worldloom.nearest import nearest
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.report.display import Display
 from worldloom.training.config import TrainingConfig
@@ -68,7 +68,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
             raise TypeError(f"callbacks holds {shown}, expected instances of worldloom.training.Callback.")
         for event in dir(callback):
             if event.startswith("on_") and event not in EVENTS:
-                near = difflib.get_close_matches(event, EVENTS, n=1)
+                near = nearest(event, EVENTS)
                 hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(EVENTS)}."
                 raise ValueError(f"callback {name} has {event}, which is no event. {hint}")
 
@@ -82,7 +82,7 @@ class ProgressCallback(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self._begun, self._start = time.monotonic(), trainer.step
-        self._display = Display(trainer.config.total_steps, trainer.step, unit="updates")
+        self._display = Display(trainer.config.total_steps, unit="updates")
 
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         rate = (trainer.step - self._start) / max(time.monotonic() - self._begun, 1e-9)
