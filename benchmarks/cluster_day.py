@@ -37,6 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
 PATIENCE = 300.0  # seconds for each thing that is waited for
 LEFT_OUT = shutil.ignore_patterns(".*", "runs", "docs", "site", "__pycache__", "*.egg-info")
+RAYS_OWN = re.compile(
+    r"\d{4}-\d\d-\d\d .*(INFO|WARNING)|Running entrypoint for job "
+)  # lines of the job's log that Ray writes
 GPU = "GPU"  # in the titles of panels that a machine without one leaves empty
 
 
@@ -91,9 +94,8 @@ class Day:
         self._start_cluster(cluster, "first")
         self._submit("first")
         self._wait_for_checkpoint(self._steps // 8)
-        log = self._ray("job", "logs", *self._at, "first")
-        first = log.splitlines()[0]
-        require(first == f"run directory: {self._run}", first)
+        first = self._log("first").splitlines()[0]
+        require(str(self._run) in first, first)
         self._done("job trains", f"first line of its log: {first}")
         self._done("job says where its run is", self._metadata("first"))
         self._prometheus()
@@ -120,7 +122,7 @@ class Day:
         self._submit("third")
         self._done("submitted to the new head", self._goes_on("third", steps))
         until(lambda: "SUCCEEDED" in self._ray("job", "status", *self._at, "third"), "the end of the run")
-        self._done("finished", self._ray("job", "logs", *self._at, "third").strip().splitlines()[-2].strip())
+        self._done("finished", self._log("third").strip().splitlines()[-2].strip())
         listed = self._launch("runs", "--storage", "s3://day/runs", "--json")
         (row,) = json.loads(listed)
         require(row["status"] == "completed", listed)
@@ -159,9 +161,7 @@ class Day:
     def _goes_on(self, job: str, steps: int) -> str:
         """Return the line in which the job says where it goes on, which must be at `steps`."""
         said = rf"resumed from step-\S+: {steps:,} steps.*"
-        found = until(
-            lambda: re.search(said, self._ray("job", "logs", *self._at, job)), f"{said!r} in the log of {job}"
-        )
+        found = until(lambda: re.search(said, self._log(job)), f"{said!r} in the log of {job}")
         return str(found[0])
 
     def _saved(self) -> int:
@@ -170,13 +170,16 @@ class Day:
     def _wait_for_checkpoint(self, steps: int) -> None:
         until(lambda: checkpoint_folders(self._run) and self._saved() >= steps, f"a checkpoint at step {steps:,}")
 
-    def _metadata(self, job: str) -> str:
-        from ray.job_submission import JobSubmissionClient
+    def _log(self, job: str) -> str:
+        """Return the log of a job, without the lines that `ray job logs` itself writes."""
+        lines = self._ray("job", "logs", *self._at, job).splitlines()
+        return "\n".join(line for line in lines if not RAYS_OWN.match(line))
 
-        jobs = JobSubmissionClient(self._at[1]).list_jobs()
-        found = [about.metadata for about in jobs if (about.metadata or {}).get("worldloom_run")]
-        require(bool(found), f"no job of {len(jobs)} has the metadata worldloom_run")
-        return f"metadata of {job}: {found[0]}"
+    def _metadata(self, job: str) -> str:
+        listed = self._ray("job", "list", *self._at)
+        found = re.search(r"metadata=(\{[^}]*worldloom_run[^}]*\})", listed)
+        require(found is not None, f"no job has the metadata worldloom_run: {listed}")
+        return f"metadata of {job}: {found and found[1]}"
 
     def _prometheus(self) -> None:
         if not shutil.which("prometheus"):
