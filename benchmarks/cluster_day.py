@@ -95,7 +95,8 @@ class Day:
         self._submit("first")
         self._wait_for_checkpoint(self._steps // 8)
         first = self._log("first").splitlines()[0]
-        require(str(self._run) in first, first)
+        require("as pendulum in s3://day/runs" in first, first)
+        until(lambda: f"run directory: {self._run}" in self._log("first"), "the run's place in the log")
         self._done("job trains", f"first line of its log: {first}")
         self._done("job says where its run is", self._metadata("first"))
         self._prometheus()

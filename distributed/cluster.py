@@ -15,9 +15,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
-from ray.job_config import JobConfig
 
-from distributed.ray_internals import end_by_sigkill, free_cpus_by_node
+from distributed.ray_internals import end_by_sigkill, free_cpus_by_node, note_in_job
 from distributed.signals import sigterm_blocked
 from worldloom.runs.config import RunConfig
 
@@ -74,7 +73,7 @@ def ray_log(path: Path) -> Iterator[None]:
 def connect(config: RunConfig, namespace: str, run: str) -> bool:
     """Join this process's Ray or the cluster of RAY_ADDRESS, or start one. Return whether to end it afterwards.
 
-    run: folder or URL of the run, for the job's metadata.
+    run: folder or URL of the run, for the metadata of the job that this process is, if it is one.
 
     Raises RuntimeError if the cluster does not answer or refuses the token.
     """
@@ -90,10 +89,10 @@ def _connect(config: RunConfig, namespace: str, run: str) -> bool:
         return False
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
-    options["job_config"] = JobConfig(metadata={"worldloom_run": run})
     if address:
         print(f"joining the Ray cluster at {address} …", flush=True)
         ray.init(address=address, **options)
+        note_in_job("worldloom_run", run)
         return False
     print("starting Ray on this machine …", flush=True)
     _set_private_token()

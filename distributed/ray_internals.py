@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -54,6 +56,24 @@ def draining_nodes() -> set[str]:
     except CHANGED:
         _say_once("the nodes that are about to go", "env actors there are replaced when they die")
         return set()
+
+
+def note_in_job(name: str, value: str) -> None:
+    """Add to the metadata of the job that started this process, if one did; publicly only who submits it may."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
+    if job is None:
+        return
+    try:
+        from ray._private.ray_constants import KV_NAMESPACE_JOB
+        from ray.dashboard.modules.job.common import JobInfoStorageClient
+        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+        key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job).encode()
+        about = json.loads(_internal_kv_get(key, namespace=KV_NAMESPACE_JOB))
+        about["metadata"] = {**(about["metadata"] or {}), name: value}
+        _internal_kv_put(key, json.dumps(about).encode(), overwrite=True, namespace=KV_NAMESPACE_JOB)
+    except (*CHANGED, LookupError, ValueError):
+        _say_once("the metadata of a job", f"{name} is not among them")
 
 
 def end_by_sigkill() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+
+STORAGE, JOB = "WORLDLOOM_STORAGE", "RAY_JOB_CONFIG_JSON_ENV_VAR"  # as in launch/places.py, which imports more
 
 
 def say_what_starts(what: str, argv: Sequence[str]) -> None:
     """Say what is being started, from the arguments as they stand; nothing for --help."""
     if any(word == "-h" or word.startswith(("--help", "--print")) for word in argv):
         return
-    print(f"{what}{_value(argv, '--config', ' of ')}{_value(argv, '--run-dir', ' in ')}: loading …", flush=True)
+    place = _value(argv, "--run-dir", " in ") or _value(argv, "--name", " as ") + _value(argv, "--storage", " in ")
+    if " in " not in place and JOB in os.environ:
+        place += f" in {os.environ.get(STORAGE) or '~/worldloom/runs'}"
+    print(f"{what}{_value(argv, '--config', ' of ')}{place}: loading …", flush=True)
 
 
 def _value(argv: Sequence[str], option: str, before: str) -> str:

@@ -1,12 +1,13 @@
 """The private parts of Ray that a run uses are there; where one is missing, a run goes on with less."""
 
+import json
 import time
 
 import pytest
 import ray
 
 from distributed import ray_internals
-from distributed.ray_internals import ObjectStoreStats, draining_nodes, end_by_sigkill, free_cpus_by_node
+from distributed.ray_internals import ObjectStoreStats, draining_nodes, end_by_sigkill, free_cpus_by_node, note_in_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("small_cluster")]
 
@@ -60,3 +61,24 @@ def test_without_the_private_parts_a_run_goes_on_with_less(complaints, monkeypat
     monkeypatch.delattr("ray._private.worker._global_node")
     end_by_sigkill()
     assert len(complaints) == 4
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """A job as `ray job submit` writes it down and tells its driver; returns what is written down now."""
+    from ray._private.ray_constants import KV_NAMESPACE_JOB
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    key = b"_ray_internal_job_info_mine"
+    _internal_kv_put(key, json.dumps({"status": "RUNNING", "metadata": {"owner": "me"}}), namespace=KV_NAMESPACE_JOB)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "mine"}}))
+    return lambda: json.loads(_internal_kv_get(key, namespace=KV_NAMESPACE_JOB))
+
+
+def test_a_job_gets_the_place_of_its_run_among_its_metadata(submitted, complaints, monkeypatch):
+    note_in_job("worldloom_run", "s3://bucket/runs/mine")
+    assert submitted() == {"status": "RUNNING", "metadata": {"owner": "me", "worldloom_run": "s3://bucket/runs/mine"}}
+    assert complaints == []
+    monkeypatch.delattr("ray.dashboard.modules.job.common.JobInfoStorageClient")
+    note_in_job("worldloom_run", "elsewhere")
+    assert complaints == ["the metadata of a job"]
