@@ -105,7 +105,7 @@ class Day:
     def noon(self) -> None:
         """The job is stopped, the checkout changes, and the next job goes on."""
         self._ray("job", "stop", *self._at, "first")
-        until(lambda: "STOPPED" in self._ray("job", "status", *self._at, "first"), "the job's stop")
+        until(lambda: "was stopped" in self._status("first"), "the job's stop")
         steps = self._saved()
         require(verify(self._run) == [], str(verify(self._run)))
         self._done("ray job stop", f"saved at step {steps:,}; launch.status --verify: invariants hold")
@@ -122,7 +122,7 @@ class Day:
         self._start_cluster(self._open, "second")
         self._submit("third")
         self._done("submitted to the new head", self._goes_on("third", steps))
-        until(lambda: "SUCCEEDED" in self._ray("job", "status", *self._at, "third"), "the end of the run")
+        until(lambda: "succeeded" in self._status("third"), "the end of the run")
         self._done("finished", self._log("third").strip().splitlines()[-2].strip())
         listed = self._launch("runs", "--storage", "s3://day/runs", "--json")
         (row,) = json.loads(listed)
@@ -170,6 +170,10 @@ class Day:
 
     def _wait_for_checkpoint(self, steps: int) -> None:
         until(lambda: checkpoint_folders(self._run) and self._saved() >= steps, f"a checkpoint at step {steps:,}")
+
+    def _status(self, job: str) -> str:
+        said = subprocess.run([RAY, "job", "status", *self._at, job], capture_output=True, text=True, timeout=PATIENCE)
+        return said.stdout + said.stderr  # a job that ended otherwise than well makes the command fail
 
     def _log(self, job: str) -> str:
         """Return the log of a job, without the lines that `ray job logs` itself writes."""

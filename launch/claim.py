@@ -63,8 +63,8 @@ class Claim:
     """A context in which this process holds a run directory.
 
     last_word: what is printed if this process dies without an orderly end (killed, or ended by Ray because its cluster
-    is gone) and a checkpoint lies in run_dir; anyway: even if none does, because they lie elsewhere. Raises ValueError
-    if another process holds the directory.
+    is gone) and a checkpoint lies in run_dir; anyway: even if none does, because they lie elsewhere. Raises InUse if
+    another process holds the directory.
     """
 
     def __init__(self, run_dir: Path, last_word: str, anyway: bool = False) -> None:
@@ -111,7 +111,9 @@ class Claim:
         except BlockingIOError:
             lock.close()
             found = holder_of(self._dir)
-            raise ValueError(
+            from worldloom.runs.lease import InUse  # not above: as the watcher, this file runs without packages
+
+            raise InUse(
                 f"{self._dir} is in use by {found.describe() if found else 'another process'}. Wait for it, or choose "
                 "another --run-dir."
             ) from None

@@ -31,6 +31,7 @@ from worldloom.manifest import checkpoint_folders
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RunConfig
 from worldloom.runs.home import Home, open_home
+from worldloom.runs.lease import InUse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,12 +76,24 @@ def _configs(parser: Parser, argv: list[str], saved: Path | None) -> tuple[RunCo
 
 
 def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> Home:
-    """Claim the run for this process, until the end of `held`. Raises ValueError if it is in use, or not as asked."""
+    """Claim the run for this process, until the end of `held`. With auto, wait for a process that is about to end, as
+    the driver of a lost cluster is for a minute. Raises ValueError if the run is in use, or not as asked."""
     fresh = is_remote(run) or not run.exists()
-    home = held.enter_context(open_home(run))
-    home.dir.mkdir(parents=True, exist_ok=True)
-    go_on = f"Go on from the last checkpoint with:\n  {_resume_command(run)}"
-    held.enter_context(Claim(home.dir, go_on, anyway=is_remote(run)))
+    deadline = time.monotonic() + (END_SECONDS if asked.resume == "auto" else 0.0)
+    while True:
+        try:
+            with contextlib.ExitStack() as claims:
+                home = claims.enter_context(open_home(run))
+                home.dir.mkdir(parents=True, exist_ok=True)
+                go_on = f"Go on from the last checkpoint with:\n  {_resume_command(run)}"
+                claims.enter_context(Claim(home.dir, go_on, anyway=is_remote(run)))
+                held.push(claims.pop_all())
+            break
+        except InUse as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"{error} Waiting, since --resume is auto …", flush=True)
+            time.sleep(RETRY_SECONDS)
     if fresh:
         held.callback(_remove_empty_run_dir, home.dir)
     if not resume:
@@ -188,6 +201,7 @@ RESUME_HELP = (
 )
 # Written before the first line of metrics.
 LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard")
+END_SECONDS, RETRY_SECONDS = 180.0, 10.0  # of waiting for the end of another process, and between two looks
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError, ModuleNotFoundError)
 
 if __name__ == "__main__":

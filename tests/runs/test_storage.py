@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch import runs, status, train
+from launch.claim import Claim
 from tests.run_configs import TINY_YAML, tiny_config
 from tests.s3 import new_bucket, s3_server
 from worldloom import load_agent
@@ -309,3 +310,23 @@ def test_no_checkpoint_in_a_store_is_said(place):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         newest_checkpoint(f"{place}/none")
     remove_file(locate(place) / "none")
+
+
+def test_auto_waits_for_the_process_that_is_about_to_end(tmp_path, monkeypatch, capsys):
+    """As the driver of a lost cluster does for a minute, with its claim on the run."""
+    monkeypatch.setattr(train, "RETRY_SECONDS", 0.1)
+    (tmp_path / "run").mkdir()
+    other = Claim(tmp_path / "run", "")
+    other.__enter__()
+    waited = []
+
+    def end(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            other.__exit__(None, None, None)
+
+    monkeypatch.setattr(train.time, "sleep", end)
+    assert train.main([*small_command(tmp_path), "--run-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
+    assert "is in use by process" in (said := capsys.readouterr().out)
+    assert "Waiting, since --resume is auto" in said
+    assert len(waited) >= 2

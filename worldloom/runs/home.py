@@ -55,7 +55,7 @@ def open_home(run: str | os.PathLike[str], say: Callable[[str], None] = print) -
     """Give the home of a run to the process that trains it.
 
     Of a URL, the process holds a lease; the files that grow are copied to this machine first, and from it every 30
-    seconds and at the end. Raises ValueError if another process holds the run, OSError if the store does not answer.
+    seconds and at the end. Raises InUse if another process holds the run, OSError if the store does not answer.
     """
     root = locate(run)
     if not is_remote(root):

@@ -22,6 +22,10 @@ SILENT_SECONDS = 45.0  # a lease that does not change for so long belongs to nob
 OLD_SECONDS = 600.0  # so much longer than clocks differ, that a lease of this age is not watched first
 
 
+class InUse(ValueError):
+    """The error of a process that wants to train a run which another process is training."""
+
+
 class LeaseLost(RuntimeError):
     """The error of a process that wants to write to a run which another process has taken over."""
 
@@ -67,7 +71,7 @@ class Lease:
     """A context in which this process writes to a run. A thread renews the lease; if another process takes the run
     over, it interrupts this process as SIGTERM would, and `check` raises.
 
-    say: told what is waited for. Raises ValueError if another process holds the run.
+    say: told what is waited for. Raises InUse if another process holds the run.
     """
 
     def __init__(self, root: Path, say: Callable[[str], None] = print) -> None:
@@ -81,7 +85,7 @@ class Lease:
         if found and not found.gone():
             self._say(f"{self._root} was last written by {found.describe()}; waiting {SILENT_SECONDS:.0f} s for a sign")
             if self._changes(found):
-                raise ValueError(
+                raise InUse(
                     f"{self._root} is in use by {found.describe()}. Wait for it, or choose another name for this run."
                 )
         self._write()
