@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from launch.board import board_text
+from launch.failures import sentence
 from worldloom.files import write_text
 
 DESCRIPTION = """Write WorldLoom's Grafana board and Prometheus' scrape file to where Ray's own provisioning of Grafana
@@ -26,7 +27,8 @@ scrape_configs:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.dashboard", description=DESCRIPTION)
     parser.add_argument("--temp-dir", dest="temp_dir", type=str, default="/tmp/ray", help="as given to `ray start`")
     board_help = "folder for the board; default: $RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR, else Ray's session"
@@ -35,12 +37,16 @@ def main(argv: list[str] | None = None) -> int:
         "scrape file to write; default: prometheus/prometheus.yml in $RAY_METRICS_OUTPUT_ROOT or Ray's session"
     )
     parser.add_argument("--scrape", type=str | None, default=None, help=scrape_help)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     try:
         session = session_of(Path(options.temp_dir))
         board, scrape = write(session, options.board, options.scrape)
     except OSError as error:
-        print(f"launch.dashboard: {error}", file=sys.stderr)
+        print(f"launch.dashboard: {sentence(error)}", file=sys.stderr)
         return 1
     print(f"board        {board}")
     print(f"scrape file  {scrape}")

@@ -68,8 +68,8 @@ def small_files(run: Path) -> Iterator[Path]:
         yield run
         return
     with tempfile.TemporaryDirectory(prefix="worldloom-") as folder:
-        fetch_small_files(run, Path(folder))
-        yield Path(folder)
+        fetch_small_files(run, Path(folder) / run.name)
+        yield Path(folder) / run.name
 
 
 def env_config(run: Path) -> EnvConfig:

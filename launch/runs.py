@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from launch.failures import sentence
 from launch.places import FAILURES, run_place, storage
 from launch.record import Record, read_record
 from worldloom.locations import download, files_below, find, is_file, join
@@ -22,7 +23,8 @@ COLUMNS = ("name", "task", "algorithm", "steps", "return", "status", "age")
 UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command's options."""
     parser = ArgumentParser(prog="launch.runs", description="List the runs of a storage, or copy one of them here.")
     parser.add_argument("action", nargs="?", choices=("list", "pull"), default="list", help="list (default) or pull")
     parser.add_argument("name", nargs="?", type=str, default=None, help="pull: name, folder or URL of the run")
@@ -30,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--storage", type=str, default=None, help=where)
     parser.add_argument("--to", type=str, default=None, help="pull: folder to write; default: runs/NAME")
     parser.add_argument("--json", action="store_true", help="list: print JSON")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command_parser().parse_args(argv)
     try:
         if options.action == "list":
             _show(list_runs(storage(options.storage)), storage(options.storage), options.json)
@@ -41,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         run = named if is_file(named / "config.yaml") else run_place(options.name, options.storage)
         folder = pull(run, Path(options.to or Path("runs") / run.name))
     except FAILURES as error:
-        print(f"launch.runs: {error}", file=sys.stderr)
+        print(f"launch.runs: {sentence(error)}", file=sys.stderr)
         return 1
     print(f"copied to {folder}; look at it with: python -m launch.status --run-dir {folder}")
     return 0

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.compare import default_page
+from launch.failures import sentence
 from launch.sweeps.folder import SweepFolder, is_finished, only_one
-from launch.sweeps.plan import BASE, Plan, read_plan, sweep_parser
+from launch.sweeps.plan import BASE, Plan, read_plan
+from launch.sweeps.plan import sweep_parser as command_parser
 from launch.sweeps.process import INTERRUPTED, OneRun
 from launch.sweeps.search import SearchConfig, interrupt_search, run_search
 from launch.sweeps.slots import Slots, slots
@@ -30,7 +32,7 @@ JOBS = 1  # at once, where their number is not given: each uses the whole cluste
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = sweep_parser()
+    parser = command_parser()
     with contextlib.ExitStack() as held:
         try:
             plan = read_plan(parser, argv)
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nstopped at once; {_go_on(plan)}")
             return INTERRUPTED
         except (RuntimeError, OSError) as error:
-            print(f"launch.sweep: {error}", file=sys.stderr)
+            print(f"launch.sweep: {sentence(error)}", file=sys.stderr)
             return 1
 
 
