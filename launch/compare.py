@@ -16,9 +16,7 @@ from worldloom.report.compare import write_comparison
 def command_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(prog="launch.compare", description=DESCRIPTION)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder, URL or name of a run, or a sweep's folder"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, URL or name of a run, or a sweep's folder")
     parser.add_argument("--out", metavar="FILE", help="the page; default: compare.html in the folder of the first run")
     return parser
 

@@ -10,7 +10,7 @@ import pytest
 @contextlib.contextmanager
 def s3_server():
     """Give the settings of a server that speaks S3, as environment variables."""
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -22,6 +22,7 @@ def s3_server():
     }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    s3fs.S3FileSystem.clear_instance_cache()  # else they go on with the server of an earlier test
     try:
         yield variables
     finally:

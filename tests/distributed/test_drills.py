@@ -304,7 +304,7 @@ def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
         "worldloom.runs.rows.ReplayStore.write",
         "worldloom.runs.inline.commit_checkpoint",
         "worldloom.manifest.json.dumps",
-        "pathlib.Path.rename",
+        "pathlib.Path.replace",
     ):
         trainer = InlineTrainer(longer, tmp_path / "run", resume=True)
         with monkeypatch.context() as patch:

@@ -128,7 +128,7 @@ def signal_each(number, process, others):
 @pytest.mark.parametrize(
     ("send", "number"),
     [
-        pytest.param(signal_group, signal.SIGTERM, id="sigterm to the group, as timeout does"),
+        pytest.param(signal_group, signal.SIGTERM, id="sigterm to the group, as timeout does", marks=pytest.mark.slow),
         pytest.param(signal_each, signal.SIGTERM, id="sigterm to each, as systemd and SLURM do"),
         pytest.param(signal_group, signal.SIGINT, id="sigint to the group", marks=pytest.mark.slow),
     ],

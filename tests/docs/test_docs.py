@@ -115,7 +115,7 @@ def commands(page):
 )
 def test_commands_run_or_name_what_exists(page, workplace, monkeypatch):
     monkeypatch.setattr("launch.sweeps.workers.TaskWorkers", HereWorkers)
-    monkeypatch.setattr("distributed.cluster.connect", lambda config, namespace: False)
+    monkeypatch.setattr("distributed.cluster.connect", lambda *about: False)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     for name, text in written(page).items():
         (workplace / name).write_text(text)

@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from launch.arguments import dump_config, run_config
-from launch.train import _parser
+from launch.train import command_parser
 from tests.distributed.ray_runs import slow_config
 from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
@@ -51,7 +51,7 @@ def commands(path):
 def parse(command):
     """Return the configuration that launch.train makes of a command."""
     assert {"--config", "--storage", "--name"} <= set(command[::2])
-    parser = _parser()
+    parser = command_parser()
     return run_config(parser, parser.parse_args([word.replace("/worldloom/", f"{ROOT}/") for word in command]))
 
 

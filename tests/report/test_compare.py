@@ -64,7 +64,7 @@ def test_curves_meet_on_one_axis_and_a_short_one_counts_while_it_lasts():
     assert len(on_one_axis([(np.arange(1000.0), np.arange(1000.0))])[0]) == 200
 
 
-def fake_run(folder, env_id, seed, level, lr=3e-4, ended=True, algorithm="tdmpc2:5m", evaluations=5):
+def fake_run(folder, env_id, seed, level, lr=3e-4, ended=True, algorithm="tdmpc2:5m", evaluations=5, pace=40.0):
     folder.mkdir(parents=True)
     config = {
         "algorithm": algorithm, "agent": {"lr": lr}, "env": {"id": env_id, "action_repeat": 2},
@@ -74,7 +74,7 @@ def fake_run(folder, env_id, seed, level, lr=3e-4, ended=True, algorithm="tdmpc2
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     steps = [100_000 * (i + 1) for i in range(evaluations)]
     lines = [
-        {"env_steps": step, "updates": step, "wall_seconds": step / 40 * (1 + seed / 10), "episode/return": level / 2,
+        {"env_steps": step, "updates": step, "wall_seconds": step / pace * (1 + seed / 10), "episode/return": level / 2,
          "eval/return_mean": level * (1 - 0.5 ** (i + 1)) + 3 * seed}
         for i, step in enumerate(steps)
     ]  # fmt: skip
@@ -172,3 +172,8 @@ def test_what_holds_no_runs_is_refused_in_a_sentence(tmp_path, capsys):
     fake_run(tmp_path / "young", "Pendulum-v1", 0, 0, evaluations=0)
     assert main([str(tmp_path / "young")]) == 1
     assert "none of these runs has metrics yet" in capsys.readouterr().err
+
+
+def test_runs_of_less_than_two_seconds_have_a_page(tmp_path):
+    fake_run(tmp_path / "short", "Pendulum-v1", 0, -200, pace=1e6)
+    assert "seconds" in write_comparison([tmp_path / "short"], tmp_path / "compare.html").read_text()

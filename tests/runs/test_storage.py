@@ -33,7 +33,7 @@ def server():
         yield variables
 
 
-@pytest.fixture(params=["s3", "memory", "file"])
+@pytest.fixture(params=["s3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("memory", "file"))])
 def place(request, tmp_path, monkeypatch):
     """A storage's URL."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -93,7 +93,8 @@ def _curves(task: str, variants: Mapping[str, list[ComparedRun]], metric: str, c
     """Draw returns over frames and over wall-clock time, each with the mean and its interval over seeds."""
     figure, (by_frames, by_time) = axes(1, 2, 9.6, 3.4)
     slowest = max(run.wall_seconds for runs in variants.values() for run in runs)
-    unit, seconds = next(each for each in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if slowest >= each[1] * 2)
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, seconds = next((each for each in units if slowest >= each[1] * 2), units[-1])
     for variant, runs in variants.items():
         label = f"{variant} ({len(runs)} {'seed' if len(runs) == 1 else 'seeds'})"
         _draw(by_frames, [run.curve(metric, "frames") for run in runs], 1, colours[variant], label)
