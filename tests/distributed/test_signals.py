@@ -1,7 +1,9 @@
 """Which processes heed SIGTERM where the driver blocked it while it started its cluster."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,5 +44,10 @@ else:
 @pytest.mark.timeout(120)
 def test_an_actor_outlives_sigterm_and_the_processes_that_it_starts_do_not(tmp_path):
     (tmp_path / "actor.py").write_text(ACTOR)
-    done = subprocess.run([sys.executable, tmp_path / "actor.py", "driver"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "actor.py", "driver"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
     assert done.returncode == -15, done.stderr  # the driver itself heeds it: nothing was blocked there
