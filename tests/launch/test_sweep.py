@@ -410,7 +410,8 @@ def test_a_sweep_on_ray_is_interrupted_goes_on_and_survives_a_run_that_fails(con
     assert again.returncode == 1, again.stdout + again.stderr
     assert "id-Nope-v0 failed: launch.train: env.id is 'Nope-v0', which Gymnasium cannot make" in again.stdout
     finished = json.loads((run_dir / "summary.json").read_text())
-    assert (finished["status"], finished["env_steps"]) == ("completed", 2000)
+    assert finished["status"] == "completed"
+    assert 2000 <= finished["env_steps"] < 2010  # how many steps a start makes at once depends on where it was cut
     assert "resumed from step-" in (sweep / "logs" / f"{run_dir.name}.log").read_text()
     assert "id-Nope-v0" in json.loads((sweep / "sweep.json").read_text())["errors"]
 
