@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from launch.places import in_ray_job, run_place, storage
 from worldloom.locations import find, is_file, read_bytes, remove_file, remove_folder
 from worldloom.manifest import MANIFEST, checkpoint_folders
+from worldloom.report.boards import flat
 from worldloom.runs.checkpoint import drop_partial
 from worldloom.runs.config import RunConfig
 
@@ -25,7 +25,7 @@ FREE = ("storage", "env.num_envs")  # of these, what may change, or says nothing
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says about the run itself, before the configuration is read."""
+    """Holds what the command line says about the run itself, before the configuration is read."""
 
     run_dir: str | None
     name: str | None
@@ -116,7 +116,7 @@ def is_complete(run: Path, config: RunConfig) -> bool:
 
 def changes(saved: RunConfig, new: RunConfig) -> list[str]:
     """Return "KEY: OLD -> NEW" for each field that differs. Raises ValueError for fields that a run keeps."""
-    before, after = dict(_flat(dataclasses.asdict(saved))), dict(_flat(dataclasses.asdict(new)))
+    before, after = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(new))
     differing = [key for key in {**before, **after} if before.get(key) != after.get(key) and key not in FREE]
     for key in differing:
         if key.startswith(SAME):
@@ -125,11 +125,3 @@ def changes(saved: RunConfig, new: RunConfig) -> list[str]:
                 "run."
             )
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in differing]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

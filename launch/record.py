@@ -22,7 +22,7 @@ QUIET_SECONDS = 600.0  # after so long without new metrics, a run without a summ
 
 @dataclass(frozen=True)
 class Record:
-    """What a run has written about itself."""
+    """Holds what a run has written about itself."""
 
     run: Path
     config: dict[str, Any]

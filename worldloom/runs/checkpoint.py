@@ -20,9 +20,9 @@ from worldloom.files import CheckpointError
 from worldloom.locations import (
     PARTIAL,
     Location,
+    files_below,
     find,
     is_file,
-    join,
     make_folder,
     read_bytes,
     remove_file,
@@ -66,7 +66,8 @@ def commit_checkpoint(folder: Path, manifest: Mapping[str, Any], keep: int) -> N
     """Write the manifest, then delete all but the `keep` newest checkpoints.
 
     Raises OSError, also if files of the checkpoint are gone."""
-    missing = [name for name in manifest["files"] if not is_file(join(folder, name))]
+    present = {*files_below(folder), *(f"../rows/{path.name}" for path in find(folder.parent / "rows", "*.msgpack"))}
+    missing = [name for name in manifest["files"] if name not in present]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)} of the checkpoint were deleted while it was written")
     write_manifest(folder, manifest)

@@ -23,7 +23,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Home:
-    """Where a run lies.
+    """Names the places of a run.
 
     root: its folder or URL, with the checkpoints. dir: the folder on this machine with the files that grow: metrics,
     TensorBoard, reports; `root` itself unless that is a URL.

@@ -102,9 +102,9 @@ class Lease:
     def check(self) -> None:
         """Raise LeaseLost if another process has taken the run over, OSError if the store does not answer."""
         found = writer_of(self._root)
-        if found is None:  # somebody deleted it
-            self._write()
-        elif found.token != self._mine.token:
+        if found is None:  # a process that took the run over may have ended, too: then what it wrote must stay
+            raise LeaseLost(f"{self._root} has no {LEASE} any more. This process stops, and writes nothing more there.")
+        if found.token != self._mine.token:
             raise LeaseLost(
                 f"{self._root} was taken over by {found.describe()}, because this process gave no sign of life. "
                 "This one stops, and leaves the run to it."
