@@ -33,7 +33,7 @@ def board() -> dict[str, Any]:
 
 
 def _variables() -> Iterator[dict[str, Any]]:
-    """What a reader chooses at the top: the Prometheus, the session of Ray, and the run."""
+    """Yield the choices at the top of the board: the Prometheus, the session of Ray, and the run."""
     yield {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus", "refresh": 1}
     steps = gauge_name("env_steps")
     session = _choice("SessionName", "Ray session", f"label_values({steps}, SessionName)")

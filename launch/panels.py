@@ -1,4 +1,4 @@
-"""What the Grafana board shows, row by row: panels with their PromQL."""
+"""The panels of the Grafana board, row by row, with their PromQL."""
 
 from __future__ import annotations
 

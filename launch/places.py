@@ -1,4 +1,4 @@
-"""Where the commands find runs: the storage, the folder or URL of a run, and its environments."""
+"""The places of runs, for the commands: the storage, the folder or URL of a run, and its environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command says before its imports, which take seconds."""
+"""The first line of a command, printed before its imports, which take seconds."""
 
 from __future__ import annotations
 

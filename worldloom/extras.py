@@ -1,4 +1,4 @@
-"""What is installed by which extra, for errors that say how to install it."""
+"""The extras that install optional packages, for errors that say how to install them."""
 
 from __future__ import annotations
 

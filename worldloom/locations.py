@@ -1,4 +1,4 @@
-"""Where files lie: in folders of this machine, or in object stores that fsspec reaches by URL (s3://, gs://)."""
+"""Locations of files: folders of this machine, or object stores that fsspec reaches by URL (s3://, gs://)."""
 
 from __future__ import annotations
 

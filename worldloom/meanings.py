@@ -1,4 +1,4 @@
-"""What the fields of a config mean: from the docstring's Args, or the comments beside the fields."""
+"""The meanings of the fields of a config: from the docstring's Args, or the comments beside the fields."""
 
 from __future__ import annotations
 

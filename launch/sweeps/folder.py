@@ -23,7 +23,7 @@ TAIL_BYTES = 64 * 2**10  # of metrics.jsonl, which hold the newest figures
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run has come. status: waiting, running, saved, finished or failed."""
+    """Holds how far a run has come. status: waiting, running, saved, finished or failed."""
 
     status: str
     env_steps: int = 0

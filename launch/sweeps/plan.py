@@ -1,4 +1,4 @@
-"""What a command line of launch.sweep asks for, checked before anything starts."""
+"""The plan of a sweep: the command line of launch.sweep, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = "base"  # the configuration that the samples of a search change
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command asks for. runs: a configuration for each run; of a search, the one that its samples change."""
+    """Holds what a command asks for. runs: a configuration for each run; of a search, the one that its samples change."""
 
     argv: list[str]
     folder: SweepFolder

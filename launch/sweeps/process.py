@@ -23,7 +23,7 @@ DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl (Linux)
 
 @dataclass(frozen=True)
 class OneRun:
-    """What a process needs to train one configuration; it can be sent to another machine.
+    """Holds what a process needs to train one configuration; it can be sent to another machine.
 
     config: a YAML file. overrides: values of fields by dotted name. threads: CPU threads that it may use.
     """

@@ -1,4 +1,4 @@
-"""How many runs of a sweep run at once, and the share of the cluster that each gets."""
+"""The number of runs of a sweep that run at once, and the share of the cluster that each gets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RUNS_PER_GPU = 4  # at most, where their number is chosen here
 
 @dataclass(frozen=True)
 class Slots:
-    """How many runs run at once, and what each of them gets."""
+    """Holds how many runs run at once, and what each of them gets."""
 
     parallel: int
     cpus: float

@@ -1,4 +1,4 @@
-"""Where the runs of a grid run: in Ray tasks, or as Ray jobs of their own."""
+"""The workers of a grid, which run its runs: Ray tasks, or Ray jobs of their own."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Line:
-    """What one line shows.
+    """Holds what one line shows.
 
     texts: (place, text), the most important first. Places go from left to right. A later text for a place replaces an
     earlier one if there is room for it.

@@ -1,4 +1,4 @@
-"""Where the results of a run come from: the command, the versions and the commit."""
+"""The origin of the results of a run: the command, the versions and the commit."""
 
 from __future__ import annotations
 

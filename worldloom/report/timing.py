@@ -17,7 +17,7 @@ LIMITS = ("learner", "ratio", "environments", "replay", WARM_UP)
 
 @dataclass(frozen=True)
 class Mark:
-    """What a run had done at one moment. sums: seconds by activity."""
+    """Holds what a run had done at one moment. sums: seconds by activity."""
 
     time: float
     env_steps: int
