@@ -76,7 +76,7 @@ class Checkpoints:
 
     @property
     def age(self) -> float:
-        """The seconds since the newest checkpoint, or since the start if there is none yet: what a crash would cost."""
+        """Seconds since the newest checkpoint, or since the start: what a crash would cost."""
         return time.monotonic() - self._committed_at
 
     def begin(self, copy: bool = True) -> None:

@@ -61,7 +61,7 @@ class ReplayActor(Process):
         return drawn
 
     def gauges(self) -> dict[str, float]:
-        """Return the seconds that drawing one batch took, over the last draws, and the share of the buffer in use."""
+        """Return how many seconds a draw took, over the last draws, and the share of the buffer in use."""
         seconds = {f"replay/sample_seconds_p{p}": float(np.percentile(self._drawn or [0.0], p)) for p in (50, 95)}
         return {**seconds, "replay/filled_fraction": len(self._replay) / self._replay.capacity}
 

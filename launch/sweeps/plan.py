@@ -20,7 +20,7 @@ BASE = "base"  # the configuration that the samples of a search change
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds what a command asks for. runs: a configuration for each run; of a search, the one that its samples change."""
+    """Holds what a command asks for. runs: a configuration for each run; of a search, the one that samples change."""
 
     argv: list[str]
     folder: SweepFolder
