@@ -114,10 +114,17 @@ class Coordinator:
             self.parts.learning.draw_picture()
         if run.eval_clock.due(steps) and not run.finished:
             self.parts.evaluating.due = steps
-        if run.checkpoint_clock.due(steps) and not run.finished:
+        self._save_at_intervals()
+        self.pace.after_interval()
+
+    def _save_at_intervals(self) -> None:
+        run, checkpoints = self.run, self.parts.checkpoints
+        checkpoints.due |= run.checkpoint_clock.due(run.limiter.env_steps)
+        # The next one waits for a slow store, and training goes on; only runtime.sync saves at exactly these steps.
+        busy = checkpoints.saving is not None and not self.config.runtime.sync
+        if checkpoints.due and not busy and not run.finished:
             self.parts.begin_checkpoint()
             self.pace.after_checkpoint()
-        self.pace.after_interval()
 
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         parts, recorder = self.parts, self.run.recorder

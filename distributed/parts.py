@@ -44,6 +44,7 @@ class Parts:
             *self.checkpoints.pending(),
         ]
         if not pending:
+            self.checkpoints.wait(timeout)
             return
         ready = set(self._wait(pending, timeout))
         self.inserting.take(ready)
@@ -89,8 +90,8 @@ class Parts:
 
     def begin_checkpoint(self) -> None:
         """Begin a checkpoint of the run as it is; it is written while the run goes on."""
-        self.settle()
         self.finish_checkpoint()
+        self.settle()
         self.checkpoints.begin()
 
     def finish_checkpoint(self) -> None:
@@ -99,15 +100,17 @@ class Parts:
             self.take_ready(timeout=1.0)
 
     def save(self) -> None:
-        """Write a checkpoint and wait for it; call `settle` before."""
+        """Write a checkpoint of the run as it is, and wait for it."""
         self.finish_checkpoint()
+        self.settle()
         self.checkpoints.begin(copy=False)
-        self.finish_checkpoint()
+        while self.checkpoints.saving is not None:  # replay must not change meanwhile
+            self.state.watch.look()
+            self.checkpoints.wait(1.0)
 
     def save_what_was_accepted(self) -> None:
         """Write a checkpoint while another error is on its way; current collects may bring the same error again."""
         self.collecting.forget_tasks()
-        self.settle()
         self.save()
 
     def end(self) -> None:

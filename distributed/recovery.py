@@ -112,4 +112,4 @@ class Recovery:
         if leaving := draining & {self._parts.learning.node, *self._parts.replay.nodes} - self._saved_for:
             self._saved_for |= leaving
             self._state.run.recorder.say("a node of the learner or replay is about to go: saving")
-            self._parts.begin_checkpoint()
+            self._parts.checkpoints.due = True

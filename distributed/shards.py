@@ -117,12 +117,16 @@ class Shards:
 
     # Saving
 
-    def snapshot(self, folder: Path) -> list[Any]:
-        """Copy each shard, then write it while the run goes on; return references to the files' names."""
-        return [handle.write.remote(folder, handle.snapshot.remote()) for handle in self.handles]
+    def snapshot(self) -> list[Any]:
+        """Copy what each shard has to write; return references for `write`."""
+        return [handle.snapshot.remote() for handle in self.handles]
+
+    def write(self, folder: Path, snapshots: list[Any]) -> list[Any]:
+        """Write each shard's copy while the run goes on; return references to the files' names."""
+        return [handle.write.remote(folder, taken) for handle, taken in zip(self.handles, snapshots, strict=True)]
 
     def save(self, folder: Path) -> list[Any]:
-        """Write each shard without a copy, while nothing else goes on; return references as `snapshot`."""
+        """Write each shard without a copy, while nothing else goes on; return references as `write`."""
         return [handle.save.remote(folder) for handle in self.handles]
 
     def load(self, checkpoint: Path) -> int:

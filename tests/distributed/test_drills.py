@@ -2,12 +2,15 @@
 
 import dataclasses
 import os
+import re
 import signal
+import threading
 
 import numpy as np
 import pytest
 import ray
 
+import worldloom.runs.run
 from distributed.coordinator import train
 from distributed.launcher import result_of
 from tests.distributed.ray_runs import (
@@ -191,7 +194,7 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
 
     made.parts.begin_checkpoint = begin_on_a_bad_disk
     summary = finish(made, tmp_path)
-    assert summary["checkpoints_failed"] == 2
+    assert 1 <= summary["checkpoints_failed"] <= 2  # 1 where the machine is so slow that the next one had to wait
     assert found["before"] == []
     name, broken = found["after"]
     assert broken == []
@@ -207,19 +210,48 @@ def test_a_disk_that_refuses_beside_a_death_does_not_end_the_run(coordinator):
         raise OSError("no space left")
 
     class Refused:
-        seconds, reference = 0.0, refuse.remote()
+        seconds, told, reference = 0.0, False, refuse.remote()
 
-        def pending(self):
-            return [self.reference]
+        def wait(self, seconds):
+            return ray.wait([self.reference], timeout=seconds)[0]
 
-        def commit(self, keep):
-            return result_of(self.reference, "learner")
+        def advance(self, ready):
+            return bool(ready) and result_of(self.reference, "learner")
 
     made.parts.checkpoints.saving = Refused()
     made.parts.checkpoints.settle()  # as a recovery does first
     assert made.parts.checkpoints.saving is None
     assert made.run.recorder.counters["checkpoints_failed"] == 1
     assert made.run.unsaved
+
+
+@pytest.mark.parametrize("hangs", ["begin_checkpoint", "commit_checkpoint"])
+def test_a_store_that_hangs_holds_up_nobody(hangs, coordinator, tmp_path, monkeypatch, capsys):
+    made = coordinator(slow_config(600, checkpoint=CheckpointConfig(interval=100)))
+    monkeypatch.setattr("distributed.saving.SLOW_SECONDS", 0.2)
+    answers, original, asked = threading.Event(), getattr(worldloom.runs.run, hangs), []
+
+    def hang(*args):
+        asked.append(made.run.limiter.env_steps)
+        assert answers.wait(300)
+        return original(*args)
+
+    monkeypatch.setattr(worldloom.runs.run, hangs, hang)
+    advance, gone_on = made.pace.advance, []
+
+    def advance_and_look(stop):
+        advance(stop)
+        if asked and made.run.limiter.env_steps >= asked[0] + 250:  # two more checkpoints are due by now
+            gone_on.append((len(asked), made.parts.checkpoints.committed))
+            answers.set()
+
+    made.pace.advance = advance_and_look
+    summary = made.train()
+    assert gone_on[0] == (1, 0)
+    assert summary["status"] == "completed"
+    assert verify(tmp_path) == []
+    assert len(asked) >= 3
+    assert re.search(r"the checkpoint of step \d+ is still being written after \d+ s", capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -298,11 +330,11 @@ def test_each_step_of_saving_may_be_the_last(tmp_path, monkeypatch):
     whole = newest_checkpoint(tmp_path / "run").name
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=160))
     for name in (
-        "worldloom.runs.inline.begin_checkpoint",
+        "worldloom.runs.run.begin_checkpoint",
         "worldloom.runs.inline.write_agent",
         "worldloom.runs.rows.write_msgpack",
         "worldloom.runs.rows.ReplayStore.write",
-        "worldloom.runs.inline.commit_checkpoint",
+        "worldloom.runs.run.commit_checkpoint",
         "worldloom.manifest.json.dumps",
         "pathlib.Path.replace",
     ):

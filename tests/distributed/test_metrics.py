@@ -58,7 +58,7 @@ def test_the_age_of_the_newest_checkpoint_begins_again_with_each(monkeypatch):
     checkpoints = Checkpoints(SimpleNamespace(run=run, config=config), None, None)
     clock.now = 107.0
     assert checkpoints.age == 7  # since the start, as there is none yet
-    checkpoints.saving = SimpleNamespace(commit=lambda keep: 0.5, seconds=2.0, done=lambda ready: True)
+    checkpoints.saving = SimpleNamespace(advance=lambda ready: True, paused=0.5, seconds=2.0)
     checkpoints.take([])
     assert recorded == {"checkpoint/paused_seconds": 0.5, "checkpoint/seconds": 2.0, "checkpoint/age_seconds": 0}
     clock.now = 110.0

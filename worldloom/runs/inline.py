@@ -26,7 +26,7 @@ from worldloom.runs.build import (
     make_run_env,
     probe_env,
 )
-from worldloom.runs.checkpoint import begin_checkpoint, checkpoint_to_resume, commit_checkpoint
+from worldloom.runs.checkpoint import checkpoint_to_resume
 from worldloom.runs.config import RunConfig
 from worldloom.runs.home import Home, as_home
 from worldloom.runs.rows import ReplayStore
@@ -150,12 +150,14 @@ class InlineTrainer:
         snapshot = take_agent(self.agent)
         manifest = self.run.manifest(self.run.incarnation)
         with self.run.saving():
-            folder = begin_checkpoint(self.run.home.root, self.run.limiter.env_steps)
-            files = write_agent(folder, snapshot)
-            saved = self.store.save(folder, self.replay, self.config.runtime.sync)
-            manifest |= {"rows": [saved.rows], "files": files | saved.files}
-            self.run.home.check()
-            commit_checkpoint(folder, manifest, self.config.checkpoint.keep)
+            folder = self.run.open_checkpoint(self.run.limiter.env_steps)
+            try:
+                files = write_agent(folder, snapshot)
+                saved = self.store.save(folder, self.replay, self.config.runtime.sync)
+                self.run.commit_checkpoint(folder, manifest | {"rows": [saved.rows], "files": files | saved.files})
+            except OSError:
+                self.run.drop_checkpoint(folder)
+                raise
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         self.save()

@@ -67,10 +67,13 @@ class ReplayStore:
 
     def save(self, folder: Path, replay: ReplayBuffer, exact: bool = False) -> SavedReplay:
         """Snapshot and write at once, without a copy of everything; replay must not change meanwhile."""
+        if self._rows_are_gone():
+            logger.warning("files of rows are gone from %s, so all rows are written again", self._folder)
+            self._saved = []
         return self.write(folder, self._take(replay, exact))
 
     def snapshot(self, replay: ReplayBuffer, exact: bool = False) -> ReplaySnapshot:
-        """Copy the rows that were not saved yet, for `write`; replay may change afterwards.
+        """Copy the rows that were not saved yet, for `write`; replay may change afterwards. Touches no storage.
 
         Columns that an agent writes back change after their rows were saved; exact: save them for all rows each time.
         """
@@ -80,9 +83,6 @@ class ReplayStore:
     def _take(self, replay: ReplayBuffer, exact: bool) -> ReplaySnapshot:
         end = replay.accepted().rows
         oldest = end - len(replay)
-        if not self._names_taken().issuperset(saved.name for saved in self._saved):
-            logger.warning("files of rows are gone from %s, so all rows are written again", self._folder)
-            self._saved = []
         begin = max(self._saved[-1].last if self._saved else oldest, oldest)
         step = max(SEGMENT_BYTES // (replay.nbytes // replay.capacity), 1)
         cuts = [(first, min(first + step, end)) for first in range(begin, end, step)]
@@ -91,7 +91,13 @@ class ReplayStore:
         return ReplaySnapshot(oldest, segments, replay.state_dict(), extra)
 
     def write(self, folder: Path, snapshot: ReplaySnapshot) -> SavedReplay:
-        """Write a snapshot. Raises OSError; files written before it stay valid."""
+        """Write a snapshot. Raises OSError; files written before it stay valid.
+
+        It is raised as well if files of earlier rows are gone: then the next snapshot has all rows.
+        """
+        if self._rows_are_gone():
+            self._saved = []
+            raise FileNotFoundError(f"files of rows were deleted from {self._folder}")
         make_folder(self._folder)
         self._saved = [saved for saved in self._saved if saved.last > snapshot.oldest]
         taken = self._names_taken()
@@ -172,6 +178,9 @@ class ReplayStore:
 
     def _path(self, file: RowsFile) -> Path:
         return self._folder / file.name
+
+    def _rows_are_gone(self) -> bool:
+        return bool(self._saved) and not self._names_taken().issuperset(saved.name for saved in self._saved)
 
     def _names_taken(self) -> set[str]:
         return {path.name for path in find(self._folder, f"{self._shard}-*.msgpack")}

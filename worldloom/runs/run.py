@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.files import CheckpointError, write_text
+from worldloom.locations import remove_folder
 from worldloom.manifest import read_manifest
 from worldloom.replay.chunk import row_bytes
 from worldloom.replay.memory import ring_bytes
 from worldloom.report.metrics import Recorder
 from worldloom.report.sinks import Sink
 from worldloom.runs.build import AgentSpec, EnvSpec, make_limiter, replay_columns, subject_of
-from worldloom.runs.checkpoint import drop_partial, tidy
+from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint, tidy
 from worldloom.runs.config import RunConfig
 from worldloom.runs.home import Home
+from worldloom.runs.lease import LeaseLost
 from worldloom.runs.limiter import Every
 from worldloom.spaces import observation_shape
 from worldloom.types import ObsShape
@@ -117,19 +119,32 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.write_config(self._config_text)
 
+    def open_checkpoint(self, env_steps: int) -> Path:
+        """Return an empty folder for a checkpoint. Raises OSError, or LeaseLost if another process has this run."""
+        self.home.check()
+        self._write_again_what_was_deleted()
+        return begin_checkpoint(self.home.root, env_steps)
+
+    def commit_checkpoint(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Make a checkpoint valid, then remove old ones. Raises OSError, or LeaseLost as `open_checkpoint` does."""
+        self.home.check()
+        commit_checkpoint(folder, manifest, self.config.checkpoint.keep)
+        self.unsaved = False
+
+    def drop_checkpoint(self, folder: Path) -> None:
+        """Remove what was written of a checkpoint that cannot become valid, unless another process has this run."""
+        with contextlib.suppress(OSError, LeaseLost):
+            self.home.check()
+            remove_folder(folder)
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Wrap the writing of a checkpoint: report a disk error, and raise it if checkpoint.on_error is stop. Earlier
-        checkpoints stay valid. Raises LeaseLost if another process has taken the run over."""
+        checkpoints stay valid."""
         try:
-            self.home.check()
-            self._write_again_what_was_deleted()
             yield
-            self.unsaved = False
         except OSError as error:
             self.unsaved = True
-            with contextlib.suppress(OSError):
-                drop_partial(self.home.root)
             self.recorder.counters["checkpoints_failed"] += 1
             text = f"no checkpoint could be written at step {self.limiter.env_steps:,} ({error})"
             if self.config.checkpoint.on_error == "stop":
