@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.dreamerv3.latents import compact
-from worldloom.dreamerv3.layers import BlockLinear, Conv, RMSNorm
+from worldloom.dreamerv3.layers import BlockLinear, Conv, NormSiLU
 from worldloom.dreamerv3.rssm import RSSMState
 
 
@@ -42,7 +42,7 @@ def fill(module):
             inputs, blocks, out = layer.weight.shape
             layer.weight.copy_(wave(blocks, inputs, out).transpose(0, 1))
             layer.bias.copy_(wave(blocks * out))
-        elif isinstance(layer, RMSNorm):
+        elif isinstance(layer, NormSiLU):
             layer.scale.copy_(1 + wave(len(layer.scale)) / 3)
     return module
 

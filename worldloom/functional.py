@@ -140,6 +140,11 @@ def percentile_range(x: Tensor, low: float = 0.05, high: float = 0.95) -> tuple[
     return at(low), at(high)
 
 
+def eager_on_cpu(x: Tensor) -> bool:
+    """Return whether torch's own CPU kernels compute x, one by one; some functions have forms for these."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
 def short_softmax(x: Tensor) -> Tensor:
     """Return the softmax over a short last axis: [..., K] to [..., K].
 
@@ -150,12 +155,18 @@ def short_softmax(x: Tensor) -> Tensor:
     return F.softmax(x, dim=-1)
 
 
-def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
-    """Return log((1 - mix) softmax(logits) + mix / K), [..., K], in at least float32 (DreamerV3)."""
+def unimix_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
+    """Return (1 - mix) softmax(logits) + mix / K, [..., K], in at least float32 (DreamerV3)."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    probs = short_softmax(wide)
+    return (1 - mix) * probs + mix / logits.shape[-1] if mix else probs
+
+
+def unimix_log_probs(logits: Tensor, mix: float = 0.01) -> Tensor:
+    """Return the logarithm of `unimix_probs`, [..., K]."""
     if mix == 0:  # where the logarithm of a probability that is rounded to 0 would be -inf
-        return torch.log_softmax(wide, -1)
-    return torch.log((1 - mix) * short_softmax(wide) + mix / logits.shape[-1])
+        return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return torch.log(unimix_probs(logits, mix))
 
 
 @torch.no_grad()
@@ -183,10 +194,10 @@ def one_hot(index: Tensor, count: int) -> Tensor:
 def draw_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
     """Draw categorical choices as one-hot [..., K] without gradient, from probabilities [..., K].
 
-    noise: [..., K] standard exponential; the argmax of probs / noise is an exact draw.
+    noise: [..., K] standard exponential; the argmin of noise / probs is an exact draw.
     """
-    score = (probs.detach() / noise).contiguous()  # short_softmax leaves K planes, where argmax is slow
-    return one_hot(score.argmax(-1), probs.shape[-1]).to(probs.dtype)
+    score = noise / probs.detach()  # in this order it is laid out as noise; short_softmax leaves K planes
+    return one_hot(score.argmin(-1), probs.shape[-1]).to(probs.dtype)
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -70,9 +70,9 @@ class _CpuMish(torch.autograd.Function):
 
 def mish(x: Tensor) -> Tensor:
     """Return x tanh(softplus(x)), elementwise: [...] to [...] (Misra 2019)."""
-    if not x.is_cpu or torch.compiler.is_compiling():
-        return F.mish(x)
-    return cast(Tensor, _CpuMish.apply(x))  # type: ignore[no-untyped-call]
+    if fn.eager_on_cpu(x):
+        return cast(Tensor, _CpuMish.apply(x))  # type: ignore[no-untyped-call]
+    return F.mish(x)
 
 
 class NormedLinear(nn.Linear):
@@ -160,8 +160,7 @@ class Ensemble(nn.Module):
         lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
         if dropped is not None:
             dropped = dropped.reshape(len(flat), *dropped.shape[-2:])
-        one_by_one = x.is_cpu and not torch.compiler.is_compiling()
-        out = (_one_by_one if one_by_one else _together)(flat, layers, heads, dropped, rate)
+        out = (_one_by_one if fn.eager_on_cpu(x) else _together)(flat, layers, heads, dropped, rate)
         return out.view(len(out), *lead, out.shape[-1])
 
     @staticmethod

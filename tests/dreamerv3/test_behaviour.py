@@ -116,7 +116,7 @@ def test_imagination_follows_the_given_noise_and_reads_every_head_at_its_feature
         for t in range(steps):
             state = RSSMState(features[t, :, :32], features[t, :, 32:].unflatten(-1, (4, 4)))
             deter = model.rssm.core(state, model.rssm.embed_action(imagined.actions[t]))
-            drawn = sample_one_hot(model.rssm.prior(deter), noise.prior[t])
+            drawn = sample_one_hot(model.rssm.prior(deter).exp(), noise.prior[t])
             assert_close(features[t + 1], torch.cat([deter, drawn.flatten(1)], -1))
         for found, head in (
             (imagined.rewards, model.reward),

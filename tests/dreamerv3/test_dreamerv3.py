@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tests.dreamerv3_models import PIXELS, TOKEN, H, Z, close, fill
@@ -11,7 +12,7 @@ from worldloom import functional as fn
 from worldloom.dreamerv3 import SIZES, DreamerV3Config, DreamerV3WorldModel
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.encoder import Decoder, Encoder, ImageDecoder, ImageEncoder
-from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, RMSNorm
+from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, norm_silu
 from worldloom.dreamerv3.rssm import RSSM, RSSMState, gru_gate, sample_one_hot
 from worldloom.optim import LaProp
 
@@ -55,7 +56,7 @@ def test_observing_a_sequence_equals_observing_step_by_step():
         action = actions[t] * (1 - reset)[:, None]
         deter = rssm.core(state, rssm.embed_action(action))
         log_probs = rssm.posterior(deter, tokens[t])
-        state = RSSMState(deter, sample_one_hot(log_probs, noise[t]))
+        state = RSSMState(deter, sample_one_hot(log_probs.exp(), noise[t]))
         assert_close(whole.states.deter[t], state.deter)
         assert_close(whole.log_probs[t], log_probs)
         assert_close(whole.states.stoch[t], state.stoch)
@@ -113,7 +114,25 @@ def test_vector_decoder_equals_the_reference():
 
 
 def test_rmsnorm_equals_golden_values():
-    close(RMSNorm(4)(torch.tensor([1.0, 2, 3, 4])), [0.365145937, 0.730291875, 1.095437812, 1.460583749])
+    normed = torch.tensor([0.365145937, 0.730291875, 1.095437812, 1.460583749])
+    close(NormSiLU(4)(torch.tensor([1.0, 2, 3, 4])), F.silu(normed))
+
+
+@pytest.mark.parametrize("scales", [(6,), (5, 6)], ids=["one", "by row"])
+def test_the_gradients_of_norm_and_silu_are_those_of_autograd(scales):
+    x, scale = torch.randn(5, 6, dtype=torch.float64), torch.rand(scales, dtype=torch.float64) + 0.5
+    gradient = torch.randn(5, 6, dtype=torch.float64)
+
+    def composed(x, scale):
+        return F.silu(x * scale / (x.square().mean(-1, keepdim=True) + 1e-4).sqrt())
+
+    found = []
+    for function in (norm_silu, composed):
+        inputs = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = function(*inputs)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
+    for fused, plain in zip(*found, strict=True):
+        assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_layers_are_linear_then_rmsnorm_then_silu():
@@ -133,9 +152,20 @@ def test_gru_gate_equals_golden_values(gates, expected):
     close(gru_gate(*(torch.tensor(float(g), dtype=torch.float64) for g in gates)), [expected], 1e-8)
 
 
+def test_the_gradients_of_the_gate_are_those_of_autograd():
+    rssm = small_rssm().double()
+    gates, h = (torch.randn(3, size, dtype=torch.float64, requires_grad=True) for size in (24, 8))
+    by_block = gates.view(3, 2, 3, 4)
+    plain = gru_gate(*by_block.unbind(2), h.view(3, 2, 4)).flatten(1)
+    fused, gradient = rssm.gates(gates, h), torch.randn(3, 8, dtype=torch.float64)
+    assert_close(fused, plain)
+    for one, other in zip(*(torch.autograd.grad(out, (gates, h), gradient) for out in (fused, plain)), strict=True):
+        assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_straight_through_gradient_is_that_of_the_mixed_probabilities():
     jacobian = torch.autograd.functional.jacobian(
-        lambda logits: sample_one_hot(fn.unimix_log_probs(logits), torch.ones(3, dtype=torch.float64)),
+        lambda logits: sample_one_hot(fn.unimix_probs(logits), torch.ones(3, dtype=torch.float64)),
         torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
     )
     close(
@@ -150,11 +180,11 @@ def test_straight_through_gradient_is_that_of_the_mixed_probabilities():
 
 def test_draws_follow_the_probabilities():
     torch.manual_seed(0)
-    log_probs = fn.unimix_log_probs(torch.tensor([1.0, 2.0, 3.0]))
+    probs = fn.unimix_probs(torch.tensor([1.0, 2.0, 3.0]))
     noise = fn.exponential_noise((200_000, 3), None, torch.device("cpu"))
     assert_close(noise.mean(), torch.tensor(1.0), rtol=0, atol=0.01)
-    drawn = sample_one_hot(log_probs.expand(200_000, 3), noise).mean(0)
-    assert_close(drawn, log_probs.exp(), rtol=0, atol=0.005)
+    drawn = sample_one_hot(probs.expand(200_000, 3), noise).mean(0)
+    assert_close(drawn, probs, rtol=0, atol=0.005)
 
 
 def test_laprop_equals_golden_values():

@@ -13,7 +13,7 @@ from worldloom import create_world_model
 from worldloom.families import build_config
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 from worldloom.tdmpc2.losses import RunningScale, discounted_mean, draw_loss_noise, joint_loss, td_target, transitions
-from worldloom.tdmpc2.policy import GaussianSample, bounded, squashed_sample
+from worldloom.tdmpc2.policy import HALF_LOG_TAU, GaussianSample, bounded, squashed_sample
 
 COUNTS = [  # size, obs, A, episodic, total, encoder, dynamics, reward, policy, q
     ("1m", 39, 4, False, 1_213_879, 43_904, 249_984, 239_333, 201_992, 478_666),
@@ -87,8 +87,9 @@ def test_squashed_sample_equals_golden_values():
 
 
 def test_policy_loss_equals_golden_value():
-    value, action, nothing = torch.tensor([1.0, 2, 3, 4]).expand(6, 4), torch.zeros(6, 4, 1), torch.zeros(6, 4)
-    sample = GaussianSample(action, action, action, nothing, nothing)
+    value, action = torch.tensor([1.0, 2, 3, 4]).expand(6, 4), torch.zeros(6, 4, 1)
+    log_std = torch.full_like(action, -HALF_LOG_TAU)  # then the entropy that is added is 0
+    sample = GaussianSample(action, action, log_std, action)
     loss = discounted_mean(sample.loss(value, torch.tensor(1.0), 1e-4), 0.5)
     assert loss.item() == pytest.approx(-0.8125)
 

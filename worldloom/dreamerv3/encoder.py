@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, RMSNorm, mlp
+from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, mlp
 from worldloom.types import is_image
 
 MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
@@ -43,11 +43,11 @@ class ImageEncoder(nn.Module):
         super().__init__()
         widths = [channels, *(depth * m for m in multipliers)]
         self.convs = nn.ModuleList([Conv(i, o) for i, o in pairwise(widths)])
-        self.norms = nn.ModuleList([RMSNorm(width) for width in widths[1:]])
+        self.norms = nn.ModuleList([NormSiLU(width) for width in widths[1:]])
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.silu(_over_channels(norm, F.max_pool2d(conv(x), 2)))
+            x = _over_channels(norm, F.max_pool2d(conv(x), 2))
         return x.permute(0, 2, 3, 1).flatten(1)  # in the order height, width, channels, as in the reference
 
 
@@ -127,9 +127,9 @@ class ImageDecoder(nn.Module):
         self.deter_in = BlockLinear(deter, size, blocks)
         self.stoch_in = NormedLinear(stoch, 2 * units)
         self.stoch_grid = Linear(2 * units, size)
-        self.grid_norm = RMSNorm(widths[0])
+        self.grid_norm = NormSiLU(widths[0])
         self.convs = nn.ModuleList([Conv(i, o) for i, o in pairwise(widths)])
-        self.norms = nn.ModuleList([RMSNorm(width) for width in widths[1:]])
+        self.norms = nn.ModuleList([NormSiLU(width) for width in widths[1:]])
         self.output = Conv(widths[-1], channels)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
@@ -138,9 +138,9 @@ class ImageDecoder(nn.Module):
         own = self.deter_in(deter).view(-1, self.blocks, height, width, self.grid_norm.scale.numel() // self.blocks)
         own = own.permute(0, 2, 3, 1, 4).flatten(3)  # [N, h, w, channels]; each group fills consecutive channels
         x = own + self.stoch_grid(self.stoch_in(stoch)).view(own.shape)
-        x = F.silu(self.grid_norm(x)).permute(0, 3, 1, 2)
+        x = self.grid_norm(x).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.silu(_over_channels(norm, conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))))
+            x = _over_channels(norm, conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
         return torch.sigmoid(self.output(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
 

@@ -128,21 +128,23 @@ class Planner:
         one half) later rewards and the value no longer count.
         """
         model = self.model
-        latent = z.unsqueeze(1)  # [E, 1, D + T], one for all samples until they part
-        total = torch.zeros(actions.shape[1:3], device=z.device)  # [E, S]
-        alive, rate = torch.ones_like(total), discount.unsqueeze(1)
-        for t, action in enumerate(actions):
-            total = total + rate**t * alive * model.predict_reward(latent, action)
-            latent = model.next_latent(latent, action)
-            if model.termination is not None:
-                alive = alive * (model.terminates(latent) <= 0.5)
+        latents = [z.unsqueeze(1)]  # [E, 1, D + T], one for all samples until they part
+        for action in actions:
+            latents.append(model.next_latent(latents[-1], action))
+        first, *between, latent = latents
+        rewards = [model.predict_reward(first, actions[0])]  # [E, S]
+        if between:
+            rewards += model.predict_reward(torch.stack(between), actions[1:])
         policy = model.policy.sample(latent, terminal, None if mask is None else mask.unsqueeze(1))
 
         def average(action: Tensor) -> Tensor:
             return model.values(latent.expand(*action.shape[:-1], -1), action, heads).mean(0)
 
-        value = policy.expected(policy.values(average))
-        return total + rate ** len(actions) * alive * value
+        total, rate = policy.expected(policy.values(average)), discount.unsqueeze(1)
+        for reward, arrived in zip(reversed(rewards), reversed(latents), strict=False):
+            kept = rate if model.termination is None else rate * (model.terminates(arrived) <= 0.5)
+            total = torch.addcmul(reward, kept, total)
+        return total
 
     def policy_sequences(self, z: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """Draw the policy's own actions along its own rollout, [H, E, P, A]; noise: the same shape, standard normal."""
@@ -157,8 +159,7 @@ class Planner:
 
 def elite_weights(value: Tensor, temperature: float) -> Tensor:
     """Return weights [E, K] that sum to one, proportional to exp(temperature * value), of values [E, K]."""
-    weight = torch.exp(temperature * (value - value.amax(1, keepdim=True)))
-    return weight / weight.sum(1, keepdim=True)
+    return torch.softmax(temperature * value, 1)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,37 @@ ValueOf = Callable[[Tensor], Tensor]  # values [...] of actions [..., A]
 
 @dataclass(frozen=True)
 class GaussianSample:
-    """Actions drawn from a squashed normal: [..., A] each, but `log_prob` and `scaled_entropy` [...]."""
+    """Actions drawn from a squashed normal: [..., A] each, but `log_prob` and `scaled_entropy` [...].
+
+    A plan needs only the actions, so that the rest is computed when it is asked for.
+    """
 
     action: Tensor
-    mean_action: Tensor  # tanh of the mean
+    mean: Tensor  # before squashing
     log_std: Tensor
-    log_prob: Tensor  # after squashing
-    scaled_entropy: Tensor  # the bonus in the policy loss
+    noise: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def mean_action(self) -> Tensor:
+        return torch.tanh(self.mean)
+
+    @cached_property
+    def log_density(self) -> Tensor:
+        """The log density g before squashing, [...]."""
+        return (-0.5 * self.noise.square() - self.log_std - HALF_LOG_TAU).sum(-1)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """g - sum ln(relu(1 - a^2) + 1e-6), [...]."""
+        return self.log_density - torch.log(F.relu(1 - self.action.square()) + 1e-6).sum(-1)
+
+    @property
+    def scaled_entropy(self) -> Tensor:
+        """The bonus in the policy loss, [...]: -log_prob * A g / log_prob = -A g, the reference's, without a correction
+        for tanh (its issue #76). A counts the dimensions that a task uses."""
+        size = self.mean.shape[-1] if self.mask is None else self.mask.sum(-1)
+        return -self.log_prob * (size * self.log_density / (self.log_prob + 1e-8))
 
     def values(self, value: ValueOf) -> Tensor:
         """Return the values [...] of the drawn actions, for `expected` and `loss`."""
@@ -106,18 +131,8 @@ def bounded(raw: Tensor, low: float, high: float) -> Tensor:
 
 
 def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor, mask: Tensor | None = None) -> GaussianSample:
-    """Return a = tanh(mean + noise exp(log_std)) [..., A] with its log probability and entropy [...]; inputs [..., A].
-
-    log_prob = g - sum ln(relu(1 - a^2) + 1e-6), with g the log density before squashing. The scaled entropy is the
-    reference's: -log_prob * A g / log_prob = -A g, without a correction for tanh (its issue #76). mask: [..., A]; A
-    then counts the dimensions that a task uses.
-    """
-    action = torch.tanh(mean + noise * log_std.exp())
-    gaussian = (-0.5 * noise.square() - log_std - HALF_LOG_TAU).sum(-1)
-    log_prob = gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1)
-    size = mean.shape[-1] if mask is None else mask.sum(-1)
-    scale = size * gaussian / (log_prob + 1e-8)
-    return GaussianSample(action, torch.tanh(mean), log_std, log_prob, -log_prob * scale)
+    """Draw a = tanh(mean + noise exp(log_std)); all [..., A]. mask: 1 in the dimensions that a task uses."""
+    return GaussianSample(torch.tanh(mean + noise * log_std.exp()), mean, log_std, noise, mask)
 
 
 def categorical_sample(logits: Tensor, noise: Tensor, classes: Sequence[int]) -> CategoricalSample:
