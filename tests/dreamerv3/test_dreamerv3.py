@@ -12,7 +12,7 @@ from worldloom import functional as fn
 from worldloom.dreamerv3 import SIZES, DreamerV3Config, DreamerV3WorldModel
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.encoder import Decoder, Encoder, ImageDecoder, ImageEncoder
-from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, norm_silu
+from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, UpConv, norm_silu
 from worldloom.dreamerv3.rssm import RSSM, RSSMState, gru_gate, sample_one_hot
 from worldloom.optim import LaProp
 
@@ -133,6 +133,17 @@ def test_the_gradients_of_norm_and_silu_are_those_of_autograd(scales):
         found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
     for fused, plain in zip(*found, strict=True):
         assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_doubling_and_convolution_in_one_equal_both_in_turn():
+    conv = UpConv(4, 3).double()
+    conv.bias.data.normal_()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), conv.weight, conv.bias, padding=2)
+    gradient, inputs = torch.randn_like(plain), (x, conv.weight, conv.bias)
+    assert_close(conv(x), plain, rtol=0, atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, gradient) for out in (conv(x), plain)), strict=True):
+        assert_close(one, other, rtol=0, atol=1e-11)
 
 
 def test_layers_are_linear_then_rmsnorm_then_silu():

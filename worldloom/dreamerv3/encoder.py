@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, mlp
+from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, UpConv, mlp
 from worldloom.types import is_image
 
 MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
@@ -46,6 +46,7 @@ class ImageEncoder(nn.Module):
         self.norms = nn.ModuleList([NormSiLU(width) for width in widths[1:]])
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # faster, and norms read channels that lie together
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = _over_channels(norm, F.max_pool2d(conv(x), 2))
         return x.permute(0, 2, 3, 1).flatten(1)  # in the order height, width, channels, as in the reference
@@ -128,9 +129,9 @@ class ImageDecoder(nn.Module):
         self.stoch_in = NormedLinear(stoch, 2 * units)
         self.stoch_grid = Linear(2 * units, size)
         self.grid_norm = NormSiLU(widths[0])
-        self.convs = nn.ModuleList([Conv(i, o) for i, o in pairwise(widths)])
+        self.convs = nn.ModuleList([UpConv(i, o) for i, o in pairwise(widths)])
         self.norms = nn.ModuleList([NormSiLU(width) for width in widths[1:]])
-        self.output = Conv(widths[-1], channels)
+        self.output = UpConv(widths[-1], channels)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """Return images [N, C, h, w] in (0, 1). deter: [N, D], stoch: [N, S K], flat."""
@@ -140,8 +141,8 @@ class ImageDecoder(nn.Module):
         x = own + self.stoch_grid(self.stoch_in(stoch)).view(own.shape)
         x = self.grid_norm(x).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = _over_channels(norm, conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
-        return torch.sigmoid(self.output(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+            x = _over_channels(norm, conv(x))
+        return torch.sigmoid(self.output(x))
 
 
 class Decoder(nn.Module):

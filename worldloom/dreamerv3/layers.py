@@ -42,6 +42,31 @@ class Conv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
+class UpConv(Conv):
+    """Doubles height and width (nearest neighbour), then a 5x5 convolution with same padding: [N, inputs, h, w] to
+    [N, outputs, 2 h, 2 w].
+
+    Each 2x2 block of outputs sees only 3x3 inputs. So a 3x3 convolution with 4 times the outputs, whose kernels are sums
+    of the 5x5 kernel's entries, gives the same with 2.8 times fewer products.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        even, odd = (
+            [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
+            [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]],
+        )
+        self.register_buffer("sums", torch.tensor([even, odd], dtype=torch.float32), persistent=False)
+        self.sums: Tensor  # [parity of the output, input, entry of the kernel]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        sums = self.sums.to(self.weight.dtype)
+        kernels = torch.einsum("pai,qbj,ocij->opqcab", sums, sums, self.weight).flatten(0, 2)
+        parts = F.conv2d(x, kernels.to(x.dtype), self.bias.repeat_interleave(4).to(x.dtype), padding=1)
+        return F.pixel_shuffle(parts, 2)
+
+
 class BlockLinear(nn.Module):
     """A linear layer whose `blocks` groups of outputs see their own group of inputs and all `shared` further inputs.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -38,22 +37,22 @@ class GaussianSample:
     def mean_action(self) -> Tensor:
         return torch.tanh(self.mean)
 
-    @cached_property
-    def log_density(self) -> Tensor:
-        """The log density g before squashing, [...]."""
-        return (-0.5 * self.noise.square() - self.log_std - HALF_LOG_TAU).sum(-1)
-
-    @cached_property
+    @property
     def log_prob(self) -> Tensor:
-        """g - sum ln(relu(1 - a^2) + 1e-6), [...]."""
-        return self.log_density - torch.log(F.relu(1 - self.action.square()) + 1e-6).sum(-1)
+        """The log probability, [...]: g - sum ln(relu(1 - a^2) + 1e-6), with g the log density before squashing."""
+        return self._densities()[1]
 
     @property
     def scaled_entropy(self) -> Tensor:
         """The bonus in the policy loss, [...]: -log_prob * A g / log_prob = -A g, the reference's, without a correction
         for tanh (its issue #76). A counts the dimensions that a task uses."""
+        density, log_prob = self._densities()
         size = self.mean.shape[-1] if self.mask is None else self.mask.sum(-1)
-        return -self.log_prob * (size * self.log_density / (self.log_prob + 1e-8))
+        return -log_prob * (size * density / (log_prob + 1e-8))
+
+    def _densities(self) -> tuple[Tensor, Tensor]:
+        density = (-0.5 * self.noise.square() - self.log_std - HALF_LOG_TAU).sum(-1)
+        return density, density - torch.log(F.relu(1 - self.action.square()) + 1e-6).sum(-1)
 
     def values(self, value: ValueOf) -> Tensor:
         """Return the values [...] of the drawn actions, for `expected` and `loss`."""
