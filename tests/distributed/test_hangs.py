@@ -105,7 +105,7 @@ def test_a_frozen_env_actor_holds_up_nobody_else(quick_to_see, coordinator, tmp_
     assert "env/001 gave no answer for 8 s; started again" in said
 
 
-@pytest.mark.parametrize("actors", [0, 2])
+@pytest.mark.parametrize("actors", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_frozen_replay_stops_collecting_in_the_warm_up_too(actors, coordinator, tmp_path):
     steps = TrainConfig(total_steps=1500, learning_starts=1400, train_ratio=12)
     config = ray_config("Counting", train=steps, runtime=runtime(env_actors=actors, silence_timeout=600.0))

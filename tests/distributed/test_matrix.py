@@ -56,7 +56,6 @@ def check(summary, accepted, config, run_dir):
 QUICK = {
     ("tdmpc2", 0, "server"),
     ("tdmpc2", 2, "local"),
-    ("tdmpc2", 2, "server"),
     ("tdmpc2", 8, "server"),
     ("dreamerv3", 1, "server"),
 }  # the others take their turn with the slow tests

@@ -93,7 +93,11 @@ def test_a_hanging_environment_is_replaced_after_the_time_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("env", "error"), [("AlwaysFaulty", "the simulator exploded"), ("AlwaysInterrupting", "raised KeyboardInterrupt")]
+    ("env", "error"),
+    [
+        ("AlwaysFaulty", "the simulator exploded"),
+        pytest.param("AlwaysInterrupting", "raised KeyboardInterrupt", marks=pytest.mark.slow),
+    ],
 )
 def test_an_environment_that_always_fails_ends_the_run_with_its_traceback(env, error, tmp_path):
     with pytest.raises(EnvironmentFailed, match=error) as failure:

@@ -46,8 +46,8 @@ class UpConv(Conv):
     """Doubles height and width (nearest neighbour), then a 5x5 convolution with same padding: [N, inputs, h, w] to
     [N, outputs, 2 h, 2 w].
 
-    Each 2x2 block of outputs sees only 3x3 inputs. So a 3x3 convolution with 4 times the outputs, whose kernels are sums
-    of the 5x5 kernel's entries, gives the same with 2.8 times fewer products.
+    Each 2x2 block of outputs sees only 3x3 inputs. So a 3x3 convolution with 4 times the outputs gives the same with
+    2.8 times fewer products; its kernels are sums of the 5x5 kernel's entries.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

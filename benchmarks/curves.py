@@ -1,0 +1,197 @@
+"""Learning curves over the authors' published ones: python -m benchmarks.curves --suite dmc12 --algorithm tdmpc2:5m
+
+Trains every task and seed with the published settings of a preset, nothing tuned, through launch.sweep: runs that are
+complete are kept, and one that was interrupted goes on. Then it writes, into the folder OUT: compare.html with every
+curve over the published mean and spread, table.md with our value, theirs and the difference in their standard
+deviations, curves.csv and curves.svg. TD-MPC2's authors report evaluations, DreamerV3's the returns of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from launch.sweep import main as sweep
+from worldloom.families import resolve
+from worldloom.report.compared import EVALUATION, TRAINING, ComparedRun, read_compared
+from worldloom.report.page import OWN, PUBLISHED, axes
+from worldloom.report.published import Curve, published_curve
+
+DMC12 = (
+    *("cartpole-swingup", "cartpole-balance_sparse", "ball_in_cup-catch", "reacher-easy", "finger-spin", "walker-walk"),
+    *("walker-run", "cheetah-run", "hopper-stand", "quadruped-walk", "pendulum-swingup", "acrobot-swingup"),
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks by their ids, and the preset of each family."""
+
+    tasks: tuple[str, ...]
+    presets: dict[str, str]
+
+
+SUITES = {
+    "dmc12": Suite(
+        tuple(f"dm_control/{task}-v0" for task in DMC12),
+        {"tdmpc2": "configs/tdmpc2_dmc.yaml", "dreamerv3": "configs/dreamerv3_dmc_proprio.yaml"},
+    ),
+}
+METRICS = {  # what the authors report
+    "tdmpc2": EVALUATION,
+    "dreamerv3": TRAINING,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task: frames reached by every seed, and both values at the last frame that both curves have."""
+
+    task: str
+    runs: list[ComparedRun]
+    published: Curve | None
+    metric: str
+
+    @property
+    def reached(self) -> int:
+        return min(run.env_steps for run in self.runs) * self.runs[0].subject.action_repeat
+
+    @property
+    def values(self) -> tuple[int, list[float]]:
+        """The frame of the comparison, and the value of each seed there; without a published one the last frame."""
+        curves = [run.curve(self.metric, "frames") for run in self.runs]
+        last = min((int(x[-1]) for x, _ in curves if len(x)), default=0)
+        known = [frame for frame in (self.published.frames if self.published else ()) if 0 < frame <= last]
+        frame = known[-1] if known else last
+        return frame, [float(np.interp(frame, x, y)) for x, y in curves if len(x)]
+
+    def row(self) -> list[str]:
+        """Return task, frames, ours, theirs, and the difference in published standard deviations."""
+        frame, ours = self.values
+        shown = f"{np.mean(ours):.1f}" + (f" ± {np.std(ours, ddof=1):.1f}" if len(ours) > 1 else "") if ours else "none"
+        theirs, apart = "none reported at these frames", ""
+        if self.published and frame in self.published.frames and ours:
+            at = self.published.frames.index(frame)
+            mean, std = self.published.mean[at], self.published.std[at]
+            theirs = f"{mean:.1f} ± {std:.1f}"
+            apart = f"{(np.mean(ours) - mean) / std:+.1f}" if std else ""
+        seeds = ", ".join(str(run.subject.seed) for run in self.runs)
+        hours = f"{sum(run.wall_seconds for run in self.runs) / 3600:.1f}"
+        return [self.task, seeds, f"{self.reached:,}", f"{frame:,}", shown, theirs, apart, hours]
+
+
+HEADER = ("task", "seeds", "frames reached", "compared at", "ours", "published", "apart, in their σ", "hours")
+
+
+def read_results(out: Path, metric: str) -> list[Result]:
+    """Read what has been trained so far, task by task."""
+    by_task: dict[str, list[ComparedRun]] = {}
+    for run in read_compared([out]):
+        by_task.setdefault(run.subject.env_id, []).append(run)
+    return [Result(task, runs, published_curve(runs[0].subject), metric) for task, runs in by_task.items()]
+
+
+def write(results: Sequence[Result], out: Path) -> None:
+    """Write table.md, curves.csv and curves.svg."""
+    lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER), *(" | ".join(r.row()) for r in results)]
+    (out / "table.md").write_text("".join(f"| {line} |\n" for line in lines))
+    with (out / "curves.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("task", "seed", "frames", "return"))
+        for result in results:
+            for run in result.runs:
+                points = zip(*run.curve(result.metric, "frames"), strict=True)
+                table.writerows((result.task, run.subject.seed, int(x), round(float(y), 2)) for x, y in points)
+    draw(results, out / "curves.svg")
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Draw every seed of every task over the published mean and one standard deviation."""
+    columns = min(len(results), 4)
+    rows = math.ceil(len(results) / columns)
+    figure, grid = axes(rows, columns, 3.0 * columns + 0.6, 2.5 * rows)
+    places = np.atleast_1d(grid).ravel()
+    for place in places[len(results) :]:
+        place.set_visible(False)
+    for place, result in zip(places, results, strict=False):
+        place.set_title(result.task.removeprefix("dm_control/").removesuffix("-v0"), fontsize=10)
+        if result.published:
+            shown = [i for i, x in enumerate(result.published.frames) if x <= 1.25 * max(result.reached, 1)]
+            x, mean, std = (np.array([part[i] for i in shown], float) for part in curve_parts(result.published))
+            place.fill_between(x, mean - std, mean + std, color=PUBLISHED, alpha=0.2, lw=0)
+            place.plot(x, mean, color=PUBLISHED, lw=1.4, marker="o", ms=3, label=result.published.label)
+        for run in result.runs:
+            x, y = run.curve(result.metric, "frames")
+            place.plot(
+                x, y, color=OWN, lw=1.4, marker="o" if len(x) < 20 else None, ms=3, label="ours, one line a seed"
+            )
+        place.set_ylim(bottom=0)
+    handles = dict(zip(*reversed(places[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), fontsize=9, frameon=False, loc="outside lower left", ncols=2)
+    figure.savefig(path)
+
+
+def curve_parts(curve: Curve) -> tuple[tuple[float, ...], ...]:
+    return curve.frames, curve.mean, curve.std
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SUITES, default="dmc12")
+    parser.add_argument("--algorithm", default="tdmpc2:5m", help="a size of a family with a preset for the suite")
+    parser.add_argument("--tasks", help="some of the suite's, comma-separated; parts of their names do")
+    parser.add_argument("--steps", type=int, default=50_000, help="agent steps of each run")
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    parser.add_argument("--out", type=Path, help="folder; default: runs/curves-SUITE-FAMILY")
+    parser.add_argument("--parallel", default="auto", help="runs side by side")
+    parser.add_argument("--table", action="store_true", help="train nothing: write what there is")
+    options, more = parser.parse_known_args(argv)
+    suite = SUITES[options.suite]
+    try:
+        family = resolve(options.algorithm)[0]
+    except ValueError as error:
+        parser.error(str(error))
+    if family not in suite.presets:
+        parser.error(f"{options.suite} has no preset for {family}, expected one of: {', '.join(suite.presets)}.")
+    words = [word.replace("-", "_") for word in (options.tasks or "").split(",")]
+    options.tasks = [task for task in suite.tasks if any(word in task.replace("-", "_") for word in words)]
+    if not options.tasks:
+        parser.error(f"{options.suite} has no such task, expected some of: {', '.join(suite.tasks)}.")
+    options.family, options.preset = family, suite.presets[family]
+    options.out = options.out or Path("runs") / f"curves-{options.suite}-{family}"
+    return options, more
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, then write; further arguments go to launch.sweep."""
+    o, more = parse(argv)
+    ended = 0
+    if not o.table:
+        fields = {
+            "--algorithm": o.algorithm,
+            "--env.id": ",".join(o.tasks),
+            "--train.seed": o.seeds,
+            "--train.total_steps": str(o.steps),
+            "--eval.interval": str(max(o.steps // 2, 1)),
+            "--runtime.kind": "inline",
+            "--sweep-dir": str(o.out),
+            "--parallel": o.parallel,
+        }
+        ended = sweep(["--config", o.preset, *(word for pair in fields.items() for word in pair), *more])
+    results = read_results(o.out, METRICS[o.family])
+    write(results, o.out)
+    print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, curves.csv, curves.svg")
+    return ended
+
+
+if __name__ == "__main__":
+    sys.exit(main())
