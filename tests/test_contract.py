@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from worldloom.contract import ContractBroken, as_floats, check_actions, check_description
+from worldloom.types import LatentState
 
 
 def test_metrics_may_be_floats_or_tensors_of_one_number():
@@ -47,3 +48,16 @@ def test_descriptions_hold_jsons_types_and_every_key():
     ]:
         with pytest.raises(ContractBroken, match=sentence):
             check_description(broken)
+
+
+def test_a_state_takes_its_memory_along():
+    memory = {"tokens": torch.ones(2, 3, 4, requires_grad=True) * 2, "filled": torch.tensor([1, 3])}
+    state = LatentState(torch.zeros(2, 5), memory=memory)
+    assert state.detach().memory["tokens"].grad_fn is None
+    assert state.memory["tokens"].grad_fn is not None
+    moved = state.to("meta")
+    assert {name: (part.device.type, part.dtype) for name, part in moved.memory.items()} == {
+        "tokens": ("meta", torch.float32),
+        "filled": ("meta", torch.int64),
+    }
+    assert state.features.shape == (2, 5)

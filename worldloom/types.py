@@ -11,8 +11,8 @@ Letters: B sequences or environments, T steps, H imagined steps, A action size, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -48,6 +48,7 @@ class LatentState:
     stochastic: Tensor | None = None
     classes: int = 0  # K of each categorical, where the stochastic part is made of them
     task: Tensor | None = None  # [B] task numbers, for multi-task models
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # [B, ...] each: what else a model must remember
 
     @property
     def features(self) -> Tensor:
@@ -71,14 +72,16 @@ class LatentState:
 
     def to(self, device: torch.device | str) -> LatentState:
         """Return the state on another device."""
-        moved = (None if part is None else part.to(device) for part in (self.stochastic, self.task))
-        stochastic, task = moved
-        return LatentState(self.deterministic.to(device), stochastic, self.classes, task)
+        return self._with(lambda part: part.to(device))
 
     def detach(self) -> LatentState:
         """Return the state without its history of gradients."""
-        cut = None if self.stochastic is None else self.stochastic.detach()
-        return LatentState(self.deterministic.detach(), cut, self.classes, self.task)
+        return self._with(Tensor.detach)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> LatentState:
+        stochastic, task = (None if part is None else change(part) for part in (self.stochastic, self.task))
+        memory = {name: change(part) for name, part in self.memory.items()}
+        return LatentState(change(self.deterministic), stochastic, self.classes, task, memory)
 
 
 @dataclass(frozen=True)
