@@ -42,7 +42,7 @@ def own(name: str, stage: str, kind: str, seconds: float, **options: Any) -> Job
 def correctness(o: argparse.Namespace) -> list[Job]:
     common = {"device": o.device, "repeats": 1}
     tiny = {"obs": "image", "batch": 4, "length": 8}
-    dreamer = {"model": "dreamerv3:size1m", **tiny, "precisions": ["float32", "bfloat16"]}
+    dreamer = {"model": "dreamerv3:size1m", **tiny, "precisions": o.precisions}
     tdmpc2 = {"model": "tdmpc2:1m", "obs": "vector", "batch": 32, "precisions": ["float32"]}
     return [
         own("correctness dreamerv3", "correctness", "correctness", 150, **common, **dreamer),
@@ -198,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tdmpc2-sizes", default="5m,1m,19m,48m,317m")
     parser.add_argument("--dreamer-sizes", default="size12m,size1m,size50m,size200m")
     parser.add_argument("--modes", default="eager,captured,compiled,both")
+    parser.add_argument("--precisions", default="float32,bfloat16", help="of DreamerV3's correctness")
     parser.add_argument("--envs", default="1,16,64,256", help="numbers of environments to plan for")
     parser.add_argument("--batch", type=int, default=16, help="of DreamerV3")
     parser.add_argument("--length", type=int, default=64, help="of DreamerV3")
@@ -212,7 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dreamerv3", type=Path, help="checkout of danijar/dreamerv3")
     parser.add_argument("--jax", default=sys.executable, help="a Python that has what the JAX code needs")
     options = parser.parse_args()
-    for name in ("tdmpc2_sizes", "dreamer_sizes", "envs", "modes"):
+    for name in ("tdmpc2_sizes", "dreamer_sizes", "envs", "modes", "precisions"):
         setattr(options, name, [part for part in getattr(options, name).split(",") if part])
     options.envs = [int(count) for count in options.envs]
     options.out = options.out.resolve()
