@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom.gang import ALONE
+
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load `state` but keep the optimizer's own settings, so that a resumed run may lower its learning rate."""
@@ -18,10 +20,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         group.update(settings)
 
 
-def flat_gradient(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradient of a scalar by all `params` as one flat array [P], and a view of it for each of them."""
-    flat = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, params)])
-    return flat, views(flat, params)
+def flat_gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of a scalar by all `params` as one flat array [P]."""
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, params)])
 
 
 def views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
@@ -42,13 +43,15 @@ def move_towards(slow: Iterable[Tensor], online: Iterable[Tensor], rate: Tensor)
 class GuardedAdam:
     """Adam (Kingma & Ba 2015) with a limit on the gradient's global norm; a step that is not finite changes nothing.
 
-    groups: parameters as `torch.optim.Adam` takes them. Nothing is read back to the host, so a step can be part of a
+    groups: parameters as `torch.optim.Adam` takes them. With a `gang` a step is made from the mean of its learners'
+    gradients. Nothing is read back to the host, so a step can be part of a
     CUDA graph.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, eps: float, max_norm: float) -> None:
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._max_norm, cuda = max_norm, self.params[0].is_cuda
+        self.gang = ALONE
         self.adam = torch.optim.Adam(groups, lr=lr, eps=eps, fused=True, capturable=cuda)
 
     def step(self, loss: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,12 +59,12 @@ class GuardedAdam:
 
         Returns whether the step was made, and the norm before clipping: scalars on the device.
         """
-        flat, grads = flat_gradient(loss, self.params)
+        flat, loss = self.gang.mean(flat_gradient(loss, self.params), loss)
         norm = torch.linalg.vector_norm(flat)
-        made = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        made = torch.isfinite(norm) & torch.isfinite(loss)
         made = made if allowed is None else made & allowed
         flat.mul_((self._max_norm / (norm + 1e-6)).clamp(max=1.0))
-        for parameter, grad in zip(self.params, grads, strict=True):
+        for parameter, grad in zip(self.params, views(flat, self.params), strict=True):
             parameter.grad = grad
         self.adam.found_inf = (~made).float()  # type: ignore[attr-defined]  # torch's fused Adam skips where it is 1
         self.adam.step()

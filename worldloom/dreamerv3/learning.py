@@ -17,6 +17,7 @@ from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.latents import compact, expand, latent_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
+from worldloom.gang import ALONE, Gang
 from worldloom.generators import restore_generator
 from worldloom.nets import compile_part
 from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
@@ -41,7 +42,7 @@ class DreamerV3Learning:
 
     def __init__(self, model: DreamerV3WorldModel, behaviour: Behaviour, seed: int) -> None:
         c, device = model.config, model.bins.device
-        self.model, self.behaviour, self.tally = model, behaviour, Tally()
+        self.model, self.behaviour, self.tally, self.gang = model, behaviour, Tally(), ALONE
         self.generator = torch.Generator(device).manual_seed(seed)
         trained = [p for p in [*model.parameters(), *behaviour.parameters()] if p.requires_grad]
         self.optimizer = LaProp(trained, c.lr, (c.beta1, c.beta2), c.eps, c.clip, c.warmup)
@@ -51,6 +52,10 @@ class DreamerV3Learning:
     def stored(self) -> bool:
         """True if updates start from stored latents, and write fresh ones back."""
         return self.model.config.replay_context == "stored"
+
+    def join(self, gang: Gang) -> None:
+        """Make updates together with the other learners of a gang from now on."""
+        self.gang = gang
 
     def configure(self, precision: Precision, compiled: bool) -> None:
         """Set the precision of matrix products and, if `compiled`, compile an update.
@@ -107,8 +112,8 @@ class DreamerV3Learning:
         rows = self.rows(given)
         noise = self.draw_noise(*rows["rewards"].shape)
         loss, scalars, states, (low, high) = self.loss(rows, self.context(given), noise)
-        flat, _ = flat_gradient(loss, self.optimizer.params)
-        made, norm = self.optimizer.apply(flat, torch.isfinite(loss.detach()))
+        flat, whole_loss = self.gang.mean(flat_gradient(loss, self.optimizer.params), loss)
+        made, norm = self.optimizer.apply(flat, torch.isfinite(whole_loss))
         with torch.no_grad():
             self.behaviour.range.move(low, high, made)
             slow, online = self.behaviour.slow_value.parameters(), self.behaviour.value.parameters()
@@ -133,16 +138,18 @@ class DreamerV3Learning:
         return cast(Batch, {**rows, "obs": {name: given[column] for name, column in obs_columns(self.model).items()}})
 
     def draw_noise(self, batch: int, steps: int) -> UpdateNoise:
-        """Draw all random numbers of an update of `batch` windows with `steps` trained rows."""
-        model, generator = self.model, self.generator
-        c = model.config
-        starts = batch * steps
+        """Draw all random numbers of an update of `batch` windows with `steps` trained rows.
+
+        Of several learners, each draws those for the whole batch and keeps its share.
+        """
+        model, generator, share = self.model, self.generator, self.gang.share
+        c, whole = model.config, batch * self.gang.size
+        starts = whole * steps
         policy = self.behaviour.policy.draw_noise((c.imagination_length + 1, starts), generator, model.bins.device)
-        return UpdateNoise(
-            model.draw_noise(steps, batch, generator),
-            model.draw_noise(c.imagination_length, starts, generator),
-            policy,
-        )
+        posterior = model.draw_noise(steps, whole, generator)
+        prior = model.draw_noise(c.imagination_length, starts, generator)
+        prior, policy = (share(x.unflatten(1, (steps, whole)), 2).flatten(1, 2) for x in (prior, policy))
+        return UpdateNoise(share(posterior, 1), prior, policy)
 
     def loss(
         self, rows: Batch, context: RSSMState, noise: UpdateNoise
@@ -158,7 +165,7 @@ class DreamerV3Learning:
         with self._autocast():
             imagined = self.imagine(states.flatten().detach(), noise)
         returns = imagined.returns(c.lam)
-        low, high = self.behaviour.range.after(returns)
+        low, high = self.behaviour.range.after(self.gang.gather(returns))
         ends = tuple(rows[name].float().transpose(0, 1) for name in ("rewards", "terminated", "truncated", "is_first"))
         with self._autocast():
             behaviour, logged = self._behaviour_losses(imagined, returns, ReturnRange.scale_of(low, high))

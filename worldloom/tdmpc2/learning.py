@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from worldloom import functional as fn
 from worldloom.capture import Tensors
+from worldloom.gang import ALONE, Gang
 from worldloom.generators import restore_generator
 from worldloom.nets import compile_part
 from worldloom.optim import GuardedAdam, load_optimizer
 from worldloom.tally import Tally
-from worldloom.tdmpc2.losses import RunningScale, batch_task, discounted_mean, draw_loss_noise, joint_loss
+from worldloom.tdmpc2.losses import LossNoise, RunningScale, batch_task, discounted_mean, draw_loss_noise, joint_loss
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import Batch
 
@@ -35,6 +37,11 @@ class TDMPC2Learning:
         self.model_optimizer = GuardedAdam(groups, c.lr, 1e-8, c.grad_clip)
         self.policy_optimizer = GuardedAdam([{"params": policy}], c.lr, 1e-5, c.grad_clip)
         self.joint_loss = joint_loss  # `compile` replaces it
+        self.gang = ALONE
+
+    def join(self, gang: Gang) -> None:
+        """Make updates together with the other learners of a gang from now on."""
+        self.gang = self.model_optimizer.gang = self.policy_optimizer.gang = gang
 
     def compile(self) -> None:
         """Replace the two losses by their compiled forms."""
@@ -58,7 +65,7 @@ class TDMPC2Learning:
     def core(self, given: Tensors) -> Tensors:
         """Make the update on the device alone; return no columns for replay. See `worldloom.learner.Update`."""
         model, batch = self.model, cast(Batch, given)
-        noise = draw_loss_noise(model, batch["actions"].shape[0], batch["actions"].shape[1], self.generator)
+        noise = self.draw_noise(*batch["actions"].shape[:2])
         found = self.joint_loss(model, batch, noise)
         made, grad_norm = self.model_optimizer.step(found.loss)
         task = given.get("task")
@@ -78,15 +85,23 @@ class TDMPC2Learning:
         self.tally.add(scalars, made)
         return {}
 
+    def draw_noise(self, batch: int, rows: int) -> LossNoise:
+        """Draw the noise for a batch of [B, T] rows: this learner's share of that for the whole batch."""
+        noise = draw_loss_noise(self.model, batch * self.gang.size, rows, self.generator)
+        parts = {name: self.gang.share(value, 0) for name, value in vars(noise).items() if value is not None}
+        return replace(noise, **{name: part for name, part in parts.items() if name != "target_heads"})
+
     def update_policy(self, z: Tensor, mask: Tensor | None, allowed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Maximise scaled values plus entropy of the policy on z [B, H+1, D + T]; heads and embeddings are frozen.
 
         mask: [B, A], for a multi-task model. allowed: bool scalar. Returns scalars, and whether the step was made.
         """
         model = self.model
-        noise = torch.randn(*z.shape[:-1], model.action_dim, device=z.device, generator=self.generator)
+        lead = (self.gang.size * len(z), z.shape[1])
+        noise = self.gang.share(torch.randn(*lead, model.action_dim, device=z.device, generator=self.generator), 0)
         heads = model.draw_heads(1, self.generator)[0]
-        dropped = model.draw_dropped((*z.shape[:-1], len(heads)), self.generator)
+        dropped = model.draw_dropped((*lead, len(heads)), self.generator)
+        dropped = None if dropped is None else self.gang.share(dropped, 0)
         wide = None if mask is None else mask[:, None]
         loss, value, entropy, scale = self.policy_loss(z, noise, heads, dropped, wide)
         made, norm = self.policy_optimizer.step(loss, allowed)
@@ -105,7 +120,7 @@ class TDMPC2Learning:
 
         values = sample.values(lambda action: self.frozen_value(z, action, heads, dropped))
         expected = sample.expected(values)  # [B, H+1]
-        scale = self.scale.after(expected[:, 0])
+        scale = self.scale.after(self.gang.gather(expected[:, 0].detach()))
         loss = discounted_mean(sample.loss(values, scale, c.entropy_coef), c.rho)
         return loss, expected.mean(), -sample.log_prob.mean(), scale
 
