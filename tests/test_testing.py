@@ -31,9 +31,10 @@ QUICK = {  # what learns the task of two states in a quarter of a minute
         "lam": 0.8,
         "lr": 1e-3,
         "warmup": 20,
+        "entropy_scale": 3e-3,  # with the published 3e-4 one seed of ten settles on a wrong action first
     },
 }
-UPDATES = {"tdmpc2": 300, "dreamerv3": 600}  # 12 and 14 seeds of as many tried are then above 0.7; chance is 0
+UPDATES = {"tdmpc2": 300, "dreamerv3": 600}  # 12 and 10 seeds of as many tried are then above 0.7; chance is 0
 
 
 @pytest.mark.parametrize(("model", "fields"), FAMILIES, ids=["tdmpc2", "dreamerv3"])
