@@ -54,10 +54,10 @@ def rows_of(feature, name, numbers, length):
     if feature["shape"] == [1]:
         return pa.array(n % 3, kind)
     whole = n[:, None] + np.arange(np.prod(feature["shape"])) / 2
-    flat = pa.array(whole.reshape(-1).astype(feature["dtype"]), kind)
-    for size in reversed(feature["shape"]):
-        flat = pa.FixedSizeListArray.from_arrays(flat, size)
-    return flat
+    whole = whole.reshape(length, *feature["shape"]).astype(feature["dtype"])
+    if whole.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(whole.reshape(-1), kind), whole.shape[1])
+    return pa.array(whole.tolist())
 
 
 def png(pixels):
@@ -102,6 +102,8 @@ def write_lerobot(root, lengths=(5, 3, 4), features=None, files=(0, 0, 1), codec
         "splits": {"train": f"0:{len(lengths)}"},
     }  # fmt: skip
     (root / "meta/info.json").write_text(json.dumps(info, indent=4))
+    stats = {"action": {"min": [0.0, 0.5], "max": [starts[-1] - 1.0, starts[-1] - 0.5]}}  # of two numbers
+    (root / "meta/stats.json").write_text(json.dumps(stats, indent=4))
     parquet.write_table(pa.table({"task_index": [0], "task": ["go"]}), root / "meta/tasks.parquet")
     records = []
     for file in sorted(set(files)):

@@ -46,6 +46,8 @@ from worldloom.training import (
     Trainer,
     TrainingConfig,
     read_episodes,
+    read_lerobot,
+    read_minari,
     train,
 )
 
@@ -95,6 +97,11 @@ def offline(model: WorldModel, folder: Path) -> None:
     for episode in episodes:
         buffer.add_episode(**episode)
     held_out = ReplayBuffer.from_trajectories(read_episodes(folder / "episode.npz"), windows=WindowSpec(4, 0, False))
+    for read in (read_minari, read_lerobot):
+        try:
+            next(read(folder / "absent"))
+        except FileNotFoundError as error:
+            assert "absent does not exist" in str(error)
     batch: Batch = buffer.sample(batch_size=4, seq_len=5, device="cpu")
     losses: dict[str, torch.Tensor] = model.compute_loss(batch)
     assert losses["loss"].ndim == 0

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -11,6 +13,7 @@ from tests.lerobot_files import ACTION, CAMERA, ENDS, FPS, SIDE, STATE, change, 
 from worldloom.training import ReplayBuffer, read_episodes, read_lerobot
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+WRITTEN = Path(__file__).resolve().parents[1] / "data" / "lerobot_dataset.tar.xz"  # by LeRobot at commit 7427f31
 RANGE = ([-1, -1], [20, 20])
 DATA = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -102,6 +105,26 @@ def test_images_and_grids_of_numbers_are_read(tmp_path):
     assert (obs["images.wrist"] == np.stack([grey(n).transpose(2, 0, 1) for n in (5, 6, 7, 7)])).all()
     assert obs["map"][0].tolist() == [[5, 5.5, 6], [6.5, 7, 7.5]]
     assert obs["map"].shape == (4, 2, 3)
+
+
+def test_a_dataset_that_lerobot_wrote_is_read(tmp_path):
+    """Three episodes, of frames numbered from 0: every number of a row is its frame's, a pixel is 8 times it plus 4."""
+    with tarfile.open(WRITTEN) as archive:
+        archive.extractall(tmp_path, filter="data")
+    episodes = list(read_lerobot(tmp_path))
+    assert [len(episode["actions"]) for episode in episodes] == [7, 5, 9]
+    begin = 0
+    for episode in episodes:
+        obs, numbers = episode["observations"], np.arange(begin, begin + len(episode["actions"]))
+        assert (obs["state"][:, 0] == numbers).all()
+        assert (obs["grid"] == numbers[:, None, None]).all()
+        assert (episode["rewards"] == numbers).all()
+        np.testing.assert_allclose(episode["actions"], np.stack([numbers, -numbers], 1) / 30, atol=1e-7)
+        assert obs["images.top"].shape[1:] == (3, 64, 96)
+        for camera, loss in (("images.top", 3), ("images.wrist", 0)):  # a video in AV1, and PNG
+            assert np.abs(obs[camera].astype(int) - (8 * numbers + 4)[:, None, None, None]).max() <= loss
+        assert episode["terminations"].nonzero()[0].tolist() == [len(numbers) - 1]
+        begin += len(numbers)
 
 
 def test_directories_of_datasets_are_read_by_read_episodes(tmp_path):
