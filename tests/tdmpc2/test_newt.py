@@ -13,6 +13,7 @@ import torch
 from worldloom import create_world_model, load_agent
 from worldloom.tdmpc2 import Task, TDMPC2Agent, load_official, save_official
 from worldloom.tdmpc2.official.mmbench import MMBENCH
+from worldloom.tdmpc2.official.newt import ENCODER, MASKS, POLICY, READS_ACTIONS
 from worldloom.tdmpc2.planner import PlanNoise
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "data" / "newt.tar.xz"
@@ -107,8 +108,8 @@ def test_a_model_acts_saves_and_loads(folder, tmp_path):
         save_official(model, tmp_path / "no.pt")
 
 
-def rewritten(folder, tmp_path, change):
-    whole = torch.load(folder / "multitask.pt", weights_only=True)
+def rewritten(folder, tmp_path, change, name="multitask"):
+    whole = torch.load(folder / f"{name}.pt", weights_only=True)
     change(whole["model"])
     torch.save(whole, tmp_path / "changed.pt")
     return tmp_path / "changed.pt"
@@ -160,3 +161,12 @@ def test_files_that_do_not_fit_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="masks actions differently"):
         load_official(folder / "multitask.pt", tasks=[Task(n, 5) for n in "abcd"])
     assert load_official(folder / "single.pt").obs_shape == (10,)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*READS_ACTIONS[:2], *POLICY, ENCODER, MASKS, "_Qs.online._Qs.0.0.weight"])
+def test_a_tensor_of_another_shape_is_refused_by_name(folder, tmp_path, case, name):
+    for shape in ((), (1,), (3, 3)):
+        changed = rewritten(folder, tmp_path, lambda state, shape=shape: state.update({name: torch.ones(shape)}), case)
+        with pytest.raises(ValueError, match=r"changed.pt"):
+            load_official(changed, tasks=CASES[case].get("tasks", ()))

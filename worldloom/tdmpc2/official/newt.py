@@ -18,6 +18,7 @@ State = dict[str, Tensor]
 HEAD = re.compile(r"_Qs\.(online|target)\._Qs\.(\d+)\.(.+)")
 GROUPS = {"online": "_Qs.params.", "target": "_target_Qs_params."}  # in layout C, where heads are stacked
 READS_ACTIONS = ("_dynamics.0.weight", "_reward.0.weight", "_Qs.params.0.weight", "_target_Qs_params.0.weight")
+POLICY = ("_pi.2.weight", "_pi.2.bias")  # rows of means, then of log standard deviations
 ENCODER, MASKS = "_encoder.state.0.weight", "_action_masks"
 
 
@@ -35,19 +36,24 @@ def from_newt(state: State, obs_size: int | None, path: object = "the checkpoint
     state = _with_stacked_heads(state, path)
     if "_task_emb.weight" in state:
         return state
-    masks = state.pop(MASKS, torch.ones(1, 1))
-    used = int(masks[0].sum()) if masks.ndim == 2 else 0
-    if used < 1 or not torch.equal(masks.float(), (torch.arange(masks.shape[-1]) < used).float().expand_as(masks)):
-        raise ValueError(f"{path}: {MASKS} is not that of one task, expected ones, then zeros, the same in all rows.")
-    unused = masks.shape[1] - used
-    if unused:
-        for name in READS_ACTIONS:
-            state |= {name: state[name][..., :-unused]} if name in state else {}
-        for name in ("_pi.2.weight", "_pi.2.bias"):  # means, then log standard deviations
-            state |= {name: torch.cat([half[:used] for half in state[name].chunk(2)])} if name in state else {}
-    if ENCODER in state:
-        state[ENCODER] = state[ENCODER][..., :obs_size]
+    used, total = _used_actions(state.pop(MASKS, torch.zeros(0)), path)
+    for name in (name for name in (*READS_ACTIONS, *POLICY, ENCODER) if name in state):
+        value = state[name]
+        if not value.ndim or (name in POLICY and len(value) != 2 * total):
+            raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}, which {total} actions do not fit.")
+        if name in POLICY:
+            state[name] = torch.cat([value[:used], value[total : total + used]])
+        else:
+            state[name] = value[..., :obs_size] if name == ENCODER else value[..., : value.shape[-1] - total + used]
     return state
+
+
+def _used_actions(masks: Tensor, path: object) -> tuple[int, int]:
+    """Return how many actions the masks [environments, A] of one task let through, the first ones, and A."""
+    used = int(masks[0].sum()) if masks.ndim == 2 else 0
+    if used < 1 or not torch.equal(masks.float(), (torch.arange(masks.shape[1]) < used).float().expand_as(masks)):
+        raise ValueError(f"{path}: {MASKS} is not that of one task, expected ones, then zeros, the same in all rows.")
+    return used, masks.shape[1]
 
 
 def _with_stacked_heads(state: State, path: object) -> State:
