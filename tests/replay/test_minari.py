@@ -1,5 +1,6 @@
 """Datasets that the Minari library wrote, read as episodes for replay."""
 
+import copy
 import json
 import sys
 
@@ -138,7 +139,7 @@ def test_metadata_that_would_make_an_environment_is_refused(tmp_path, monkeypatc
     record(tmp_path, monkeypatch, TORQUES, np.zeros((1, 5, 2), np.float32))
     path = tmp_path / "tests/steps-v0/data/metadata.json"
     metadata = json.loads(path.read_text())
-    spec = gymnasium.spec("CartPole-v1")
+    spec = copy.deepcopy(gymnasium.spec("CartPole-v1"))
     spec.entry_point = "os:getcwd"
     without = {k: v for k, v in metadata.items() if k != "action_space"} | {"env_spec": spec.to_json()}
     monkeypatch.setattr(gymnasium, "make", lambda *a, **k: pytest.fail("an environment was made"))
