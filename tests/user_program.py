@@ -5,6 +5,7 @@ Tests run it, and check it with mypy --strict.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,8 @@ from worldloom.training import (
     Trainer,
     TrainingConfig,
     read_episodes,
+    read_lerobot,
+    read_minari,
     train,
 )
 
@@ -95,6 +98,9 @@ def offline(model: WorldModel, folder: Path) -> None:
     for episode in episodes:
         buffer.add_episode(**episode)
     held_out = ReplayBuffer.from_trajectories(read_episodes(folder / "episode.npz"), windows=WindowSpec(4, 0, False))
+    for read in (read_minari, read_lerobot):
+        with contextlib.suppress(FileNotFoundError):
+            next(read(folder / "absent"))
     batch: Batch = buffer.sample(batch_size=4, seq_len=5, device="cpu")
     losses: dict[str, torch.Tensor] = model.compute_loss(batch)
     assert losses["loss"].ndim == 0

@@ -11,7 +11,7 @@ EXTRAS = {
     "mujoco": "mujoco",
     "dm_control": "dmc",
     "shimmy": "dmc",
-    "h5py": "data",
+    **dict.fromkeys(("h5py", "minari", "pyarrow", "imageio_ffmpeg"), "data"),
     **dict.fromkeys(("ray", "yaml", "jsonargparse", "tensorboardX", "rich", "imageio"), "training"),
     **dict.fromkeys(("matplotlib", "jinja2", "shtab"), "training"),
 }

@@ -191,6 +191,26 @@ class ActionCodec:
             chosen = chosen + np.asarray(space.start).reshape(-1)
         return chosen.astype(space.dtype).reshape(space.shape)
 
+    def rows(self, actions: Any) -> Array:
+        """Return the environment's own actions [L, …] as an agent gives them, [L, A] float32: the inverse of `native`.
+
+        Raises ValueError for another shape or an unknown choice. Numbers out of bounds are not clipped.
+        """
+        native, shape = np.asarray(actions), self._native.shape or ()
+        if native.shape[1:] != shape:
+            raise ValueError(f"{self._name}: actions are {native.shape}, expected L of shape {shape}.")
+        flat = native.reshape(len(native), -1)
+        if not self.classes:
+            bounded = np.isfinite(self._low) & np.isfinite(self._high)
+            low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
+            width = np.where(high > low, high - low, 1)  # a number without a choice has no width
+            return (2 * (flat - low) / width - 1).astype(np.float32)
+        chosen = flat - np.asarray(getattr(self._native, "start", 0)).reshape(-1)
+        if (chosen < 0).any() or (chosen >= self.classes).any():
+            raise ValueError(f"{self._name}: actions run from {flat.min()} to {flat.max()}, expected {self._native}.")
+        parts = [np.eye(n, dtype=np.float32)[chosen[:, part].astype(int)] for part, n in enumerate(self.classes)]
+        return np.concatenate(parts, 1)
+
 
 def action_classes(space: spaces.Space[Any]) -> tuple[int, ...]:
     """Return the number of choices of each one-hot part of an action, () for continuous actions."""

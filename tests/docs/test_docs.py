@@ -27,6 +27,7 @@ from launch.arguments import run_config
 from launch.sweeps.plan import read_plan, sweep_parser
 from launch.sweeps.workers import Ending
 from launch.train import main as train_command
+from tests.lerobot_files import ACTION, CAMERA, ENDS, STATE, write_lerobot
 from worldloom import create_world_model
 from worldloom.family import GROUP
 from worldloom.tdmpc2 import save_official
@@ -75,6 +76,8 @@ def workplace(tmp_path_factory):
     save_official(create_world_model("tdmpc2:1m", obs_shape=(24,), action_dim=6), folder / "walker-walk-1.pt")
     mt30 = create_world_model("tdmpc2:1m", obs_shape=(24,), action_dim=6, tasks="mt30", batch_size=8)
     save_official(mt30, folder / "mt30-1M.pt")
+    pusht = {"observation.state": STATE, "observation.image": {**CAMERA, "dtype": "video"}, "action": ACTION, **ENDS}
+    write_lerobot(folder / "pusht", features=pusht)
     (folder / "mt30").mkdir()
     (folder / "mt30" / "chunk_0.pt").symlink_to(ROOT / "tests" / "data" / "tdmpc2_episodes.pt")
     return folder
@@ -89,6 +92,7 @@ def shortened(family):
 def test_python_blocks_run_in_order(page, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(workplace / "minari"))
     namespace = {"__name__": "page"}
     for name, text in written(page).items():
         (workplace / name).write_text(text)

@@ -14,6 +14,8 @@ import numpy as np
 
 from worldloom.archive import UNREADABLE, explain
 from worldloom.extras import how_to_install
+from worldloom.replay.lerobot import holds_lerobot, read_lerobot
+from worldloom.replay.minari import holds_minari, read_minari
 from worldloom.types import Array, ColumnSpec, ObsShape
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -88,19 +90,26 @@ def read_trajectories(trajectories: Iterable[Any], action_range: tuple[Any, Any]
 
 
 def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the episodes of an npz or HDF5 file, or of every npz file in a directory, in order.
+    """Yield the episodes of an npz or HDF5 file, or of a directory: a Minari or LeRobot dataset, or npz files in order.
 
     A file may hold the arrays of one episode; the arrays of many, cut where a step is terminal or timed out (D4RL; its
-    next_observations give the last observation); or HDF5 groups episode_0, episode_1, … (Minari). HDF5 needs h5py,
-    from worldloom[data]. Raises ValueError for other files, FileNotFoundError if `path` does not exist.
+    next_observations give the last observation); or HDF5 groups episode_0, episode_1, …, taken as they are. Datasets
+    are read as `read_minari` and `read_lerobot` read them. All but npz needs packages of worldloom[data]. Raises
+    ValueError for other files, FileNotFoundError if `path` does not exist.
     """
     found = Path(path)
     if not found.exists():
         raise FileNotFoundError(f"{path} does not exist, expected a file or directory of recorded episodes.")
     if found.is_dir():
         files = sorted(found.glob("*.npz"))
-        if not files:
-            raise ValueError(f"{path} holds no .npz file, expected one for each episode.")
+        if not files and holds_lerobot(found):
+            yield from read_lerobot(found)
+        elif not files and holds_minari(found):
+            yield from read_minari(found)
+        elif not files:
+            raise ValueError(
+                f"{path} holds no .npz file, expected one for each episode, or a dataset of Minari or LeRobot."
+            )
         for file in files:
             yield from read_episodes(file)
     elif found.suffix == ".npz":

@@ -62,6 +62,7 @@ class TDMPC2Config:
     log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
     episodic: bool = False  # learn a termination head, for tasks with true ends
     task_dim: int = 0  # T, size of the task embedding; 0 for a single task
+    given_tasks: bool = False  # task embeddings are given, of any norm, and not learned: Newt's vectors of language
     augment_eval: bool = True  # shift images at random in acting and evaluation too, as the authors' code does
     symlog_obs: bool = False  # take symlog of vectors first, as in the authors' files from before their code was public
 

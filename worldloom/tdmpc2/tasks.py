@@ -46,31 +46,36 @@ class Task:
     """One of the tasks of a multi-task model.
 
     action_dim: the number of the model's action dimensions that it uses, the first ones. episode_length: agent steps,
-    which set its discount.
+    which set its discount, unless it is given.
     """
 
     name: str
     action_dim: int
     episode_length: int = DM_CONTROL_STEPS
+    discount: float | None = None  # gamma
 
 
 class TaskEmbedding(nn.Embedding):
-    """A learned vector for each task, an input of every network: T numbers of L2 norm at most 1 (section 3.1)."""
+    """A vector for each task, an input of every network: T numbers, learned, of L2 norm at most 1 (section 3.1); or
+    given, of any norm, and not learned (Hansen et al. 2025)."""
 
     action_masks: Tensor  # [tasks, A], 1 for the action dimensions that a task uses
     discounts: Tensor  # [tasks]
 
     def __init__(self, tasks: Sequence[Task], action_dim: int, config: TDMPC2Config) -> None:
         super().__init__(len(tasks), config.task_dim)
-        self.tasks = tuple(tasks)
+        self.tasks, self.given = tuple(tasks), config.given_tasks
+        self.weight.requires_grad_(not self.given)
         masks = torch.tensor([[float(i < task.action_dim) for i in range(action_dim)] for task in tasks])
-        discounts = torch.tensor([config.discount_for(task.episode_length) for task in tasks])
+        discounts = torch.tensor([task.discount or config.discount_for(task.episode_length) for task in tasks])
         self.register_buffer("action_masks", masks, persistent=False)
         self.register_buffer("discounts", discounts, persistent=False)
 
     def forward(self, task: Tensor) -> Tensor:
-        """Return embeddings [..., T] of task numbers [...]. Those of them with a norm above 1 are first scaled to 1, in
+        """Return embeddings [..., T] of task numbers [...]. Learned ones with a norm above 1 are first scaled to 1, in
         place, as `nn.Embedding(max_norm=1)` does, which on a GPU would wait for the host."""
+        if self.given:
+            return F.embedding(task, self.weight)
         with torch.no_grad():
             asked = fn.one_hot(task.flatten(), len(self.weight)).any(0)
             norm = torch.linalg.vector_norm(self.weight, dim=1)

@@ -2,6 +2,8 @@
 
 from worldloom.files import CheckpointError
 from worldloom.replay.buffer import ReplayBuffer
+from worldloom.replay.lerobot import read_lerobot
+from worldloom.replay.minari import read_minari
 from worldloom.replay.recorded import read_episodes
 from worldloom.training.callbacks import CheckpointCallback, EarlyStoppingCallback, LoggingCallback
 from worldloom.training.config import TrainingConfig
@@ -19,5 +21,7 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "read_episodes",
+    "read_lerobot",
+    "read_minari",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoint files of TD-MPC2's authors: a reader of all three layouts, and a writer of the current one.
+"""Checkpoint files of TD-MPC2's authors: a reader of all three layouts and of Newt's, and a writer of the current one.
 
 Layout C is that of their code today, B that of October 2023 to November 2024, A is older than the public code; A's
 encoders take symlog of the observation first. Nothing in a file is executed, and no model is built before all tensors
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from worldloom.tdmpc2.config import TDMPC2Config
+from worldloom.tdmpc2.official.mmbench import MMBENCH
+from worldloom.tdmpc2.official.newt import from_newt, is_newt
 from worldloom.tdmpc2.official.tensors import TensorFile, listed
 from worldloom.tdmpc2.tasks import DM_CONTROL_STEPS, MT30, MT80, Task
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
@@ -58,14 +60,15 @@ def load_official(
     tasks: Sequence[Task] = (),
     overrides: Mapping[str, Any] | None = None,
 ) -> TDMPC2WorldModel:
-    """Load a model from an official file; every size is inferred from its shapes.
+    """Load a model of TD-MPC2 or Newt from an official file; every size is inferred from its shapes.
 
-    obs_shape, action_dim: checked against the file if given. episode_length: agent steps, by default 500 (DeepMind
-    Control); it sets the discount, which no file holds. tasks: those of a multi-task file, by default mt30 for 30 tasks
-    and mt80 for 80. Raises FileNotFoundError, or ValueError for files that are not TD-MPC2's, are damaged, hold
+    obs_shape, action_dim: checked against the file if given; Newt's models of one task read 128 numbers, filled up with
+    zeros, unless obs_shape says how many there are. episode_length: agent steps, by default 500 (DeepMind Control); it
+    sets the discount, which no file holds. tasks: those of a multi-task file, by default mt30 for 30 tasks, mt80 for
+    80 and MMBench for 200. Raises FileNotFoundError, or ValueError for files that are not TD-MPC2's, are damaged, hold
     anything but tensors of finite real numbers, or have unexpected keys or sizes.
     """
-    state, symlog_obs = as_current(read_official(path), path)
+    state, settings = _current(read_official(path), obs_shape, path)
     ours = _rename(state, path)
     fields = infer_sizes(ours, path)
     known = _tasks_of(ours, tasks, path)
@@ -81,7 +84,7 @@ def load_official(
         if wanted is not None and wanted != found:
             raise ValueError(f"{path} holds a model with {name}={found}, but {name}={wanted} was asked for.")
     try:
-        config = TDMPC2Config(**{**fields, "symlog_obs": symlog_obs, **(overrides or {})})
+        config = TDMPC2Config(**{**fields, **settings, **(overrides or {})})
         arguments = (shape, size, config, episode_length or DM_CONTROL_STEPS, known)
         with torch.device("meta"):  # a model without memory: so far, the file alone has chosen its sizes
             expected = TDMPC2WorldModel(*arguments).state_dict()
@@ -104,6 +107,7 @@ def save_official(model: TDMPC2WorldModel, path: str | os.PathLike[str]) -> None
         (c.simnorm_dim != 8, f"has simplices of {c.simnorm_dim}"),
         (c.bin_limit != 10, f"has bins up to {c.bin_limit:g}"),
         ((c.log_std_min, c.log_std_max) != (-10, 2), f"has log_std in [{c.log_std_min:g}, {c.log_std_max:g}]"),
+        (c.given_tasks, "has given task embeddings"),
         (model.action_classes, "chooses discrete actions"),
         (model.pixels and model.obs_shape[1:] != PIXELS, "reads images other than 64x64"),
         (model.pixels and c.latent_dim != 512, "projects images"),
@@ -130,9 +134,11 @@ def read_official(path: str | os.PathLike[str]) -> State:
     with a tensor that no network has."""
     file = TensorFile(path, NO_CHECKPOINT)
     model = file.content.get("model", file.content) if isinstance(file.content, dict) else None
-    if not isinstance(model, dict) or not any(_text(key).startswith("_dynamics.") for key in model):
+    if not isinstance(model, dict) or not any(_name(key).startswith("_dynamics.") for key in model):
         raise ValueError(f'{path} is {NO_CHECKPOINT}: expected a mapping "model" with keys "_dynamics…".')
-    state = file.tensors({k: v for k, v in model.items() if not _text(k).rpartition(".")[2].startswith("__")})
+    state = file.tensors(
+        {_name(k) or k: v for k, v in model.items() if not _name(k).rpartition(".")[2].startswith("__")}
+    )
     for name, value in state.items():
         if name not in COUNTS and not value.is_floating_point():
             raise ValueError(f"{path}: {name} is {value.dtype}, expected floats. Check where the file comes from.")
@@ -141,8 +147,18 @@ def read_official(path: str | os.PathLike[str]) -> State:
     return state
 
 
-def _text(key: Any) -> str:
-    return key if isinstance(key, str) else ""
+def _name(key: Any) -> str:
+    """Return a tensor's name without what training on several GPUs puts before it; "" for what is no text."""
+    return key.removeprefix("module.") if isinstance(key, str) else ""
+
+
+def _current(state: State, obs_shape: ObsShape | None, path: object) -> tuple[State, dict[str, Any]]:
+    """Return a state in any layout under the names of C, and the config fields that its layout sets."""
+    if not is_newt(state):
+        state, symlog_obs = as_current(state, path)
+        return state, {"symlog_obs": symlog_obs}
+    size = obs_shape[0] if isinstance(obs_shape, Sequence) and len(obs_shape) == 1 else None
+    return from_newt(state, size, path), {"given_tasks": "_task_emb.weight" in state, "dropout": 0.0}
 
 
 def as_current(state: State, path: object = "the checkpoint") -> tuple[State, bool]:
@@ -253,9 +269,9 @@ def infer_sizes(ours: State, path: object = "the checkpoint") -> dict[str, Any]:
 def _tasks_of(ours: State, tasks: Sequence[Task], path: object) -> Sequence[Task]:
     embedding = ours.get("task_embedding.weight")
     count = 0 if embedding is None else len(embedding)
-    known = tuple(tasks) or {0: (), len(MT30): MT30, len(MT80): MT80}.get(count)
+    known = tuple(tasks) or {0: (), len(MT30): MT30, len(MT80): MT80, len(MMBENCH): MMBENCH}.get(count)
     if known is None:
-        raise ValueError(f"{path} knows {count} tasks, which are neither mt30 nor mt80. Give tasks=[Task(…), …].")
+        raise ValueError(f"{path} knows {count} tasks, which are not mt30, mt80 or MMBench. Give tasks=[Task(…), …].")
     if len(known) != count:
         raise ValueError(f"{path} knows {count} tasks, but {len(known)} were given.")
     return known

@@ -41,6 +41,7 @@ OTHERS = {
 }
 PICKLE_BYTES = 2**18  # more than ten times that of the largest published file
 TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+PAIR = ("BINFLOAT", "BINFLOAT", "TUPLE2")  # the opcodes that make a tuple of two floats
 MADE = ("BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "GLOBAL", "NEWOBJ", "REDUCE", *TUPLES)  # then torch.save numbers it
 OPCODES = (  # all that torch.save writes for tensors, numbers, text, dicts and lists
     *MADE, "APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID", "BINPUT", "BUILD",
@@ -161,20 +162,21 @@ def _check_pickle(pickled: bytes) -> None:
     """Raise ValueError for a pickle that torch.save does not write.
 
     Pickle would allocate a table up to the number that an object is given. A tuple of a tuple twice, of a tuple twice,
-    and so on, has few bytes, but as a key of a dict it takes forever to hash: so no tuple is used again.
+    and so on, has few bytes, but as a key of a dict it takes forever to hash: so no tuple is used again, but for two
+    floats, such as the betas that all groups of an optimiser share.
     """
-    before, tuples = "", set()
+    before, tuples, last = "", set(), ("", "", "")
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name not in OPCODES:
             raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
         if opcode.name in ("BINPUT", "LONG_BINPUT"):
             if before not in MADE or (number := int(argument or 0)) > len(pickled):
                 raise ValueError(f"its pickle numbers an object {argument} in a way that torch.save does not")
-            if before in TUPLES:
+            if before in TUPLES and last != PAIR:
                 tuples.add(number)
         if opcode.name in ("BINGET", "LONG_BINGET") and argument in tuples:
             raise ValueError("its pickle uses a tuple again, which torch.save does not")
-        before = opcode.name
+        before, last = opcode.name, (*last[1:], opcode.name)
 
 
 def _made_by(found: Any) -> str:
