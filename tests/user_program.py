@@ -25,6 +25,7 @@ from worldloom import (
     WorldModel,
     create_agent,
     create_world_model,
+    export,
     get_config,
     get_model_info,
     list_models,
@@ -148,6 +149,8 @@ def acting(folder: Path) -> None:
     assert loop.predicted_rewards.shape == (3,)
     Trainer(agent, TrainingConfig(total_steps=1), callbacks=[]).save_checkpoint(folder / "agent")
     assert load_agent(folder / "agent", num_samples=32).updates == 0
+    written: Path = export(agent, folder / "policy.pt2", plan=False)
+    assert written.is_file()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         register_model,
     )
     from worldloom.family import Family
+    from worldloom.program import export
     from worldloom.types import Agent, Batch, LatentState, Trajectory, WindowSpec, WorldModel
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "WorldModel",
     "create_agent",
     "create_world_model",
+    "export",
     "get_config",
     "get_model_info",
     "list_models",
@@ -46,8 +48,8 @@ if not TYPE_CHECKING:
         if name not in __all__:
             raise AttributeError(f"module 'worldloom' has no attribute {name!r}")
         types = ("Agent", "Batch", "LatentState", "Trajectory", "WindowSpec", "WorldModel")
-        home = "types" if name in types else "family" if name == "Family" else "families"
-        value = globals()[name] = getattr(importlib.import_module(f"worldloom.{home}"), name)
+        homes = {**dict.fromkeys(types, "types"), "Family": "family", "export": "program"}
+        value = globals()[name] = getattr(importlib.import_module(f"worldloom.{homes.get(name, 'families')}"), name)
         return value
 
     def __dir__() -> list[str]:
