@@ -19,6 +19,7 @@ from worldloom import (
     Batch,
     Family,
     LatentState,
+    ModelCard,
     ModelInfo,
     Trajectory,
     WindowSpec,
@@ -26,11 +27,14 @@ from worldloom import (
     create_agent,
     create_world_model,
     export,
+    from_hub,
     get_config,
     get_model_info,
     list_models,
     load_agent,
+    push_to_hub,
     register_model,
+    save_agent,
 )
 from worldloom.envs import VectorEnv, make_env
 from worldloom.imagination import OpenLoop, open_loop
@@ -151,6 +155,16 @@ def acting(folder: Path) -> None:
     assert load_agent(folder / "agent", num_samples=32).updates == 0
     written: Path = export(agent, folder / "policy.pt2", plan=False)
     assert written.is_file()
+    card = ModelCard(algorithm="tdmpc2:1m", task="Pendulum-v1", return_mean=-140.0, episodes=10, licence="cc-by-4.0")
+    assert save_agent(agent, folder / "shared", card=card) == folder / "shared"
+    try:
+        print("pushed:", push_to_hub(agent, "two/many/names", card=card))
+    except ValueError as error:
+        print("refused:", error)
+    try:
+        from_hub("two/many/names")
+    except ValueError as error:
+        print("refused:", error)
 
 
 if __name__ == "__main__":
