@@ -62,7 +62,7 @@ class TDMPC2Agent:
 
     @property
     def columns(self) -> Mapping[str, ColumnSpec]:
-        return {"task": ColumnSpec((), "int32")} if self.world_model.tasks else {}
+        return {"task": ColumnSpec((), "int32")} if len(self.world_model.tasks) > 1 else {}
 
     @property
     def train_ratio(self) -> float:
@@ -114,6 +114,7 @@ class TDMPC2Agent:
         ValueError for obs, task or act_state of other shapes.
         """
         numbers = None if task is None else torch.as_tensor(task).long()
+        numbers = self.world_model.task_numbers(numbers, len(is_first))
         shown = self.world_model.check_observation("act", torch.as_tensor(obs), numbers)
         given = {
             "obs": shown,

@@ -198,6 +198,12 @@ class TDMPC2Networks(nn.Module):
         self.check_task_numbers(where, task)
         return obs
 
+    def task_numbers(self, task: Tensor | None, count: int) -> Tensor | None:
+        """Return task [count]; zeros in place of None for a model that knows one task, which needs no numbers."""
+        if task is None and len(self.tasks) == 1:
+            return torch.zeros(count, dtype=torch.int64, device=self.bins.device)
+        return task
+
     def check_task(self, where: str, task: Tensor | None, count: int) -> None:
         """Check that task is [count] for a multi-task model, else None. Raises ValueError otherwise."""
         if self.tasks and task is None:

@@ -26,8 +26,7 @@ class PolicyModule(nn.Module):
         self.model, self.sample = without(model, *LEARNING_ONLY, *PLANNING_ONLY), sample
 
     def forward(self, **given: Tensor) -> Tensors:
-        task = given.get("task")
-        z = see(self.model, given)
+        z, task = see(self.model, given)
         return {"action": self.model.policy_action(z, given["normal_action"] if self.sample else None, task)}
 
 
@@ -40,7 +39,7 @@ class PlannerModule(nn.Module):
         self.planner = Planner(self.model)
 
     def forward(self, **given: Tensor) -> Tensors:
-        z = see(self.model, given)
+        z, task = see(self.model, given)
         noise = PlanNoise(
             policy=given["normal_policy"],
             samples=given["normal_samples"],
@@ -50,14 +49,15 @@ class PlannerModule(nn.Module):
             explore=given["normal_explore"] if self.sample else torch.zeros(len(z), self.model.action_dim),
         )
         previous = given["plan_in"] * ~given["is_first"][:, None, None]
-        action, plan = self.planner.plan(z, previous, noise, self.sample, given.get("task"))
+        action, plan = self.planner.plan(z, previous, noise, self.sample, task)
         return {"action": action, "plan_out": plan}
 
 
-def see(model: TDMPC2WorldModel, given: Tensors) -> Tensor:
-    """Return latents [E, D + T] of the inputs `obs`, `task` and `uniform_shift`, where the program has them."""
-    uniform = given.get("uniform_shift")
-    return model.latent(given["obs"], given.get("task"), None if uniform is None else as_shifts(uniform))
+def see(model: TDMPC2WorldModel, given: Tensors) -> tuple[Tensor, Tensor | None]:
+    """Return latents [E, D + T] of the inputs `obs`, `task` and `uniform_shift`, where the program has them, and task
+    numbers [E] of a multi-task model."""
+    uniform, task = given.get("uniform_shift"), model.task_numbers(given.get("task"), len(given["obs"]))
+    return model.latent(given["obs"], task, None if uniform is None else as_shifts(uniform)), task
 
 
 def without(model: TDMPC2WorldModel, *parts: str) -> TDMPC2WorldModel:
@@ -98,7 +98,7 @@ def planner_program(model: TDMPC2WorldModel, envs: int, sample: bool) -> Program
 def _seen(model: TDMPC2WorldModel, envs: int, sample: bool) -> dict[str, Tensor]:
     """Return examples of what every program reads: observations, task numbers, shifts of images."""
     inputs, _ = example_obs(model.obs_shape, envs)
-    if model.tasks:
+    if len(model.tasks) > 1:
         inputs["task"] = torch.zeros(envs, dtype=torch.int64)
     if sample and model.pixels and model.config.augment_eval:
         inputs["uniform_shift"] = torch.full((envs, 2), 0.5)
