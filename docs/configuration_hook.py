@@ -23,6 +23,7 @@ from worldloom.runs.config import (
     ReplayConfig,
     RunConfig,
     RuntimeConfig,
+    StartConfig,
     TrainConfig,
 )
 from worldloom.tdmpc2 import TDMPC2Config
@@ -30,6 +31,7 @@ from worldloom.training import TrainingConfig
 
 SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "run": ("", RunConfig),
+    "start": ("start.", StartConfig),
     "env": ("env.", EnvConfig),
     "env.atari": ("env.atari.", AtariConfig),
     "env.dmc": ("env.dmc.", DMCConfig),

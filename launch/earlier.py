@@ -19,7 +19,7 @@ from worldloom.runs.checkpoint import drop_partial
 from worldloom.runs.config import RunConfig
 
 RESUME = ("always", "auto", "never")
-SAME = ("algorithm", "env.")  # what a run keeps to its end
+SAME = ("algorithm", "env.", "start.")  # what a run keeps to its end
 FREE = ("storage", "env.num_envs")  # of these, what may change, or says nothing about the run
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,27 @@ from launch.failures import sentence
 from launch.places import in_ray_job
 from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
+from worldloom.files import CheckpointError
 from worldloom.locations import is_remote, read_bytes, write_bytes
 from worldloom.manifest import checkpoint_folders
-from worldloom.runs.build import check_config
+from worldloom.runs.agent_state import AgentSnapshot
+from worldloom.runs.build import check_config, probe_env
 from worldloom.runs.config import RunConfig
 from worldloom.runs.home import Home, open_home
 from worldloom.runs.lease import InUse
+from worldloom.runs.start import FOLDER, keep_network, place_start, read_start, with_network_of
 
 
 def main(argv: list[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Ray may be started with it blocked, to outlive it
-    argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = spelled_out(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = command_parser()
     try:
         asked = read_asked(argv)
         saved = saved_config(asked)
         config, before = _configs(parser, argv, saved)
+        config, start = (config, None) if before else _begin_from(parser, config)
         run = asked.place(_default_name(config))
         changed = changes(before, config) if before else []
     except (ValueError, OSError) as error:
@@ -60,7 +65,26 @@ def main(argv: list[str] | None = None) -> int:
             parser.refuse(sentence(error))
         for change in changed:
             print(f"differs from the run so far: {change}", flush=True)
-        return _run(config, home, saved is not None)
+        return _run(config, home, saved is not None, start)
+
+
+def spelled_out(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with the short names of options replaced by the fields that they stand for."""
+    words = [word.partition("=") for word in argv]
+    return [SHORT.get(name, name) + equals + value for name, equals, value in words]
+
+
+def _begin_from(parser: Parser, config: RunConfig) -> tuple[RunConfig, AgentSnapshot | None]:
+    """Return the config with the network of the agent that a new run starts from, and that agent; None without one."""
+    if config.start.checkpoint is None:
+        return config, None
+    try:
+        start = read_start(config, probe_env(config))
+        config = with_network_of(config, start.description, config.start.checkpoint)
+    except (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed) as error:
+        parser.refuse(sentence(error))
+    print(f"starting from {config.start.checkpoint}: {config.algorithm}", flush=True)
+    return config, start
 
 
 def _configs(parser: Parser, argv: list[str], saved: Path | None) -> tuple[RunConfig, RunConfig | None]:
@@ -72,7 +96,8 @@ def _configs(parser: Parser, argv: list[str], saved: Path | None) -> tuple[RunCo
         file.write(read_bytes(saved))
         file.flush()
         before = run_config(parser, parser.parse_args(["--config", file.name]))
-        return run_config(parser, parser.parse_args(["--config", file.name, *argv])), before
+        new = run_config(parser, parser.parse_args(["--config", file.name, *argv]))
+        return keep_network(before, new), before
 
 
 def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> Home:
@@ -101,11 +126,11 @@ def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> 
     return home
 
 
-def _run(config: RunConfig, home: Home, resume: bool) -> int:
+def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | None) -> int:
     path, saved = home.dir / "config.yaml", checkpoint_folders(home.root)
     before = path.read_bytes() if resume else None
     try:
-        summary = _train(config, home, resume)
+        summary = _train(config, home, resume, start)
     except KeyboardInterrupt:
         go_on = f"go on from the last checkpoint with:\n  {_resume_command(home.root)}"
         print(f"\nstopped at once; {go_on if checkpoint_folders(home.root) else 'nothing was saved yet'}")
@@ -133,6 +158,8 @@ def command_parser() -> Parser:
     parser = run_parser("launch.train", "Train an agent, with Ray or in this process (--runtime.kind inline).")
     parser.add_argument("--run-dir", dest="run_dir", type=str, default=None, help=RUN_DIR_HELP)
     parser.add_argument("--name", type=str, default=None, help=NAME_HELP)
+    parser.add_argument("--from", dest="from_checkpoint", type=str, default=None, help=FROM_HELP)
+    parser.add_argument("--like", type=str, default=None, help=LIKE_HELP)
     parser.add_argument("--resume", nargs="?", const="always", choices=RESUME, default=None, help=RESUME_HELP)
     return parser
 
@@ -149,9 +176,9 @@ def _remove_empty_run_dir(run_dir: Path) -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _train(config: RunConfig, home: Home, resume: bool) -> dict[str, Any]:
+def _train(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | None) -> dict[str, Any]:
     """Train and return the summary. Writes config.yaml once everything has started and, on a resume, is restored."""
-    text = dump_config(config)
+    text, config = dump_config(config), place_start(config, home.root, start)
     if config.runtime.kind == "inline":
         from worldloom.runs.inline import InlineTrainer
 
@@ -188,19 +215,17 @@ def _conclude(summary: dict[str, Any], home: Home) -> int:
     return 0
 
 
-SHORT = {
-    "--runtime": "--runtime.kind",
-    "--runtime=inline": "--runtime.kind=inline",
-    "--runtime=ray": "--runtime.kind=ray",
-}
+SHORT = {"--runtime": "--runtime.kind", "--from": "--start.checkpoint", "--like": "--start.like"}
 RUN_DIR_HELP = "folder or URL of the run, instead of its --name in the storage"
 NAME_HELP = "name of the run, its folder in the storage; default: ENV-ALGORITHM-TIME"
+FROM_HELP = "fine-tune: start from the weights of a run, a model directory or a published file (start.checkpoint)"
+LIKE_HELP = "with --from a multi-task file: the task whose embedding the new task starts from (start.like)"
 RESUME_HELP = (
     "go on with the run of --name or --run-dir, replay included; auto: begin it if it does not exist (the default in a "
     "Ray job); never: refuse if it exists (the default elsewhere)"
 )
 # Written before the first line of metrics.
-LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard")
+LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard", FOLDER)
 END_SECONDS, RETRY_SECONDS = 180.0, 10.0  # of waiting for the end of another process, and between two looks
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError, ModuleNotFoundError)
 

@@ -25,6 +25,8 @@ ROOMS = {
     "runs": {"families", "envs", "replay", "acting", "report"},
     "training": {"families", "envs", "replay", "acting", "report", "runs"},
     "testing": {"families", "envs", "replay", "acting"},
+    "sharing": {"families", "envs", "replay", "acting", "report", "runs"},
+    "package": {"families", "sharing"},
 }
 FORBIDDEN = {"worldloom": {"ray", "distributed", "launch"}, "distributed": {"launch"}}
 
@@ -71,10 +73,10 @@ def file_of(module, root):
 
 
 def room_of(path):
-    """The folder under worldloom, `families` of the registry and of worldloom/__init__.py, or `flat`."""
+    """The folder under worldloom, `families` of the registry, `package` of worldloom/__init__.py, or `flat`."""
     top = path.relative_to(ROOT / "worldloom").parts[0]
     if top in ("families.py", "__init__.py"):
-        return "families"
+        return "families" if top == "families.py" else "package"
     return "flat" if top.endswith(".py") else top
 
 

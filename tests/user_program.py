@@ -20,17 +20,22 @@ from worldloom import (
     Batch,
     Family,
     LatentState,
+    ModelCard,
     ModelInfo,
     Trajectory,
     WindowSpec,
     WorldModel,
     create_agent,
     create_world_model,
+    export,
+    from_hub,
     get_config,
     get_model_info,
     list_models,
     load_agent,
+    push_to_hub,
     register_model,
+    save_agent,
 )
 from worldloom.envs import VectorEnv, make_env
 from worldloom.imagination import OpenLoop, open_loop
@@ -154,6 +159,18 @@ def acting(folder: Path) -> None:
     assert loop.predicted_rewards.shape == (3,)
     Trainer(agent, TrainingConfig(total_steps=1), callbacks=[]).save_checkpoint(folder / "agent")
     assert load_agent(folder / "agent", num_samples=32).updates == 0
+    written: Path = export(agent, folder / "policy.pt2", plan=False)
+    assert written.is_file()
+    card = ModelCard(algorithm="tdmpc2:1m", task="Pendulum-v1", return_mean=-140.0, episodes=10, licence="cc-by-4.0")
+    assert save_agent(agent, folder / "shared", card=card) == folder / "shared"
+    try:
+        print("pushed:", push_to_hub(agent, "two/many/names", card=card))
+    except ValueError as error:
+        print("refused:", error)
+    try:
+        from_hub("two/many/names")
+    except ValueError as error:
+        print("refused:", error)
 
 
 if __name__ == "__main__":

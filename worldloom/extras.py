@@ -12,6 +12,8 @@ EXTRAS = {
     "dm_control": "dmc",
     "shimmy": "dmc",
     **dict.fromkeys(("h5py", "minari", "pyarrow", "imageio_ffmpeg"), "data"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    "huggingface_hub": "hub",
     **dict.fromkeys(("ray", "yaml", "jsonargparse", "tensorboardX", "rich", "imageio"), "training"),
     **dict.fromkeys(("matplotlib", "jinja2", "shtab"), "training"),
 }

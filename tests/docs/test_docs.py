@@ -41,6 +41,7 @@ TINY = {
     "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
     "gru_family": "units=16 batch_size=8 batch_length=6 candidates=16 elites=4",
 }
+NETWORK = ("encoder_dim", "mlp_dim", "latent_dim")  # which a run has from the published file that it starts from
 SHORT = (
     "--runtime.kind inline --train.total_steps 60 --train.learning_starts 50 --train.train_ratio 8 "
     "--train.compile false --eval.interval 0 --eval.episodes 1 --checkpoint.interval 0 --replay.capacity 1000 "
@@ -83,8 +84,9 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def shortened(family):
+def shortened(family, network=True):
     fields = [field.split("=") for field in TINY[family].split()]
+    fields = [field for field in fields if network or field[0] not in NETWORK]
     return [*SHORT.split(), *(word for name, value in fields for word in (f"--agent.{name}", value))]
 
 
@@ -211,7 +213,8 @@ def run_launch(words, workplace):
         arguments[at] = str(run_steps(workplace) + 2)
     elif module == "launch.train":
         text = " ".join(arguments)
-        arguments += shortened(next((family for family in TINY if family in text), "tdmpc2"))
+        family = next((family for family in TINY if family in text), "tdmpc2")
+        arguments += shortened(family, network="--from" not in arguments or "runs/NAME" in arguments)
         if "dm_control" in text or "dmc" in text or "atari" in text:
             arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
         fresh = f"runs/{len(list((workplace / 'runs').iterdir()))}"

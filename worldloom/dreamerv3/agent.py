@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.capture import Captured, Tensors
+from worldloom.dreamerv3.acting import ActNoise, Before, act_step, acting_program
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.latents import compact, latent_columns
@@ -18,6 +19,7 @@ from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
 from worldloom.nets import flatten, load_flat
+from worldloom.program import Program
 from worldloom.staging import Columns
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec, split_obs
 
@@ -98,14 +100,12 @@ class DreamerV3Agent:
 
     def _choose(self, given: Tensors) -> Tensors:
         """Return the posterior state after these observations, and a drawn action; runs on the device alone."""
-        model, first, action = self.world_model, given["is_first"], given["action"]
-        tokens = model.encoder({name: given[column] for name, column in obs_columns(model).items()})
-        embedded = model.rssm.embed_action(action * (~first).unsqueeze(-1))
-        noise = model.draw_noise(1, len(first), self.acting_generator)[0]
-        state = RSSMState(given["deter"], given["stoch"])
-        state, _ = model.rssm.observe_step(state, embedded, model.rssm.embed_tokens(tokens), first, noise)
-        draw = self.behaviour.policy.draw_noise((len(first),), self.acting_generator, self.device)
-        action = self.behaviour.policy.sample(state.features, draw)
+        model, policy, first = self.world_model, self.behaviour.policy, given["is_first"]
+        obs = {name: given[column] for name, column in obs_columns(model).items()}
+        before = Before(RSSMState(given["deter"], given["stoch"]), given["action"], first)
+        latent = model.draw_noise(1, len(first), self.acting_generator)[0]
+        noise = ActNoise(latent, policy.draw_noise((len(first),), self.acting_generator, self.device))
+        state, action = act_step(model.encoder, model.rssm, policy, obs, before, noise)
         return {"deter": state.deter, "stoch": state.stoch, "action": action}
 
     def _previous(self, act_state: ActState | None, envs: int) -> dict[str, Tensor]:
@@ -158,6 +158,13 @@ class DreamerV3Agent:
 
     def load_acting_weights(self, flat: Array) -> None:
         load_flat(self._acting_parameters(), flat)
+
+    def acting_program(self, envs: int, sample: bool, plan: bool | None = None) -> Program:
+        """Return acting as a function of tensors, for `worldloom.export`. Raises ValueError for plan=True: the policy
+        acts without a search."""
+        if plan:
+            raise ValueError("export: plan is True, but DreamerV3 acts with its policy. Leave it out.")
+        return acting_program(self.world_model, self.behaviour.policy, envs, sample)
 
     def describe(self) -> dict[str, Any]:
         return {**self.world_model.describe(), "action_classes": list(self.action_classes)}

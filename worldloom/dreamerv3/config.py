@@ -95,6 +95,12 @@ class DreamerV3Config:
     eps: float = 1e-20  # added to the root of the squared gradients
     train_ratio: float = 512.0  # replayed steps per environment step
 
+    # What trained weights fit: the shapes of parameters, and what the networks compute with them
+    network_fields = (
+        "deter", "hidden", "units", "classes", "depth", "stoch", "blocks", "encoder_layers", "decoder_layers",
+        "reward_layers", "continue_layers", "policy_layers", "value_layers", "bins", "unimix", "policy_unimix",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         whole, blocks = self.deter % self.blocks == 0, f"a multiple of blocks={self.blocks}"

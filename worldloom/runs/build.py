@@ -26,6 +26,7 @@ from worldloom.report.subject import Subject
 from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
 from worldloom.runs.config import EnvConfig, RunConfig, TrainConfig
 from worldloom.runs.limiter import RateLimiter
+from worldloom.runs.start import own_fields, read_start, take_weights
 from worldloom.spaces import action_classes, observation_columns, observation_shape
 from worldloom.types import Agent, ColumnSpec, Precision, WindowSpec, join_obs
 
@@ -95,6 +96,8 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
             seed=seed,
             **config.agent,
         )
+        if config.start.checkpoint is not None:
+            take_weights(agent, read_start(config, env))
         _check_contract(agent, env)
         configure_agent(agent, config.train, device)
         return agent
@@ -309,6 +312,6 @@ def check_config(config: RunConfig) -> None:
 
     With Ray the learner may run on another machine, so `cluster.share` checks the cluster's GPUs instead.
     """
-    build_config(config.algorithm, config.agent)
+    build_config(config.algorithm, own_fields(config))
     if config.runtime.kind == "inline":
         choose_device(config.train.device)

@@ -221,6 +221,23 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """A trained agent whose weights a run starts from, to fine-tune it; its network keeps its configuration.
+
+    Args:
+        checkpoint: run, model directory, or file of TD-MPC2's authors; a folder or URL; null begins with new weights
+        like: of a multi-task checkpoint, the task whose embedding the task of this run starts from; null takes the task
+            that is called like env.id
+    """
+
+    checkpoint: str | None = None
+    like: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.like is None or self.checkpoint is not None, "start.like", self.like, "null without --from")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The configuration of a whole run.
 
@@ -237,6 +254,7 @@ class RunConfig:
     agent: dict[str, Any] = field(default_factory=dict)
     protocol: Literal["paper", "head"] = "paper"
     storage: str | None = None
+    start: StartConfig = field(default_factory=StartConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

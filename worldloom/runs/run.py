@@ -94,8 +94,8 @@ class Run:
 
     @property
     def random_actions(self) -> bool:
-        """True during the warm-up of an agent that asks for random actions."""
-        return self.spec.random_warmup and not self.limiter.learning
+        """True during the warm-up of an agent that asks for random actions; a trained agent acts by itself."""
+        return self.spec.random_warmup and not self.limiter.learning and self.config.start.checkpoint is None
 
     def manifest(self, incarnation: int) -> dict[str, Any]:
         """Return the manifest of a checkpoint made now, without the files that hold its rows."""

@@ -12,10 +12,12 @@ from worldloom.capture import Captured, Tensors
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
 from worldloom.nets import flatten, load_flat
+from worldloom.program import Program
 from worldloom.staging import Columns
 from worldloom.tdmpc2.config import TDMPC2Config
 from worldloom.tdmpc2.learning import TDMPC2Learning
 from worldloom.tdmpc2.planner import Planner
+from worldloom.tdmpc2.programs import planner_program, policy_program
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
 
@@ -60,7 +62,7 @@ class TDMPC2Agent:
 
     @property
     def columns(self) -> Mapping[str, ColumnSpec]:
-        return {"task": ColumnSpec((), "int32")} if self.world_model.tasks else {}
+        return {"task": ColumnSpec((), "int32")} if len(self.world_model.tasks) > 1 else {}
 
     @property
     def train_ratio(self) -> float:
@@ -112,6 +114,7 @@ class TDMPC2Agent:
         ValueError for obs, task or act_state of other shapes.
         """
         numbers = None if task is None else torch.as_tensor(task).long()
+        numbers = self.world_model.task_numbers(numbers, len(is_first))
         shown = self.world_model.check_observation("act", torch.as_tensor(obs), numbers)
         given = {
             "obs": shown,
@@ -131,8 +134,7 @@ class TDMPC2Agent:
         if self.config.mpc:
             action, mean = self.planner.plan(z, mean, noise, explore, task)
         else:
-            sample = model.policy.sample(z, noise.explore, model.action_mask(task))
-            action = sample.action if explore else sample.mean_action
+            action = model.policy_action(z, noise.explore if explore else None, task)
         return {"action": action, "mean": mean}
 
     def _previous_mean(self, act_state: ActState | None, envs: int) -> Tensor:
@@ -185,6 +187,11 @@ class TDMPC2Agent:
 
     def load_acting_weights(self, flat: Array) -> None:
         load_flat(self._acting_parameters(), flat)
+
+    def acting_program(self, envs: int, sample: bool, plan: bool | None = None) -> Program:
+        """Return acting as a function of tensors, for `worldloom.export`: planning, or the policy prior alone."""
+        make = planner_program if (self.plans if plan is None else plan) else policy_program
+        return make(self.world_model, envs, sample)
 
     def describe(self) -> dict[str, Any]:
         return self.world_model.describe()

@@ -96,6 +96,12 @@ class TDMPC2Config:
     max_std: float = 2.0  # largest one, and that of the first iteration
     min_probability: float = 0.1  # share of discrete plans that stays uniform (an extension, not published)
 
+    # What trained weights fit: the shapes of parameters, and what the networks compute with them
+    network_fields = (
+        "encoder_dim", "mlp_dim", "latent_dim", "encoder_layers", "num_q", "simnorm_dim", "num_bins", "bin_limit",
+        "log_std_min", "log_std_max", "episodic", "task_dim", "symlog_obs",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         for name, holds, expected in (

@@ -148,7 +148,7 @@ def transitions(networks: TDMPC2Networks, batch: Batch) -> Transitions:
 
 def batch_task(networks: TDMPC2Networks, batch: Batch) -> Tensor | None:
     """Return task numbers [B] of batch["task"], [B] or [B, T]; None for a single task. Raises ValueError for others."""
-    task = batch.get("task")
+    task = networks.task_numbers(batch.get("task"), len(batch["actions"]))
     if task is not None and networks.tasks:
         task = (task if task.ndim == 1 else task[:, 0]).long()
     networks.check_task("batch['task']", task if networks.tasks else None, len(batch["actions"]))

@@ -150,6 +150,13 @@ class TDMPC2Networks(nn.Module):
         """Return q = Q(z, a, e), [N, ...], of the online heads without dropout, or [N', ...] of `heads` [N'] only."""
         return fn.symlog_mean(self.q(torch.cat([z, action], -1), heads), self.bins)
 
+    def policy_action(self, z: Tensor, noise: Tensor | None, task: Tensor | None = None) -> Tensor:
+        """Return the policy prior's action [E, A] at z [E, D + T]: drawn with noise [E, A], standard normal, or without
+        noise its mean, which of choices is the likeliest."""
+        zeros = torch.zeros(len(z), self.action_dim, device=z.device)
+        sample = self.policy.sample(z, zeros if noise is None else noise, self.action_mask(task))
+        return sample.mean_action if noise is None else sample.action
+
     def terminates(self, z: Tensor) -> Tensor:
         """Return the chance [...] that the episode truly ends on arriving at z; zeros without a termination head."""
         if self.termination is None:
@@ -165,7 +172,7 @@ class TDMPC2Networks(nn.Module):
 
     def draw_heads(self, count: int, generator: Generator | None = None) -> Tensor:
         """Draw [count, 2]: two distinct value heads for each of `count` uses."""
-        return torch.rand(count, self.config.num_q, device=self.bins.device, generator=generator).argsort(1)[:, :2]
+        return two_heads(torch.rand(count, self.config.num_q, device=self.bins.device, generator=generator))
 
     def draw_eval_shifts(self, count: int, generator: Generator | None = None) -> Tensor | None:
         """Draw shifts [count, 2] for images in acting and evaluation; None if these stay as they are."""
@@ -191,6 +198,12 @@ class TDMPC2Networks(nn.Module):
         self.check_task_numbers(where, task)
         return obs
 
+    def task_numbers(self, task: Tensor | None, count: int) -> Tensor | None:
+        """Return task [count]; zeros in place of None for a model that knows one task, which needs no numbers."""
+        if task is None and len(self.tasks) == 1:
+            return torch.zeros(count, dtype=torch.int64, device=self.bins.device)
+        return task
+
     def check_task(self, where: str, task: Tensor | None, count: int) -> None:
         """Check that task is [count] for a multi-task model, else None. Raises ValueError otherwise."""
         if self.tasks and task is None:
@@ -213,6 +226,11 @@ class TDMPC2Networks(nn.Module):
         expected = (*lead, self.action_dim)
         if tuple(action.shape) != expected:
             raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+
+
+def two_heads(uniform: Tensor) -> Tensor:
+    """Return two distinct value heads [n, 2] for each row of uniform numbers [n, N]; all pairs are equally likely."""
+    return uniform.argsort(1)[:, :2]
 
 
 def _check(

@@ -61,6 +61,11 @@ def draw_shifts(lead: tuple[int, ...], device: torch.device, generator: Generato
     return torch.randint(2 * PAD + 1, (*lead, 2), device=device, generator=generator)
 
 
+def as_shifts(uniform: Tensor) -> Tensor:
+    """Return the shifts of `draw_shifts`, [..., 2], from uniform random numbers [..., 2] in [0, 1)."""
+    return (uniform * (2 * PAD + 1)).long().clamp(max=2 * PAD)
+
+
 def shifted(images: Tensor, shift: Tensor) -> Tensor:
     """Move each image [N, C, h, w] by 3 - shift pixels (shift [N, 2]: right, down), with its border repeated."""
     count, _, height, width = images.shape

@@ -54,7 +54,7 @@ class Planner:
             samples=normal(self.iterations, c.horizon, envs, sampled, size),
             terminal=normal(self.iterations, envs, c.num_samples, size),
             heads=model.draw_heads(self.iterations, generator),
-            choice=-torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7))),
+            choice=gumbel(uniform),
             explore=normal(envs, size),
         )
 
@@ -155,6 +155,11 @@ class Planner:
             actions.append(self.model.policy.sample(latent, step_noise, wide).action)
             latent = self.model.next_latent(latent, actions[-1])
         return torch.stack(actions)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Return standard Gumbel numbers [...] from uniform ones in [0, 1): -ln(-ln(u)), with u kept off both ends."""
+    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
 
 
 def elite_weights(value: Tensor, temperature: float) -> Tensor:

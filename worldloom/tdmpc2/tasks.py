@@ -73,14 +73,23 @@ class TaskEmbedding(nn.Embedding):
 
     def forward(self, task: Tensor) -> Tensor:
         """Return embeddings [..., T] of task numbers [...]. Learned ones with a norm above 1 are first scaled to 1, in
-        place, as `nn.Embedding(max_norm=1)` does, which on a GPU would wait for the host."""
+        place, as `nn.Embedding(max_norm=1)` does, which on a GPU would wait for the host. An exported program scales
+        what it looked up, because it cannot change its own weights."""
         if self.given:
             return F.embedding(task, self.weight)
+        if torch.compiler.is_exporting():
+            found = F.embedding(task, self.weight)
+            return found * _shrinking(torch.linalg.vector_norm(found, dim=-1, keepdim=True))
         with torch.no_grad():
             asked = fn.one_hot(task.flatten(), len(self.weight)).any(0)
             norm = torch.linalg.vector_norm(self.weight, dim=1)
-            self.weight.mul_(torch.where(asked & (norm > 1), 1 / (norm + 1e-7), 1.0).unsqueeze(1))
+            self.weight.mul_(torch.where(asked, _shrinking(norm), 1.0).unsqueeze(1))
         return F.embedding(task, self.weight)
+
+
+def _shrinking(norm: Tensor) -> Tensor:
+    """Return the factors [...] that scale vectors of these norms [...] above 1 to 1."""
+    return torch.where(norm > 1, 1 / (norm + 1e-7), 1.0)
 
 
 def _dm_control(name: str) -> Task:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
 from worldloom.tdmpc2.losses import cut_windows, draw_loss_noise, joint_loss
 from worldloom.tdmpc2.networks import TDMPC2Networks
-from worldloom.tdmpc2.tasks import Task
+from worldloom.tdmpc2.tasks import DM_CONTROL_STEPS, Task
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
 
 
@@ -46,6 +46,7 @@ class TDMPC2WorldModel(TDMPC2Networks):
 
         task: [B] task numbers, for a multi-task model. Raises ValueError for other shapes.
         """
+        task = self.task_numbers(task, len(obs))
         shown = self.check_observation("encode", obs, task)
         return LatentState(self.latent(shown, task, self.draw_eval_shifts(len(shown))), task=task)
 
@@ -83,11 +84,14 @@ class TDMPC2WorldModel(TDMPC2Networks):
         return Trajectory(tuple(states), torch.stack(rewards).unsqueeze(-1), torch.stack(continues).unsqueeze(-1))
 
     def initial_state(self, batch_size: int) -> LatentState:
-        """Return uniform simplices, SimNorm of zeros. Raises ValueError for a multi-task model (use `encode`)."""
-        if self.tasks:
+        """Return uniform simplices, SimNorm of zeros. Raises ValueError for a model of several tasks (use `encode`)."""
+        if len(self.tasks) > 1:
             raise ValueError("initial_state: this model knows several tasks. Use encode(obs, task).")
-        z = torch.full((batch_size, self.config.latent_dim), 1 / self.config.simnorm_dim)
-        return LatentState(z.to(self.bins.device))
+        z = torch.full((batch_size, self.config.latent_dim), 1 / self.config.simnorm_dim, device=self.bins.device)
+        task = self.task_numbers(None, batch_size)
+        if self.task_embedding is not None and task is not None:
+            z = torch.cat([z, self.task_embedding(task)], -1)
+        return LatentState(z, task=task)
 
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` and its parts `consistency_loss`, `reward_loss`, `value_loss`, `termination_loss`: scalars.
@@ -122,6 +126,18 @@ class TDMPC2WorldModel(TDMPC2Networks):
         wider.load_state_dict({**state, key: torch.cat([state[key], state[key][names.index(like)].unsqueeze(0)])})
         return wider.to(self.bins.device)
 
+    def for_task(
+        self, name: str, like: str, obs_shape: ObsShape, action_dim: int, episode_length: int | None
+    ) -> TDMPC2WorldModel:
+        """Return a copy of this multi-task model that knows one task alone, whose embedding is that of the task `like`.
+
+        The start of fine-tuning on a new task (Hansen et al. 2024, section 4.2), or on one of its own. obs_shape,
+        action_dim: the task's own; inputs and actions that this model would fill up with zeros are cut off, which
+        changes no output. episode_length: agent steps. Raises ValueError for an unknown `like`, or a task that is too
+        large.
+        """
+        return one_task(self, name, like, obs_shape, action_dim, episode_length)
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         save_model(directory, self.describe(), self)
 
@@ -135,3 +151,31 @@ class TDMPC2WorldModel(TDMPC2Networks):
             "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "config": dataclasses.asdict(self.config),
         }
+
+
+def one_task(
+    model: TDMPC2WorldModel, name: str, like: str, obs_shape: ObsShape, action_dim: int, episode_length: int | None
+) -> TDMPC2WorldModel:
+    """Return what `TDMPC2WorldModel.for_task` returns."""
+    names, (most,), size = [task.name for task in model.tasks], model.obs_shape, model.action_dim
+    if like not in names:
+        raise ValueError(f"for_task: there is no task {like!r} to start from, expected one of: {', '.join(names)}.")
+    shape = tuple(cast(Sequence[int], obs_shape))
+    if isinstance(obs_shape, Mapping) or len(shape) != 1 or shape[0] > most or action_dim > size:
+        raise ValueError(
+            f"for_task: {name} shows {obs_shape} and takes {action_dim} action dimensions, but this model reads up to "
+            f"{most} numbers and acts with up to {size} dimensions."
+        )
+    task = Task(name, action_dim, episode_length or DM_CONTROL_STEPS)
+    made = TDMPC2WorldModel(shape, action_dim, model.config, task.episode_length, (task,))
+    state, wide = dict(model.state_dict()), model.config.latent_dim + model.config.task_dim
+    first = state["encoder.0.weight"]  # reads the observation, then the embedding
+    state["encoder.0.weight"] = torch.cat([first[:, : shape[0]], first[:, most:]], 1)
+    for key in ("dynamics.0.weight", "reward.0.weight", "q.first.weight", "target_q.first.weight"):
+        state[key] = state[key][..., : wide + action_dim]  # they read latent, embedding, action
+    for key in ("policy.2.weight", "policy.2.bias"):  # means of all action dimensions, then their deviations
+        mean, raw = state[key].chunk(2)
+        state[key] = torch.cat([mean[:action_dim], raw[:action_dim]])
+    state["task_embedding.weight"] = state["task_embedding.weight"][names.index(like)].unsqueeze(0)
+    made.load_state_dict(state)
+    return made.to(model.bins.device)
