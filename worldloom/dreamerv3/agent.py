@@ -12,12 +12,13 @@ from worldloom.capture import Captured, Tensors
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.latents import compact, latent_columns
-from worldloom.dreamerv3.learning import DreamerV3Learning, as_mapping, obs_columns
+from worldloom.dreamerv3.learning import DreamerV3Learning, obs_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
 from worldloom.nets import flatten, load_flat
+from worldloom.observations import as_mapping
 from worldloom.staging import Columns
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec, split_obs
 

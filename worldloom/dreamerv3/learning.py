@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from worldloom import functional as fn
+from worldloom.actor_critic import policy_loss
 from worldloom.capture import Tensors
-from worldloom.dreamerv3.actor_critic import Imagined, ReturnRange, policy_loss, replay_returns
+from worldloom.dreamerv3.actor_critic import Imagined, ReturnRange, replay_returns
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.latents import compact, expand, latent_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.generators import restore_generator
 from worldloom.nets import compile_part
+from worldloom.observations import as_mapping
 from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
 from worldloom.tally import Tally
 from worldloom.types import Batch, Precision, split_obs
@@ -260,8 +262,3 @@ class DreamerV3Learning:
 def obs_columns(model: DreamerV3WorldModel) -> dict[str, str]:
     """Return the replay column of each observation that the model reads, by key."""
     return {name: f"obs/{name}" for name in model.encoder.vectors | model.encoder.images}
-
-
-def as_mapping(obs: Any) -> dict[str, Any]:
-    """Return observations by key; a single one gets the key "obs"."""
-    return dict(obs) if isinstance(obs, Mapping) else {"obs": obs}

@@ -18,10 +18,9 @@ from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.encoder import Decoder, Encoder
 from worldloom.dreamerv3.layers import Linear, mlp
 from worldloom.dreamerv3.rssm import RSSM, Posterior, RSSMState
+from worldloom.observations import VECTOR, as_lists, as_mapping, as_tuples, checked
 from worldloom.pretrained import save_model
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory, is_image
-
-VECTOR = "obs"  # the key of an observation that is not a mapping
 
 
 class Head(nn.Module):
@@ -67,12 +66,8 @@ class DreamerV3WorldModel(nn.Module):
         if action_dim < 1:
             raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
         self.config = c = config or DreamerV3Config()
-        if isinstance(obs_shape, Mapping):
-            shapes = {name: tuple(shape) for name, shape in obs_shape.items()}
-            self.obs_shape: ObsShape = shapes
-        else:
-            self.obs_shape = tuple(obs_shape)
-            shapes = {VECTOR: self.obs_shape}
+        self.obs_shape = as_tuples(obs_shape)
+        shapes = as_mapping(self.obs_shape)
         self.action_dim, self.episode_length = action_dim, episode_length
         self.obs_classes = dict(obs_classes or {})
         for key, count in self.obs_classes.items():
@@ -171,10 +166,9 @@ class DreamerV3WorldModel(nn.Module):
         """Do nothing: the slow critic belongs to the behaviour."""
 
     def describe(self) -> dict[str, Any]:
-        shape = self.obs_shape
         return {
             "family": "dreamerv3",
-            "obs_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
+            "obs_shape": as_lists(self.obs_shape),
             "obs_classes": self.obs_classes,
             "action_dim": self.action_dim,
             "episode_length": self.episode_length,
@@ -262,32 +256,7 @@ class DreamerV3WorldModel(nn.Module):
 
     def as_mapping(self, obs: Obs, where: str, lead: int) -> dict[str, Tensor]:
         """Return every observation by key. Raises ValueError that names a missing key, a wrong shape or kind."""
-        given = dict(obs) if isinstance(obs, Mapping) else {VECTOR: obs}
-        shapes = self.encoder.vectors | self.encoder.images
-        for name, shape in shapes.items():
-            if name not in given:
-                raise ValueError(
-                    f"{where}: obs lacks the key {name!r}; it has {sorted(given)}, expected {sorted(shapes)}."
-                )
-            if tuple(given[name].shape[lead:]) != shape:
-                letters = ", ".join(("B", "T")[:lead])
-                raise ValueError(f"{where}: obs {name!r} is {tuple(given[name].shape)}, expected [{letters}, {shape}].")
-            self._check_kind(where, name, given[name])
-        return {name: given[name] for name in shapes}
-
-    def _check_kind(self, where: str, name: str, value: Tensor) -> None:
-        """Raise ValueError where class indices are given for numbers or images, or numbers for class indices."""
-        indices = not value.is_floating_point()
-        if name in self.encoder.images and indices and value.dtype != torch.uint8:
-            shape = tuple(value.shape)
-            raise ValueError(f"{where}: image {name!r} is {value.dtype} {shape}, expected uint8, or floats in [0, 1].")
-        if name in self.obs_classes and not indices:
-            raise ValueError(f"{where}: obs {name!r} is {value.dtype}, expected class indices (integers or bools).")
-        if indices and name not in self.obs_classes and name not in self.encoder.images:
-            raise ValueError(
-                f"{where}: obs {name!r} is {value.dtype} {tuple(value.shape)} without a class count. Give "
-                f"obs_classes={{{name!r}: count}} where the model is made, or floats."
-            )
+        return checked(obs, self.encoder.vectors | self.encoder.images, self.obs_classes, where, lead)
 
     def as_rssm(self, state: LatentState) -> RSSMState:
         """Return a `LatentState` as this model's. Raises ValueError for a state of another kind of model."""
