@@ -1,6 +1,6 @@
 """Policies, the range of returns and the policy loss of agents that learn in imagination.
 
-Hafner et al. 2025, "Critic learning" and "Actor learning"; Zhang et al. 2023 (STORM), section 3.2, takes them over.
+Hafner et al. 2025, "Critic learning" and "Actor learning"; STORM (Zhang et al. 2023) takes them over.
 """
 
 from __future__ import annotations
