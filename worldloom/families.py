@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 import torch
 
-from worldloom import dreamerv3, tdmpc2
+from worldloom import dreamerv3, storm, tdmpc2
 from worldloom.arguments import channel_first, usable
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
@@ -18,6 +18,7 @@ from worldloom.locations import Location, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
 from worldloom.nearest import nearest
 from worldloom.pretrained import load_parameters, read_description
+from worldloom.storm import STORMAgent, STORMConfig, STORMWorldModel
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
 from worldloom.tdmpc2.tasks import read_options
 from worldloom.types import Agent, WorldModel
@@ -52,6 +53,15 @@ FAMILIES: dict[str, Family] = {
         "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
         read_options=read_options,
         load_file=load_official,
+    ),
+    "storm": Family(
+        STORMConfig,
+        storm.SIZES,
+        "18m",
+        STORMWorldModel,
+        STORMAgent,
+        description="STORM (Zhang et al. 2023): a stochastic transformer with a decoder; it learns to act in imagination",
+        default_obs="image",
     ),
 }
 ALIASES: dict[str, str] = {
