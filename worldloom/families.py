@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
         "18m",
         STORMWorldModel,
         STORMAgent,
-        description="STORM (Zhang et al. 2023): a stochastic transformer with a decoder; it learns to act in imagination",
+        description="STORM (Zhang et al. 2023): a stochastic transformer, a decoder; it learns to act in imagination",
         default_obs="image",
     ),
 }

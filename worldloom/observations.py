@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldloom import functional as fn
@@ -72,6 +73,40 @@ def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes)
         value = torch.where(value == MISSING, 0.0, fn.symlog(value.float()))
         parts.append(value.flatten(value.ndim - len(shape)) if shape else value.unsqueeze(-1))
     return torch.cat(parts, -1)
+
+
+def joined_images(obs: Mapping[str, Tensor], images: ObsShapes) -> Tensor:
+    """Return all images [..., C, h, w] as floats in [0, 1], their channels one after the other."""
+    return torch.cat([fn.unit_pixels(obs[name]) for name in images], -3)
+
+
+def split_images(pixels: Tensor, images: ObsShapes) -> dict[str, Tensor]:
+    """Return the images in pixels [..., C, h, w] by key: the inverse of `joined_images`."""
+    return dict(zip(images, pixels.split([shape[0] for shape in images.values()], -3), strict=True))
+
+
+def reconstruction_errors(
+    decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes
+) -> dict[str, Tensor]:
+    """Return squared errors, or cross-entropies of class indices, summed over each observation's entries: [...].
+
+    decoded: [..., *shape] by key, or logits [..., *shape, K]. Vectors are compared in symlog space, images in [0, 1].
+    Entries that are marked as missing cost nothing.
+    """
+    errors = {}
+    for name, shape in shapes.items():
+        found, value = decoded[name].float(), obs[name]
+        if name in classes:
+            log_probs = F.log_softmax(found, -1)
+            chosen = log_probs.gather(-1, value.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            error = -chosen * (value >= 0)
+        elif is_image(shape):
+            error = (found - fn.unit_pixels(value)).square()
+        else:
+            seen = value != MISSING
+            error = (found - fn.symlog(torch.where(seen, value, 0.0).float())).square() * seen
+        errors[name] = error.flatten(error.ndim - len(shape)).sum(-1) if shape else error
+    return errors
 
 
 def checked(obs: Obs, shapes: ObsShapes, classes: Classes, where: str, lead: int) -> dict[str, Tensor]:

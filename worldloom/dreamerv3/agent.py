@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldloom.arguments import check_act_state
 from worldloom.capture import Captured, Tensors
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.config import DreamerV3Config
@@ -114,11 +115,7 @@ class DreamerV3Agent:
             state = self.world_model.rssm.initial(envs)
             action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
             return {"deter": state.deter, "stoch": state.stoch, "action": action}
-        if len(act_state["deter"]) != envs:
-            raise ValueError(
-                f"act: act_state has {len(act_state['deter'])} rows and obs {envs}. Keep one act_state for each vector "
-                "of environments."
-            )
+        check_act_state(act_state, envs)
         return dict(act_state)
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, UpConv, mlp
-from worldloom.observations import MISSING, Classes, ObsShapes, flat_vectors, split_kinds, vector_sizes
+from worldloom.observations import (
+    Classes,
+    ObsShapes,
+    flat_vectors,
+    joined_images,
+    reconstruction_errors,
+    split_images,
+    split_kinds,
+    vector_sizes,
+)
 
 MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
 
@@ -58,7 +67,7 @@ class Encoder(nn.Module):
         if self.vector is not None:
             parts.append(self.vector(flat_vectors(obs, self.vectors, self.classes)))
         if self.image is not None:
-            pixels = torch.cat([fn.unit_pixels(obs[name]) for name in self.images], -3) - 0.5
+            pixels = joined_images(obs, self.images) - 0.5
             lead = pixels.shape[:-3]
             parts.append(self.image(pixels.reshape(-1, *pixels.shape[-3:])).view(*lead, -1))
         return torch.cat(parts, -1)
@@ -140,30 +149,12 @@ class Decoder(nn.Module):
                 decoded[name] = output(x).view(*lead, *shape, *logits)
         if self.image is not None:
             pixels = self.image(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
-            parts = pixels.split([shape[0] for shape in self.images.values()], 1)
-            for (name, shape), part in zip(self.images.items(), parts, strict=True):
-                decoded[name] = part.reshape(*lead, *shape)
+            decoded |= split_images(pixels.view(*lead, *pixels.shape[1:]), self.images)
         return decoded
 
     def losses(self, decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return squared errors, or cross-entropies of class indices, summed over each observation's entries: [...].
-
-        Vectors are compared in symlog space, images in [0, 1]. Entries that are marked as missing cost nothing.
-        """
-        errors = {}
-        for name, shape in {**self.vectors, **self.images}.items():
-            found, value = decoded[name].float(), obs[name]
-            if name in self.classes:
-                log_probs = F.log_softmax(found, -1)
-                chosen = log_probs.gather(-1, value.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
-                error = -chosen * (value >= 0)
-            elif name in self.images:
-                error = (found - fn.unit_pixels(value)).square()
-            else:
-                seen = value != MISSING
-                error = (found - fn.symlog(torch.where(seen, value, 0.0).float())).square() * seen
-            errors[name] = error.flatten(error.ndim - len(shape)).sum(-1) if shape else error
-        return errors
+        """Return the error [...] of each observation; see `reconstruction_errors`."""
+        return reconstruction_errors(decoded, obs, {**self.vectors, **self.images}, self.classes)
 
     def shown(self, name: str, decoded: Tensor) -> Tensor:
         """Return a decoded observation in its own units: numbers, class indices, or images in [0, 1]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from worldloom.dreamerv3.latents import compact, expand, latent_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.generators import restore_generator
-from worldloom.nets import compile_part
+from worldloom.nets import autocast, compile_part
 from worldloom.observations import as_mapping
 from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
 from worldloom.tally import Tally
@@ -80,11 +80,7 @@ class DreamerV3Learning:
             compile_part(self.optimizer, "change")
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Return a context for matrix products in the chosen precision. Each phase has its own, since weights that were
-        cast without gradient must not serve where a gradient is needed."""
-        return (
-            nullcontext() if self._dtype == torch.float32 else torch.autocast(self.model.bins.device.type, self._dtype)
-        )
+        return autocast(self.model.bins.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name: the trained rows and, of the row before, only the latents.

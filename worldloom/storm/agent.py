@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldloom.arguments import check_act_state
 from worldloom.capture import Captured, Tensors
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
@@ -15,7 +16,6 @@ from worldloom.nets import flatten, load_flat
 from worldloom.observations import as_mapping
 from worldloom.staging import Columns
 from worldloom.storm.behaviour import Behaviour
-from worldloom.storm.config import STORMConfig
 from worldloom.storm.learning import STORMLearning
 from worldloom.storm.world_model import STORMWorldModel
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
@@ -36,30 +36,15 @@ class STORMAgent:
 
     def __init__(self, model: STORMWorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
         self.world_model, self.action_classes, self.device = model, tuple(action_classes), model.bins.device
-        self.behaviour = Behaviour(model.config, model.action_dim, self.action_classes).to(self.device)
+        self.config = c = model.config
+        self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
+        # the row before those that are trained gives the latent that the first token is made of
+        self.windows = WindowSpec(c.batch_length + 1, context=1, crosses_episodes=True)
+        self.behaviour = Behaviour(c, model.action_dim, self.action_classes).to(self.device)
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._act = Captured(self._choose, self.device, self.acting_generator)
         self.learning = STORMLearning(model, self.behaviour, seed + 1)
         self._learner = Learner(self.learning, self.device)
-
-    # Facts that a run needs
-
-    @property
-    def config(self) -> STORMConfig:
-        return self.world_model.config
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.batch_size
-
-    @property
-    def train_ratio(self) -> float:
-        return self.config.train_ratio
-
-    @property
-    def windows(self) -> WindowSpec:
-        """Windows of rows to train on, after one row for the latent that the first token is made of."""
-        return WindowSpec(self.config.batch_length + 1, context=1, crosses_episodes=True)
 
     @property
     def updates(self) -> int:
@@ -111,11 +96,7 @@ class STORMAgent:
             stoch = torch.zeros(envs, c.stoch * c.classes, device=self.device)
             action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
             return {"memory": memory, "filled": filled, "stoch": stoch, "action": action}
-        if len(act_state["memory"]) != envs:
-            raise ValueError(
-                f"act: act_state has {len(act_state['memory'])} rows and obs {envs}. Keep one act_state for each "
-                "vector of environments."
-            )
+        check_act_state(act_state, envs)
         return dict(act_state)
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
@@ -125,16 +106,14 @@ class STORMAgent:
     # Learning
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """Make one update: the world model, then policy and critic in imagination.
-
-        An update with a loss or gradient that is not finite changes nothing. Raises FloatingPointError after several of
-        them in a row, ValueError for a batch of other keys or shapes.
-        """
+        """Make one update: the world model, then policy and critic in imagination; one with numbers that are not finite
+        changes nothing. Raises FloatingPointError after several of them in a row, ValueError as `learn`."""
         columns = self.learn(batch)
         return self.collect(), columns.arrays()
 
     def learn(self, batch: Batch) -> Columns:
-        """Make an update without waiting for the device; the returned columns are empty."""
+        """Make an update without waiting for the device; the returned columns are empty. Raises ValueError for a batch
+        of other keys or shapes."""
         return self._learner.learn(batch)
 
     def collect(self) -> Metrics:

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.observations import MISSING, ObsShapes, flat_vectors, split_kinds, vector_sizes
-from worldloom.storm.layers import BatchNorm, Statistics, mlp
+from worldloom.nets import BatchNorm, Statistics
+from worldloom.observations import (
+    ObsShapes,
+    flat_vectors,
+    joined_images,
+    reconstruction_errors,
+    split_images,
+    split_kinds,
+    vector_sizes,
+)
+from worldloom.storm.layers import mlp
 
 STAGES = 4  # of an image, each of which halves its sides
 
@@ -57,16 +66,16 @@ class Encoder(nn.Module):
         if self.vector is not None:
             parts.append(self.vector(flat_vectors(obs, self.vectors, {})))
         if self.image is not None:
-            pixels = torch.cat([fn.unit_pixels(obs[name]) for name in self.images], -3)
-            lead = pixels.shape[:-3]
-            parts.append(self.image(pixels.reshape(-1, *pixels.shape[-3:]), seen).view(*lead, -1))
+            pixels = joined_images(obs, self.images)
+            parts.append(self.image(pixels.flatten(0, -4), seen).view(*pixels.shape[:-3], -1))
         return torch.cat(parts, -1)
 
 
 def image_numbers(images: ObsShapes, first: int) -> int:
     """Return the size of the encoder's last feature map: channels times height times width."""
     height, width = next(iter(images.values()))[1:]
-    return stage_channels(first)[-1] * (height // 2**STAGES) * (width // 2**STAGES)
+    size: int = stage_channels(first)[-1] * (height // 2**STAGES) * (width // 2**STAGES)
+    return size
 
 
 class ImageDecoder(nn.Module):
@@ -104,32 +113,20 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, seen: Statistics | None = None) -> dict[str, Tensor]:
         """Decode z [..., S K] to [..., *shape] each. seen: as `BatchNorm` takes it."""
-        lead, decoded = z.shape[:-1], {}
+        lead = z.shape[:-1]
+        decoded: dict[str, Tensor] = {}
         if self.vector is not None:
             x = self.vector(z)
             for (name, shape), output in zip(self.vectors.items(), self.outputs, strict=True):
                 decoded[name] = output(x).view(*lead, *shape)
         if self.image is not None:
-            parts = self.image(z.reshape(-1, z.shape[-1]), seen).split([s[0] for s in self.images.values()], 1)
-            for (name, shape), part in zip(self.images.items(), parts, strict=True):
-                decoded[name] = part.reshape(*lead, *shape)
+            pixels = self.image(z.reshape(-1, z.shape[-1]), seen)
+            decoded |= split_images(pixels.view(*lead, *pixels.shape[1:]), self.images)
         return decoded
 
     def losses(self, decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return squared errors, summed over each observation's entries: [...] by name.
-
-        Vectors are compared in symlog space, images in [0, 1]. Entries that are marked as missing cost nothing.
-        """
-        errors = {}
-        for name, shape in {**self.vectors, **self.images}.items():
-            found, value = decoded[name].float(), obs[name]
-            if name in self.images:
-                error = (found - fn.unit_pixels(value)).square()
-            else:
-                known = value != MISSING
-                error = (found - fn.symlog(torch.where(known, value, 0.0).float())).square() * known
-            errors[name] = error.flatten(error.ndim - len(shape)).sum(-1) if shape else error
-        return errors
+        """Return the error [...] of each observation; see `reconstruction_errors`."""
+        return reconstruction_errors(decoded, obs, {**self.vectors, **self.images}, {})
 
     def shown(self, name: str, decoded: Tensor) -> Tensor:
         """Return a decoded observation in its own units: numbers, or images in [0, 1]."""

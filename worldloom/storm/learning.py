@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from worldloom.actor_critic import RunningRange
 from worldloom.capture import Tensors
 from worldloom.generators import restore_generator
-from worldloom.nets import compile_part
+from worldloom.nets import autocast, compile_part
 from worldloom.observations import as_mapping
 from worldloom.optim import GuardedAdam, load_optimizer, move_towards
 from worldloom.storm.behaviour import Behaviour, Imagined, agent_losses, lambda_returns
-from worldloom.storm.losses import WorldLosses, WorldNoise, draw_world_noise, rows_of, world_losses
+from worldloom.storm.losses import WorldLosses, WorldNoise, draw_world_noise, world_losses
 from worldloom.storm.transformer import Cache, contexts, segments
 from worldloom.storm.world_model import STORMWorldModel
 from worldloom.tally import Tally
@@ -58,16 +58,13 @@ class STORMLearning:
                 compile_part(self, name)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Return a context for matrix products in the chosen precision. Each phase has its own, since weights that were
-        cast without gradient must not serve where a gradient is needed."""
-        device = self.model.bins.device.type
-        return nullcontext() if self._dtype == torch.float32 else torch.autocast(device, self._dtype)
+        return autocast(self.model.bins.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for other keys, shapes or lengths."""
         given = {name: torch.as_tensor(value) for name, value in batch.items() if name in ROWS}
         shown = {name: torch.as_tensor(value) for name, value in as_mapping(batch["obs"]).items()}
-        rows_of(self.model, cast(Batch, {**given, "obs": shown}))
+        self.model.read(cast(Batch, {**given, "obs": shown}))
         return given | {f"obs/{name}": value for name, value in shown.items()}
 
     def core(self, given: Tensors) -> Tensors:
@@ -108,14 +105,10 @@ class STORMLearning:
             move_towards(behaviour.slow_value.parameters(), behaviour.value.parameters(), made * c.slow_rate)
         return {**losses, **logged, "agent_grad_norm": norm}, made
 
-    def starts(self, batch: int, steps: int) -> int:
-        """Return the number of imagined rollouts, N, of a batch of windows with `steps` trained rows."""
-        return min(self.model.config.imagination_starts, batch * steps)
-
     def draw_noise(self, batch: int, steps: int) -> ImaginationNoise:
         """Draw all random numbers of an imagination from a batch of windows with `steps` trained rows."""
         model, generator, device = self.model, self.generator, self.model.bins.device
-        length, count = model.config.imagination_length, self.starts(batch, steps)
+        length, count = model.config.imagination_length, min(model.config.imagination_starts, batch * steps)
         return ImaginationNoise(
             model.draw_noise(batch, steps + 1, generator=generator),
             torch.rand(batch * steps, generator=generator, device=device),
@@ -131,13 +124,14 @@ class STORMLearning:
         acts on the prior, so does the start: its latent is drawn from it, as published, and its own frame is not read.
         """
         model, behaviour, c = self.model, self.behaviour, self.model.config
-        obs, (actions, _, first, _) = rows_of(model, batch)
+        obs, steps = model.read(batch)
+        actions, first = steps.actions[:, 1:], steps.is_first[:, 1:]
         with self._autocast():
             _, z = model.see(obs, noise.posterior)
-            tokens = model.token(z[:, :-1], actions[:, 1:], first[:, 1:])
+            tokens = model.token(z[:, :-1], actions, first)
             chosen = noise.order.argsort()[: noise.prior.shape[1]]
-            context = contexts(tokens, segments(first[:, 1:])[0], chosen, c.context)
-            cache = Cache(model.transformer, context, c.imagination_length)
+            own, padding = contexts(tokens, segments(first)[0], chosen, c.context)
+            cache = Cache(model.transformer, own, padding, c.imagination_length)
             start = z[:, 1:].flatten(0, 1)[chosen]
             if c.act_on == "prior":
                 start = model.draw(model.log_probs(model.prior(cache.hidden)), noise.prior[0])

@@ -12,33 +12,36 @@ import torch
 from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
+from worldloom.arguments import Steps, read_steps
+from worldloom.nets import BatchNorm, Statistics
 from worldloom.observations import as_mapping, as_tuples, checked
 from worldloom.storm.config import STORMConfig
 from worldloom.storm.encoder import Decoder, Encoder
-from worldloom.storm.layers import BatchNorm, Statistics, head, move_statistics
+from worldloom.storm.layers import head
 from worldloom.storm.transformer import Transformer, remember
-from worldloom.types import Obs, ObsShape
+from worldloom.types import Batch, Obs, ObsShape
 
 HEAD_LAYERS = 2  # hidden layers of the reward and termination heads
 LIMIT = 20.0  # the two-hot heads' bins reach from -LIMIT to LIMIT, in symlog space
 
 
 class STORMNetworks(nn.Module):
-    """Encoder, posterior, stem of tokens, transformer, prior, decoder, and heads of reward and termination."""
+    """Encoder, posterior, stem of tokens, transformer, prior, decoder, and heads of reward and termination.
+
+    obs_shape: one shape, or a mapping of them; (C, H, W) are images, all others vectors. Vectors are an extension of
+    ours, and so are continuous actions. A number -inf marks what was not observed. Raises ValueError for images whose
+    sides cannot be halved four times to 3..16.
+    """
 
     bins: Tensor
 
     def __init__(
-        self,
-        obs_shape: ObsShape,
-        action_dim: int,
-        config: STORMConfig,
-        episode_length: int | None,
+        self, obs_shape: ObsShape, action_dim: int, config: STORMConfig | None = None, episode_length: int | None = None
     ) -> None:
         super().__init__()
         if action_dim < 1:
             raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
-        self.config = c = config
+        self.config = c = config or STORMConfig()
         self.obs_shape, self.action_dim, self.episode_length = as_tuples(obs_shape), action_dim, episode_length
         shapes, latent = as_mapping(self.obs_shape), c.stoch * c.classes
         self.encoder = Encoder(shapes, c.units, c.vector_layers, c.stem_channels)
@@ -113,10 +116,10 @@ class STORMNetworks(nn.Module):
         return self.expected(self.reward(h)).unsqueeze(-1), torch.sigmoid(-self.termination(h).float())
 
     def move_statistics(self, seen: Statistics, made: Tensor) -> None:
-        """Move the running statistics of batch norms; see `layers.move_statistics`."""
-        norms = [module for part in (self.encoder, self.decoder) for module in part.modules()]
-        chosen = [norm for norm in norms if isinstance(norm, BatchNorm)]
-        move_statistics(chosen, seen, self.config.norm_rate, made)
+        """Move the running statistics of all batch norms towards what they saw; see `BatchNorm.move`."""
+        modules = [*self.encoder.modules(), *self.decoder.modules()]
+        for norm, found in zip([m for m in modules if isinstance(m, BatchNorm)], seen, strict=True):
+            norm.move(*found, self.config.norm_rate, made)
 
     def draw_noise(self, *lead: int, generator: Generator | None = None) -> Tensor:
         """Draw noise [*lead, S, K], standard exponential, for categorical draws."""
@@ -126,7 +129,12 @@ class STORMNetworks(nn.Module):
         """Return every observation by key. Raises ValueError that names a missing key, a wrong shape or kind."""
         return checked(obs, self.encoder.vectors | self.encoder.images, {}, where, lead)
 
-    def check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
-        expected = (*lead, self.action_dim)
-        if tuple(action.shape) != expected:
-            raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+    def read(self, batch: Batch) -> tuple[dict[str, Tensor], Steps]:
+        """Return observations by key, and the other parts of a batch, for 3 to max_length + 1 rows. Raises ValueError
+        for other lengths, and as `as_mapping` and `read_steps`."""
+        obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
+        steps, most = read_steps(batch, obs, self.action_dim), self.config.max_length + 1
+        if not 3 <= steps.rewards.shape[1] <= most:
+            found = f"the batch has {steps.rewards.shape[1]} rows"
+            raise ValueError(f"{found}, expected 3 to {most}: those of agent.max_length and the one before them.")
+        return obs, steps

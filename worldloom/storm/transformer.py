@@ -21,15 +21,18 @@ HIDDEN = -1e9  # score of what must not be seen; finite, so that a row that sees
 
 @dataclass(frozen=True)
 class Dropped:
-    """Where dropout leaves out entries of one block: bools, True where it does."""
+    """Where dropout leaves out entries of one block: bools, True where it does; None leaves out none."""
 
-    weights: Tensor  # [B, heads, T, T], of attention
-    mixed: Tensor  # [B, T, D], of attention's output
-    fed: Tensor  # [B, T, D], of the feed-forward layers' output
+    weights: Tensor | None = None  # [B, heads, T, T], of attention
+    mixed: Tensor | None = None  # [B, T, D], of attention's output
+    fed: Tensor | None = None  # [B, T, D], of the feed-forward layers' output
+
+
+NOTHING = Dropped()
 
 
 def drop(x: Tensor, dropped: Tensor | None, rate: float) -> Tensor:
-    """Return x with the dropped entries at zero and the others divided by 1 - rate; None drops nothing."""
+    """Return x with the dropped entries at zero and the others divided by 1 - rate."""
     return x if dropped is None else x.masked_fill(dropped, 0.0) / (1 - rate)
 
 
@@ -43,7 +46,7 @@ class Block(nn.Module):
         self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.heads, self.rate = heads, rate
 
-    def forward(self, x: Tensor, allowed: Tensor, dropped: Dropped | None = None) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor, dropped: Dropped = NOTHING) -> Tensor:
         """Map x [B, T, D] to [B, T, D]. allowed: bools [..., T, T], True where a row may see another."""
         return self.finish(x, self.attend(*self.project(x), allowed, dropped), dropped)
 
@@ -55,21 +58,20 @@ class Block(nn.Module):
     def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.query, self.key, self.value
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropped: Dropped | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropped: Dropped = NOTHING) -> Tensor:
         """Return what each query [B, heads, Q, D / heads] reads from keys and values [B, heads, T, D / heads].
 
         allowed: [..., Q, T]. Returns [B, Q, D], the heads side by side.
         """
         scores = (q / q.shape[-1] ** 0.5) @ k.mT
-        weights = scores.float().masked_fill(~allowed, HIDDEN).softmax(-1)
-        weights = drop(weights, None if dropped is None else dropped.weights, self.rate)
+        weights = drop(scores.float().masked_fill(~allowed, HIDDEN).softmax(-1), dropped.weights, self.rate)
         return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
-    def finish(self, x: Tensor, read: Tensor, dropped: Dropped | None = None) -> Tensor:
+    def finish(self, x: Tensor, read: Tensor, dropped: Dropped = NOTHING) -> Tensor:
         """Return the block's output [B, T, D], from its input x and what attention read, [B, T, D] each."""
-        x = self.mix_norm(drop(self.mix(read), None if dropped is None else dropped.mixed, self.rate) + x)
+        x = self.mix_norm(drop(self.mix(read), dropped.mixed, self.rate) + x)
         fed = self.narrow(F.relu(self.widen(x)))
-        out: Tensor = self.feed_norm(drop(fed, None if dropped is None else dropped.fed, self.rate) + x)
+        out: Tensor = self.feed_norm(drop(fed, dropped.fed, self.rate) + x)
         return out
 
 
@@ -83,16 +85,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(width, heads, rate) for _ in range(layers)])
         self.heads, self.rate = heads, rate
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, allowed: Tensor, dropped: Sequence[Dropped] | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor, dropped: Sequence[Dropped] = ()) -> Tensor:
         """Return h [B, T, D] of tokens [B, T, D] at `positions`, integers [B, T] or [T].
 
-        allowed: bools [..., T, T], True where a row may see another. dropped: one for each block, while learning.
+        allowed: bools [..., T, T], True where a row may see another. dropped: one for each block, or none.
         """
         x = self.embed(tokens, positions)
-        for index, block in enumerate(self.blocks):
-            x = block(x, allowed, None if dropped is None else dropped[index])
+        for block, left_out in zip(self.blocks, dropped or [NOTHING] * len(self.blocks), strict=True):
+            x = block(x, allowed, left_out)
         return x
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -103,13 +103,13 @@ class Transformer(nn.Module):
     def last(self, memory: Tensor, filled: Tensor) -> Tensor:
         """Return h [B, D] of the last of `filled` [B] tokens, which lie at the left of memory [B, M, D]."""
         place = torch.arange(memory.shape[1], device=memory.device)
-        h = self(memory, place, place[:, None] >= place)  # what lies behind the last is seen by none of them
+        h: Tensor = self(memory, place, place[:, None] >= place)  # what lies behind the last is seen by none of them
         return h.gather(1, (filled - 1).view(-1, 1, 1).expand(-1, 1, h.shape[-1])).squeeze(1)
 
-    def draw_dropped(self, batch: int, steps: int, generator: Generator | None = None) -> list[Dropped] | None:
-        """Draw dropout for tokens [B, T, D], one entry for each block; None if the rate is 0."""
+    def draw_dropped(self, batch: int, steps: int, generator: Generator | None = None) -> list[Dropped]:
+        """Draw dropout for tokens [B, T, D], one entry for each block; none if the rate is 0."""
         if not self.rate:
-            return None
+            return []
         width, device = self.positions.embedding_dim, self.positions.weight.device
         shapes = [(batch, self.heads, steps, steps), (batch, steps, width), (batch, steps, width)]
         return [Dropped(*(fn.random_mask(s, self.rate, generator, device) for s in shapes)) for _ in self.blocks]
@@ -139,18 +139,11 @@ def segments(first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return number, place - start, (same & (place[:, None] >= place)).unsqueeze(1)
 
 
-@dataclass(frozen=True)
-class Context:
-    """The last tokens before N starts, at the right; `padding` counts the places at the left that hold none."""
+def contexts(tokens: Tensor, number: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the last tokens [N, length, D] of each start's own episode, the start's token included.
 
-    tokens: Tensor  # [N, C, D]
-    padding: Tensor  # [N] int64
-
-
-def contexts(tokens: Tensor, number: Tensor, starts: Tensor, length: int) -> Context:
-    """Return the last tokens, at most `length`, of each start's own episode, the start's token included.
-
-    tokens: [B, T, D]; number: [B, T], of episodes, as `segments` gives it; starts: [N] indices into B T rows.
+    tokens: [B, T, D]; number: [B, T], of episodes, as `segments` gives it; starts: [N] indices into B T rows. Where an
+    episode has fewer tokens, these lie at the right; the places at the left that hold none are counted, [N] int64.
     """
     steps = tokens.shape[1]
     row, place = starts // steps, starts % steps
@@ -158,26 +151,26 @@ def contexts(tokens: Tensor, number: Tensor, starts: Tensor, length: int) -> Con
     chosen = places.clamp(min=0) + (row * steps)[:, None]
     numbers = number.flatten()
     own = (places >= 0) & (numbers[chosen] == numbers[starts][:, None])
-    return Context(tokens.flatten(0, 1)[chosen], length - own.sum(1))
+    return tokens.flatten(0, 1)[chosen], length - own.sum(1)
 
 
 class Cache:
     """The transformer over N growing sequences: keys and values of each block are kept, one step is added at a time.
 
-    The last tokens of `context` are seen first; `hidden` [N, D] is the newest h. Room for `steps` more is made at once,
-    and written in place. Without gradient and dropout.
+    tokens [N, C, D] are seen first, all but the first `padding` [N] of each sequence; `hidden` [N, D] is the newest h.
+    Room for `steps` more is made at once, and written in place. Without gradient and dropout.
     """
 
-    def __init__(self, transformer: Transformer, context: Context, steps: int) -> None:
-        self._transformer, self._used = transformer, context.tokens.shape[1]
-        place = torch.arange(self._used + steps, device=context.tokens.device)
-        self._position = (place - context.padding[:, None]).clamp(min=0)  # [N, C + steps]
-        self._real = (place >= context.padding[:, None])[:, None, None]  # [N, 1, 1, C + steps]
+    def __init__(self, transformer: Transformer, tokens: Tensor, padding: Tensor, steps: int) -> None:
+        self._transformer, self._used = transformer, tokens.shape[1]
+        place = torch.arange(self._used + steps, device=tokens.device)
+        self._position = (place - padding[:, None]).clamp(min=0)  # [N, C + steps]
+        self._real = (place >= padding[:, None])[:, None, None]  # [N, 1, 1, C + steps]
         seen = place[: self._used]
         allowed = (seen[:, None] >= seen) & self._real[..., : self._used]
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        x = transformer.embed(context.tokens, self._position[:, : self._used])
+        x = transformer.embed(tokens, self._position[:, : self._used])
         for block in self._blocks():
             q, k, v = block.project(x)
             room = k.new_zeros(*k.shape[:2], steps, k.shape[-1])

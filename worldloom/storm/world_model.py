@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worldloom.arguments import check_batch
+from worldloom.arguments import check_action, check_batch
+from worldloom.nets import Statistics
 from worldloom.observations import as_lists
 from worldloom.pretrained import save_model
-from worldloom.storm.config import STORMConfig
-from worldloom.storm.layers import Statistics
 from worldloom.storm.losses import draw_world_noise, world_losses
 from worldloom.storm.networks import STORMNetworks
-from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
+from worldloom.types import Batch, LatentState, Obs, Trajectory
 
 
 class STORMWorldModel(STORMNetworks):
-    """STORM's world model. obs_shape: one shape, or a mapping of them; (C, H, W) are images, all others vectors.
+    """STORM's world model; `STORMNetworks` describes its arguments."""
 
-    Vectors are an extension of ours, and so are continuous actions. A number -inf marks what was not observed. Raises
-    ValueError for images whose sides cannot be halved four times to 3..16.
-    """
-
-    def __init__(
-        self,
-        obs_shape: ObsShape,
-        action_dim: int,
-        config: STORMConfig | None = None,
-        episode_length: int | None = None,
-    ) -> None:
-        super().__init__(obs_shape, action_dim, config or STORMConfig(), episode_length)
-        self._seen: Statistics = []  # by the batch norms in the last `compute_loss`
+    _seen: Statistics | None = None  # by the batch norms in the last `compute_loss`
 
     def encode(self, obs: Obs) -> LatentState:
         """Return the posterior after seeing only obs [B, *obs_shape]; images are uint8, or floats in [0, 1].
         Raises ValueError that names the key of a missing or wrong observation."""
         shown = self.as_mapping(obs, "encode", 1)
         rows = len(next(iter(shown.values())))
-        return dataclasses.replace(self.initial_state(rows), stochastic=self._posterior(shown, rows))
+        return dataclasses.replace(self.initial_state(rows), stochastic=self.see(shown, self.draw_noise(rows))[1])
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
         moved = self._move("predict", state, action)
@@ -54,13 +40,10 @@ class STORMWorldModel(STORMNetworks):
         rows = len(next(iter(shown.values())))
         if rows != state.batch_size:
             raise ValueError(f"observe: {rows} observations, expected {state.batch_size}: one for each state.")
-        return dataclasses.replace(moved, stochastic=self._posterior(shown, rows))
-
-    def _posterior(self, obs: Mapping[str, Tensor], rows: int) -> Tensor:
-        return self.see(obs, self.draw_noise(rows))[1]
+        return dataclasses.replace(moved, stochastic=self.see(shown, self.draw_noise(rows))[1])
 
     def _move(self, where: str, state: LatentState, action: Tensor) -> LatentState:
-        self.check_action(where, action, (state.batch_size,))
+        check_action(where, action, (state.batch_size, self.action_dim))
         if state.stochastic is None or not {"tokens", "filled"} <= state.memory.keys():
             raise ValueError(f"{where}: the state has no tokens, expected a state that this model made.")
         memory, filled = state.memory["tokens"], state.memory["filled"]
@@ -89,7 +72,7 @@ class STORMWorldModel(STORMNetworks):
         }
 
     def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
-        self.check_action("imagine", actions, (actions.shape[0], state.batch_size))
+        check_action("imagine", actions, (actions.shape[0], state.batch_size, self.action_dim))
         states = [state]
         for action in actions:
             states.append(self.predict(states[-1], action))
@@ -106,15 +89,13 @@ class STORMWorldModel(STORMNetworks):
         lead = batch["actions"].shape
         found = world_losses(self, batch, draw_world_noise(self, lead[0], lead[1] - 1))
         self._seen = found.seen
-        c, parts = self.config, found.parts
-        kl = c.dynamics_scale * parts["dynamics_loss"] + c.representation_scale * parts["representation_loss"]
-        return {"loss": found.total, "kl_loss": kl, **parts}
+        return {"loss": found.total, **found.parts}
 
     def update_targets(self) -> None:
         """Move the running statistics of batch norms towards those of the last `compute_loss`."""
         if self._seen:
             self.move_statistics(self._seen, torch.ones((), dtype=torch.bool, device=self.bins.device))
-        self._seen = []
+        self._seen = None
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         save_model(directory, self.describe(), self)
