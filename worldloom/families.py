@@ -18,7 +18,6 @@ from worldloom.locations import Location, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
 from worldloom.nearest import nearest
 from worldloom.pretrained import load_parameters, read_description
-from worldloom.storm import STORMAgent, STORMConfig, STORMWorldModel
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, load_official
 from worldloom.tdmpc2.tasks import read_options
 from worldloom.types import Agent, WorldModel
@@ -54,15 +53,7 @@ FAMILIES: dict[str, Family] = {
         read_options=read_options,
         load_file=load_official,
     ),
-    "storm": Family(
-        STORMConfig,
-        storm.SIZES,
-        "18m",
-        STORMWorldModel,
-        STORMAgent,
-        description="STORM (Zhang et al. 2023): a stochastic transformer, a decoder; it learns to act in imagination",
-        default_obs="image",
-    ),
+    "storm": storm.FAMILY,
 }
 ALIASES: dict[str, str] = {
     "dreamer": "dreamerv3:size12m",
@@ -257,8 +248,7 @@ def _load_world_model(
 def _from_description(source: object, description: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
     family = find_family(name := str(description.get("family")))
     if family is None:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{source} is of family {name!r}, expected one of {known}, or a module on sys.path.")
+        raise ValueError(f"{source} is of family {name!r}, expected {', '.join(FAMILIES)}, or a module on sys.path.")
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)

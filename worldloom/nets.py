@@ -110,6 +110,19 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+def relu_mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    """Make `layers` times linear (without bias), layer norm, ReLU: [..., inputs] to [..., units]."""
+    made: list[nn.Module] = []
+    for layer in range(layers):
+        made += [nn.Linear(inputs if layer == 0 else units, units, bias=False), nn.LayerNorm(units), nn.ReLU()]
+    return nn.Sequential(*made)
+
+
+def relu_head(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
+    """Make a `relu_mlp` with a linear output: [..., inputs] to [..., outputs]."""
+    return nn.Sequential(*relu_mlp(inputs, units, layers), nn.Linear(units, outputs))
+
+
 def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
     """Apply `network`, made by `mlp`, to z [..., D] and action [..., A] concatenated; return [..., outputs].
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.actor_critic import ChoicePolicy, NormalPolicy, RunningRange, policy_loss
+from worldloom.nets import relu_head, relu_mlp
 from worldloom.storm.config import STORMConfig
-from worldloom.storm.layers import head, mlp
 
 
 class Behaviour(nn.Module):
@@ -27,13 +27,13 @@ class Behaviour(nn.Module):
     def __init__(self, config: STORMConfig, action_dim: int, action_classes: tuple[int, ...]) -> None:
         super().__init__()
         c, features = config, config.stoch * config.classes + config.hidden
-        trunk = mlp(features, c.units, c.agent_layers)
+        trunk = relu_mlp(features, c.units, c.agent_layers)
         self.policy: ChoicePolicy | NormalPolicy
         if action_classes:
             self.policy = ChoicePolicy(trunk, nn.Linear(c.units, action_dim), action_classes, unimix=0.0)
         else:
             self.policy = NormalPolicy(trunk, nn.Linear(c.units, action_dim), nn.Linear(c.units, action_dim))
-        self.value = head(features, c.units, c.agent_layers, c.bins)
+        self.value = relu_head(features, c.units, c.agent_layers, c.bins)
         self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
         self.range = RunningRange(c.return_rate, partial(percentiles, low=c.return_low, high=c.return_high))
 

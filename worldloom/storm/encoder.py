@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.nets import BatchNorm, Statistics
+from worldloom.nets import BatchNorm, Statistics, relu_mlp
 from worldloom.observations import (
     ObsShapes,
     flat_vectors,
@@ -19,7 +19,6 @@ from worldloom.observations import (
     split_kinds,
     vector_sizes,
 )
-from worldloom.storm.layers import mlp
 
 STAGES = 4  # of an image, each of which halves its sides
 
@@ -53,7 +52,7 @@ class Encoder(nn.Module):
     def __init__(self, shapes: ObsShapes, units: int, layers: int, first: int) -> None:
         super().__init__()
         self.vectors, self.images = split_kinds(shapes)
-        self.vector = mlp(sum(vector_sizes(self.vectors, {}).values()), units, layers) if self.vectors else None
+        self.vector = relu_mlp(sum(vector_sizes(self.vectors, {}).values()), units, layers) if self.vectors else None
         self.image = ImageEncoder(sum(shape[0] for shape in self.images.values()), first) if self.images else None
         self.size = units if self.vectors else 0
         if self.images:
@@ -107,7 +106,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.vectors, self.images = split_kinds(shapes)
         sizes = vector_sizes(self.vectors, {})
-        self.vector = mlp(latent, units, layers) if self.vectors else None
+        self.vector = relu_mlp(latent, units, layers) if self.vectors else None
         self.outputs = nn.ModuleList([nn.Linear(units, size) for size in sizes.values()])  # in order of name
         self.image = ImageDecoder(latent, self.images, first) if self.images else None
 

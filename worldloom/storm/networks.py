@@ -13,11 +13,10 @@ from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.arguments import Steps, read_steps
-from worldloom.nets import BatchNorm, Statistics
+from worldloom.nets import BatchNorm, Statistics, relu_head
 from worldloom.observations import as_mapping, as_tuples, checked
 from worldloom.storm.config import STORMConfig
 from worldloom.storm.encoder import Decoder, Encoder
-from worldloom.storm.layers import head
 from worldloom.storm.transformer import Transformer, remember
 from worldloom.types import Batch, Obs, ObsShape
 
@@ -56,8 +55,8 @@ class STORMNetworks(nn.Module):
         self.transformer = Transformer(c.hidden, c.layers, c.heads, c.max_length, c.dropout)
         self.prior = nn.Linear(c.hidden, latent)
         self.decoder = Decoder(shapes, latent, c.units, c.vector_layers, c.stem_channels)
-        self.reward = head(c.hidden, c.hidden, HEAD_LAYERS, c.bins)
-        self.termination = head(c.hidden, c.hidden, HEAD_LAYERS, 1)
+        self.reward = relu_head(c.hidden, c.hidden, HEAD_LAYERS, c.bins)
+        self.termination = relu_head(c.hidden, c.hidden, HEAD_LAYERS, 1)
         self.register_buffer("bins", torch.linspace(-LIMIT, LIMIT, c.bins), persistent=False)
 
     def log_probs(self, logits: Tensor) -> Tensor:
