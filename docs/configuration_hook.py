@@ -25,6 +25,7 @@ from worldloom.runs.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from worldloom.storm import STORMConfig
 from worldloom.tdmpc2 import TDMPC2Config
 from worldloom.training import TrainingConfig
 
@@ -43,6 +44,7 @@ SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "TrainingConfig": ("", TrainingConfig),
     "TDMPC2Config": ("agent.", TDMPC2Config),
     "DreamerV3Config": ("agent.", DreamerV3Config),
+    "STORMConfig": ("agent.", STORMConfig),
 }
 
 
