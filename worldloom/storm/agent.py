@@ -106,8 +106,9 @@ class STORMAgent:
     # Learning
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """Make one update: the world model, then policy and critic in imagination; one with numbers that are not finite
-        changes nothing. Raises FloatingPointError after several of them in a row, ValueError as `learn`."""
+        """Make one update: the world model, then policy and critic in imagination. A step from numbers that are not
+        finite changes nothing, nor does what follows it. Raises FloatingPointError after several in a row, ValueError
+        as `learn`."""
         columns = self.learn(batch)
         return self.collect(), columns.arrays()
 
