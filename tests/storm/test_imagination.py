@@ -167,6 +167,28 @@ def test_policy_and_value_losses_follow_their_formulas():
     assert all(p.grad is None for p in behaviour.value.parameters())  # the advantage has no gradient
 
 
+def test_an_update_learns_from_the_returns_of_both_critics_and_a_new_scale():
+    agent, batch = agent_and_batch()
+    with torch.no_grad():
+        agent.behaviour.slow_value[-1].bias[150:].add_(3.0)
+        agent.world_model.reward[-1].bias[160:].add_(4.0)  # so that the scale is above 1
+    learning, noise = agent.learning, agent.learning.draw_noise(4, 6)
+    found = learning.imagine(batch, noise)
+    own, slow = (
+        lambda_returns(found.rewards, found.continues, values, 0.95, False)
+        for values in (found.values, found.slow_values)
+    )
+    low, high = percentiles(own, 0.05, 0.95)
+    scale = (0.01 * (high - low)).clamp(min=1.0)
+    bins, rate = agent.world_model.bins, agent.config.entropy_scale
+    expected, _ = agent_losses(agent.behaviour, found, (own, slow), scale, bins, rate)
+    made, _ = learning.update_agent(batch, noise, torch.tensor(True))
+    assert made["return_range"] == scale > 1
+    for name, value in expected.items():
+        assert_close(made[name], value)
+    assert_close(agent.behaviour.range.high, 0.01 * high)
+
+
 def test_the_slow_critic_follows_and_the_published_returns_are_others():
     outcomes = []
     for rule in ("paper", "published"):

@@ -52,11 +52,9 @@ class Block(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, [B, heads, T, D / heads] each, of x [B, T, D]."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self._projections())
+        layers = (self.query, self.key, self.value)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in layers)
         return q, k, v
-
-    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.query, self.key, self.value
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropped: Dropped = NOTHING) -> Tensor:
         """Return what each query [B, heads, Q, D / heads] reads from keys and values [B, heads, T, D / heads].
