@@ -26,6 +26,7 @@ from worldloom.runs.config import (
     StartConfig,
     TrainConfig,
 )
+from worldloom.storm import STORMConfig
 from worldloom.tdmpc2 import TDMPC2Config
 from worldloom.training import TrainingConfig
 
@@ -45,6 +46,7 @@ SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "TrainingConfig": ("", TrainingConfig),
     "TDMPC2Config": ("agent.", TDMPC2Config),
     "DreamerV3Config": ("agent.", DreamerV3Config),
+    "STORMConfig": ("agent.", STORMConfig),
 }
 
 

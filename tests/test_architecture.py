@@ -16,8 +16,9 @@ PACKAGES = ("worldloom", "distributed", "launch")
 ROOMS = {
     "flat": set(),
     "dreamerv3": set(),
+    "storm": set(),
     "tdmpc2": set(),
-    "families": {"dreamerv3", "tdmpc2"},
+    "families": {"dreamerv3", "storm", "tdmpc2"},
     "envs": {"families"},
     "replay": {"families", "envs"},
     "acting": {"families", "envs", "replay"},

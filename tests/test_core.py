@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests import dreamerv3_models, tdmpc2_models
+from tests import dreamerv3_models, storm_models, tdmpc2_models
+from worldloom.storm import STORMAgent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2WorldModel
 from worldloom.tdmpc2.tasks import Task
 
@@ -69,7 +70,15 @@ def tdmpc2(kind):
     return TDMPC2Agent(tdmpc2_models.shake(model), action_classes=model.action_classes)
 
 
+def storm(kind):
+    shapes = {"images": (3, 64, 64), "mixed": {"camera": (3, 64, 64), "state": (3,)}}
+    act_on = "prior" if kind == "images" else "posterior"
+    return storm_models.tiny_agent(shapes.get(kind, (3,)), 3, (3,) if kind == "images" else (), act_on=act_on)
+
+
 def batch_of(agent):
+    if isinstance(agent, STORMAgent):
+        return storm_models.batch_of(agent)
     if not isinstance(agent, TDMPC2Agent):
         return dreamerv3_models.batch_of(agent)
     batch, model = tdmpc2_models.batch_of(agent.world_model, terminated=True), agent.world_model
@@ -82,6 +91,7 @@ def batch_of(agent):
 
 KINDS = [
     *[(dreamer, kind) for kind in ("vectors", "images", "mixed", "discrete")],
+    *[(storm, kind) for kind in ("vectors", "images", "mixed")],
     *[(tdmpc2, kind) for kind in ("states", "episodic", "pixels", "discrete", "tasks")],
 ]
 every_kind = pytest.mark.parametrize(("make", "kind"), KINDS)
@@ -175,7 +185,7 @@ def model_classes(agent):
     return agent.world_model.action_classes if isinstance(agent, TDMPC2Agent) else agent.action_classes
 
 
-@pytest.mark.parametrize("make", [dreamer, tdmpc2])
+@pytest.mark.parametrize("make", [dreamer, storm, tdmpc2])
 def test_a_state_of_another_kind_of_device_loads_and_says_so(make, caplog):
     agent = make("vectors")
     batch = batch_of(agent)

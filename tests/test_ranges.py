@@ -1,4 +1,4 @@
-"""Every number of both configs has a range, and what lies outside is refused with the field's name."""
+"""Every number of all configs has a range, and what lies outside is refused with the field's name."""
 
 import dataclasses
 import math
@@ -13,13 +13,18 @@ from worldloom import create_world_model
 from worldloom.dreamerv3 import config as dreamerv3
 from worldloom.functional import unimix_log_probs
 from worldloom.ranges import Range
+from worldloom.storm import config as storm
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2WorldModel
 from worldloom.tdmpc2 import config as tdmpc2
 
-CONFIGS = [(tdmpc2.TDMPC2Config, tdmpc2.RANGES), (dreamerv3.DreamerV3Config, dreamerv3.RANGES)]
+CONFIGS = [
+    (tdmpc2.TDMPC2Config, tdmpc2.RANGES),
+    (dreamerv3.DreamerV3Config, dreamerv3.RANGES),
+    (storm.STORMConfig, storm.RANGES),
+]
 
 
-@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3"])
+@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3", "storm"])
 def test_every_number_has_a_range(config, ranges):
     hints = typing.get_type_hints(config)
     numbers = {n for n, kind in hints.items() if {int, float} & {kind, *typing.get_args(kind)}}
@@ -29,7 +34,7 @@ def test_every_number_has_a_range(config, ranges):
     )
 
 
-@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3"])
+@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3", "storm"])
 def test_numbers_outside_of_their_range_are_refused(config, ranges):
     hints = typing.get_type_hints(config)
     for name, allowed in ranges.items():

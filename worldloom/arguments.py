@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from worldloom.types import ObsShape
+from worldloom.types import Batch, ObsShape
 
 SMALLEST_IMAGE = 16  # sides of images from which a last axis of a few entries is taken for channels
 MOST_CHANNELS = 4  # of one frame
@@ -52,3 +54,52 @@ def check_batch(batch: Any) -> None:
             f"the batch lacks {' and '.join(lacking)}; it holds {', '.join(map(str, batch)) or 'nothing'}. "
             "ReplayBuffer.sample makes such batches; worldloom.types.Batch describes them."
         )
+
+
+def check_action(where: str, action: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError, which names the caller, for actions of another shape."""
+    if tuple(action.shape) != expected:
+        raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
+
+
+def check_act_state(act_state: Mapping[str, Tensor], envs: int) -> None:
+    """Raise ValueError for an act_state of another number of environments."""
+    rows = len(next(iter(act_state.values())))
+    if rows != envs:
+        raise ValueError(
+            f"act: act_state has {rows} rows and obs {envs}. Keep one act_state for each vector of environments."
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a batch holds besides observations, all float32 but `is_first`; flags that it lacked are False."""
+
+    actions: Tensor  # [B, T, A]
+    rewards: Tensor  # [B, T]
+    is_first: Tensor  # [B, T] bool
+    terminated: Tensor  # [B, T]
+
+
+def read_steps(batch: Batch, obs: Mapping[str, Tensor], action_dim: int) -> Steps:
+    """Return the steps of a batch. Raises ValueError that names a part of another shape than [B, T] or [B, T, A].
+
+    obs: the batch's observations by key, of which only [B, T] is checked.
+    """
+    lead = (batch["actions"].shape[0], batch["actions"].shape[1])
+    for name, value in obs.items():
+        if tuple(value.shape[:2]) != lead:
+            raise ValueError(f"batch: obs {name!r} is {tuple(value.shape)} and actions [{lead[0]}, {lead[1]}, A].")
+    check_action("batch['actions']", batch["actions"], (*lead, action_dim))
+    rewards = batch["rewards"]
+    if tuple(rewards.shape) != lead:
+        raise ValueError(f"batch['rewards'] is {tuple(rewards.shape)}, expected {lead}.")
+    is_first = batch.get("is_first", torch.zeros_like(rewards, dtype=torch.bool)).bool()
+    if "terminated" in batch:
+        terminated = batch["terminated"].float()
+    else:
+        terminated = 1 - batch["continues"] if "continues" in batch else torch.zeros_like(rewards)
+    for name, value in (("is_first", is_first), ("terminated", terminated)):
+        if tuple(value.shape) != lead:
+            raise ValueError(f"batch[{name!r}] is {tuple(value.shape)}, expected {lead}.")
+    return Steps(batch["actions"].float(), rewards.float(), is_first, terminated)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 import torch
 
-from worldloom import dreamerv3, tdmpc2
+from worldloom import dreamerv3, storm, tdmpc2
 from worldloom.arguments import channel_first, usable
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
@@ -53,6 +53,7 @@ FAMILIES: dict[str, Family] = {
         read_options=read_options,
         load_file=load_official,
     ),
+    "storm": storm.FAMILY,
 }
 ALIASES: dict[str, str] = {
     "dreamer": "dreamerv3:size12m",
@@ -247,8 +248,7 @@ def _load_world_model(
 def _from_description(source: object, description: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
     family = find_family(name := str(description.get("family")))
     if family is None:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{source} is of family {name!r}, expected one of {known}, or a module on sys.path.")
+        raise ValueError(f"{source} is of family {name!r}, expected {', '.join(FAMILIES)}, or a module on sys.path.")
     config = family.config(**{**description["config"], **check_overrides(family.config, overrides)})
     shape = description["obs_shape"]
     obs_shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, Mapping) else tuple(shape)

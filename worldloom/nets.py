@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -17,6 +18,15 @@ from worldloom import functional as fn
 def compile_part(owner: Any, name: str) -> None:
     """Compile the function that `owner` keeps under `name`, in place; compilation fails unless it is one graph."""
     setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Return a context for matrix products in `dtype`.
+
+    Each phase of an update has its own, since weights that were cast without gradient must not serve where a gradient
+    is needed.
+    """
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 class SimNorm(nn.Module):
@@ -100,6 +110,19 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+def relu_mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    """Make `layers` times linear (without bias), layer norm, ReLU: [..., inputs] to [..., units]."""
+    made: list[nn.Module] = []
+    for layer in range(layers):
+        made += [nn.Linear(inputs if layer == 0 else units, units, bias=False), nn.LayerNorm(units), nn.ReLU()]
+    return nn.Sequential(*made)
+
+
+def relu_head(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
+    """Make a `relu_mlp` with a linear output: [..., inputs] to [..., outputs]."""
+    return nn.Sequential(*relu_mlp(inputs, units, layers), nn.Linear(units, outputs))
+
+
 def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
     """Apply `network`, made by `mlp`, to z [..., D] and action [..., A] concatenated; return [..., outputs].
 
@@ -112,7 +135,45 @@ def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
     return cast(Tensor, network[1:](first.activation(first.ln(x))))
 
 
-EPS = 1e-5  # eps of layer norms
+EPS = 1e-5  # eps of norms
+
+
+Statistics = list[tuple[Tensor, Tensor]]  # mean and unbiased variance [C] of a batch, one pair for each batch norm
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all but the channels of [N, C, h, w], then ReLU.
+
+    Learning passes a list, normalises with the batch's own statistics and leaves them in the list, so that a loss
+    changes no buffer; `move` does. Without a list the running statistics are used.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor, seen: Statistics | None = None) -> Tensor:
+        if seen is None:
+            mean, var = self.running_mean, self.running_var
+            return F.relu(F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=EPS))
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        out = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=EPS)
+        seen.append((mean, var))  # with a momentum of 1 the batch's own, variance unbiased
+        return F.relu(out)
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, var: Tensor, rate: float, made: Tensor) -> None:
+        """Move the running statistics towards a batch's: running += rate (batch - running).
+
+        made: bool scalar; where it is False they stay, even if the batch's are not finite.
+        """
+        for running, found in ((self.running_mean, mean), (self.running_var, var)):
+            running.lerp_(torch.where(made, found, running), rate)
 
 
 class EnsembleLinear(nn.Module):

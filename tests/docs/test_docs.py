@@ -39,6 +39,7 @@ FROM_A_FRESH_FOLDER = ("own-environment", "own-world-model")  # tutorials
 TINY = {
     "tdmpc2": "encoder_dim=16 mlp_dim=16 latent_dim=16 batch_size=8 num_samples=16 num_elites=4 num_pi_trajs=4",
     "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
+    "storm": "hidden=16 stoch=4 classes=4 units=16 batch_size=2 batch_length=8 imagination_length=2",
     "gru_family": "units=16 batch_size=8 batch_length=6 candidates=16 elites=4",
 }
 NETWORK = ("encoder_dim", "mlp_dim", "latent_dim")  # which a run has from the published file that it starts from

@@ -10,10 +10,11 @@ from torch.testing import assert_close
 
 from tests.dreamerv3_models import MIXED, batch_of, close, shake, tiny_agent
 from worldloom import create_agent, create_world_model
-from worldloom.dreamerv3.encoder import Decoder, flat_vectors
+from worldloom.dreamerv3.encoder import Decoder
 from worldloom.dreamerv3.latents import compact, expand
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.families import resolve
+from worldloom.observations import flat_vectors
 
 # The update
 

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 
 from tests.dreamerv3_models import batch_of, close, fill, loss_parts, shake, tiny_agent
 from worldloom import functional as fn
+from worldloom.actor_critic import policy_loss
 from worldloom.dreamerv3 import DreamerV3Config
 from worldloom.dreamerv3.actor_critic import (
     ContinuousPolicy,
     DiscretePolicy,
     Imagined,
     ReturnRange,
-    policy_loss,
     replay_returns,
 )
 from worldloom.dreamerv3.rssm import RSSMState, sample_one_hot

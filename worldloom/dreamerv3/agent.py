@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldloom.arguments import check_act_state
 from worldloom.capture import Captured, Tensors
 from worldloom.dreamerv3.acting import ActNoise, Before, act_step, acting_program
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.latents import compact, latent_columns
-from worldloom.dreamerv3.learning import DreamerV3Learning, as_mapping, obs_columns
+from worldloom.dreamerv3.learning import DreamerV3Learning, obs_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
 from worldloom.nets import flatten, load_flat
+from worldloom.observations import as_mapping
 from worldloom.program import Program
 from worldloom.staging import Columns
 from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec, split_obs
@@ -113,11 +115,7 @@ class DreamerV3Agent:
             state = self.world_model.rssm.initial(envs)
             action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
             return {"deter": state.deter, "stoch": state.stoch, "action": action}
-        if len(act_state["deter"]) != envs:
-            raise ValueError(
-                f"act: act_state has {len(act_state['deter'])} rows and obs {envs}. Keep one act_state for each vector "
-                "of environments."
-            )
+        check_act_state(act_state, envs)
         return dict(act_state)
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:

@@ -11,29 +11,18 @@ from torch import Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.dreamerv3.layers import BlockLinear, Conv, Linear, NormedLinear, NormSiLU, UpConv, mlp
-from worldloom.types import is_image
+from worldloom.observations import (
+    Classes,
+    ObsShapes,
+    flat_vectors,
+    joined_images,
+    reconstruction_errors,
+    split_images,
+    split_kinds,
+    vector_sizes,
+)
 
 MULTIPLIERS = (2, 3, 4, 4)  # of depth, channels of the four image stages
-
-ObsShapes = Mapping[str, tuple[int, ...]]
-Classes = Mapping[str, int]  # the class count, by key, of observations that are class indices
-MISSING = float("-inf")  # marks a number that was not observed, as -1 does a class index
-
-
-def split_kinds(shapes: ObsShapes) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Return (vectors, images), each sorted by name. Raises ValueError unless image sides agree and halve to 3..16."""
-    images = {name: tuple(shapes[name]) for name in sorted(shapes) if is_image(tuple(shapes[name]))}
-    vectors = {name: tuple(shapes[name]) for name in sorted(shapes) if name not in images}
-    sides = {shape[1:] for shape in images.values()}
-    if len(sides) > 1:
-        raise ValueError(f"images of different sides {sorted(sides)}, expected one. Resize them ({', '.join(images)}).")
-    for name, (_, height, width) in images.items():
-        if any(side % 16 or not 3 <= side // 16 <= 16 for side in (height, width)):
-            raise ValueError(
-                f"obs {name!r} is {height}x{width}, expected sides that are halved four times to 3..16: multiples of "
-                "16 from 48 to 256. Resize the image."
-            )
-    return vectors, images
 
 
 class ImageEncoder(nn.Module):
@@ -78,32 +67,10 @@ class Encoder(nn.Module):
         if self.vector is not None:
             parts.append(self.vector(flat_vectors(obs, self.vectors, self.classes)))
         if self.image is not None:
-            pixels = torch.cat([fn.unit_pixels(obs[name]) for name in self.images], -3) - 0.5
+            pixels = joined_images(obs, self.images) - 0.5
             lead = pixels.shape[:-3]
             parts.append(self.image(pixels.reshape(-1, *pixels.shape[-3:])).view(*lead, -1))
         return torch.cat(parts, -1)
-
-
-def vector_sizes(shapes: ObsShapes, classes: Classes) -> dict[str, int]:
-    """Return the number of entries of each flattened vector; class indices count one-hot."""
-    return {name: int(torch.Size(shape).numel()) * classes.get(name, 1) for name, shape in shapes.items()}
-
-
-def flat_vectors(obs: Mapping[str, Tensor], shapes: ObsShapes, classes: Classes) -> Tensor:
-    """Return symlog of every vector, and one-hot class indices, flattened and concatenated in order of name: [..., V].
-
-    Entries that are marked as missing become zeros.
-    """
-    parts = []
-    for name, shape in shapes.items():
-        value = obs[name]
-        if name in classes:
-            value = fn.one_hot(value.long(), classes[name])  # all zeros for -1
-            parts.append(value.float().flatten(value.ndim - len(shape) - 1))
-            continue
-        value = torch.where(value == MISSING, 0.0, fn.symlog(value.float()))
-        parts.append(value.flatten(value.ndim - len(shape)) if shape else value.unsqueeze(-1))
-    return torch.cat(parts, -1)
 
 
 class ImageDecoder(nn.Module):
@@ -182,30 +149,12 @@ class Decoder(nn.Module):
                 decoded[name] = output(x).view(*lead, *shape, *logits)
         if self.image is not None:
             pixels = self.image(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
-            parts = pixels.split([shape[0] for shape in self.images.values()], 1)
-            for (name, shape), part in zip(self.images.items(), parts, strict=True):
-                decoded[name] = part.reshape(*lead, *shape)
+            decoded |= split_images(pixels.view(*lead, *pixels.shape[1:]), self.images)
         return decoded
 
     def losses(self, decoded: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return squared errors, or cross-entropies of class indices, summed over each observation's entries: [...].
-
-        Vectors are compared in symlog space, images in [0, 1]. Entries that are marked as missing cost nothing.
-        """
-        errors = {}
-        for name, shape in {**self.vectors, **self.images}.items():
-            found, value = decoded[name].float(), obs[name]
-            if name in self.classes:
-                log_probs = F.log_softmax(found, -1)
-                chosen = log_probs.gather(-1, value.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
-                error = -chosen * (value >= 0)
-            elif name in self.images:
-                error = (found - fn.unit_pixels(value)).square()
-            else:
-                seen = value != MISSING
-                error = (found - fn.symlog(torch.where(seen, value, 0.0).float())).square() * seen
-            errors[name] = error.flatten(error.ndim - len(shape)).sum(-1) if shape else error
-        return errors
+        """Return the error [...] of each observation; see `reconstruction_errors`."""
+        return reconstruction_errors(decoded, obs, {**self.vectors, **self.images}, self.classes)
 
     def shown(self, name: str, decoded: Tensor) -> Tensor:
         """Return a decoded observation in its own units: numbers, class indices, or images in [0, 1]."""

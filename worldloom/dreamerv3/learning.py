@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from worldloom import functional as fn
+from worldloom.actor_critic import policy_loss
 from worldloom.capture import Tensors
-from worldloom.dreamerv3.actor_critic import Imagined, ReturnRange, policy_loss, replay_returns
+from worldloom.dreamerv3.actor_critic import Imagined, ReturnRange, replay_returns
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.latents import compact, expand, latent_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.gang import ALONE, Gang
 from worldloom.generators import restore_generator
-from worldloom.nets import compile_part
+from worldloom.nets import autocast, compile_part
+from worldloom.observations import as_mapping
 from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
 from worldloom.tally import Tally
 from worldloom.types import Batch, Precision, split_obs
@@ -83,11 +85,7 @@ class DreamerV3Learning:
             compile_part(self.optimizer, "change")
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Return a context for matrix products in the chosen precision. Each phase has its own, since weights that were
-        cast without gradient must not serve where a gradient is needed."""
-        return (
-            nullcontext() if self._dtype == torch.float32 else torch.autocast(self.model.bins.device.type, self._dtype)
-        )
+        return autocast(self.model.bins.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name: the trained rows and, of the row before, only the latents.
@@ -267,8 +265,3 @@ class DreamerV3Learning:
 def obs_columns(model: DreamerV3WorldModel) -> dict[str, str]:
     """Return the replay column of each observation that the model reads, by key."""
     return {name: f"obs/{name}" for name in model.encoder.vectors | model.encoder.images}
-
-
-def as_mapping(obs: Any) -> dict[str, Any]:
-    """Return observations by key; a single one gets the key "obs"."""
-    return dict(obs) if isinstance(obs, Mapping) else {"obs": obs}

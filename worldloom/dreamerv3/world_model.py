@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
-from worldloom.arguments import check_batch
+from worldloom.arguments import check_action, check_batch, read_steps
 from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.encoder import Decoder, Encoder
 from worldloom.dreamerv3.layers import Linear, mlp
 from worldloom.dreamerv3.rssm import RSSM, Posterior, RSSMState
+from worldloom.observations import VECTOR, as_lists, as_mapping, as_tuples, checked
 from worldloom.pretrained import save_model
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory, is_image
-
-VECTOR = "obs"  # the key of an observation that is not a mapping
 
 
 class Head(nn.Module):
@@ -67,12 +66,8 @@ class DreamerV3WorldModel(nn.Module):
         if action_dim < 1:
             raise ValueError(f"action_dim is {action_dim}, expected at least 1.")
         self.config = c = config or DreamerV3Config()
-        if isinstance(obs_shape, Mapping):
-            shapes = {name: tuple(shape) for name, shape in obs_shape.items()}
-            self.obs_shape: ObsShape = shapes
-        else:
-            self.obs_shape = tuple(obs_shape)
-            shapes = {VECTOR: self.obs_shape}
+        self.obs_shape = as_tuples(obs_shape)
+        shapes = as_mapping(self.obs_shape)
         self.action_dim, self.episode_length = action_dim, episode_length
         self.obs_classes = dict(obs_classes or {})
         for key, count in self.obs_classes.items():
@@ -110,11 +105,11 @@ class DreamerV3WorldModel(nn.Module):
         return self._observe(state, torch.zeros(len(tokens), self.action_dim, device=tokens.device), tokens)
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
-        self._check_action("predict", action, (state.batch_size,))
+        check_action("predict", action, (state.batch_size, self.action_dim))
         return as_latent(self.rssm.imagine_step(self.as_rssm(state), action, self._noise(state.batch_size)))
 
     def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
-        self._check_action("observe", action, (state.batch_size,))
+        check_action("observe", action, (state.batch_size, self.action_dim))
         tokens = self.encoder(self.as_mapping(obs, "observe", 1))
         if len(tokens) != state.batch_size:
             raise ValueError(f"observe: {len(tokens)} observations, expected {state.batch_size}: one for each state.")
@@ -143,7 +138,7 @@ class DreamerV3WorldModel(nn.Module):
         return (self.predict_continue(features) / self.config.discount).clamp(max=1.0)
 
     def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
-        self._check_action("imagine", actions, (actions.shape[0], state.batch_size))
+        check_action("imagine", actions, (actions.shape[0], state.batch_size, self.action_dim))
         states, rewards, continues = [state], [], []
         for action in actions:
             states.append(self.predict(states[-1], action))
@@ -171,10 +166,9 @@ class DreamerV3WorldModel(nn.Module):
         """Do nothing: the slow critic belongs to the behaviour."""
 
     def describe(self) -> dict[str, Any]:
-        shape = self.obs_shape
         return {
             "family": "dreamerv3",
-            "obs_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
+            "obs_shape": as_lists(self.obs_shape),
             "obs_classes": self.obs_classes,
             "action_dim": self.action_dim,
             "episode_length": self.episode_length,
@@ -191,11 +185,9 @@ class DreamerV3WorldModel(nn.Module):
     def losses(self, batch: Batch, state: RSSMState, noise: Tensor) -> WorldLosses:
         """Return the losses of rows [B, T, ...] after `state`; noise [T, B, S, K]. Raises ValueError for bad shapes."""
         obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
-        lead = (batch["actions"].shape[0], batch["actions"].shape[1])
-        for name, value in obs.items():
-            if tuple(value.shape[:2]) != lead:
-                raise ValueError(f"batch: obs {name!r} is {tuple(value.shape)} and actions [{lead[0]}, {lead[1]}, A].")
-        actions, rewards, is_first, terminated = self._rows(batch, lead)
+        steps = read_steps(batch, obs, self.action_dim)
+        given = (steps.actions, steps.rewards, steps.is_first, steps.terminated)
+        actions, rewards, is_first, terminated = (value.transpose(0, 1).contiguous() for value in given)
         seen = {name: value.transpose(0, 1) for name, value in obs.items()}
         posterior = self.rssm.observe(state, actions, self.embed(seen), is_first, noise)
         total, parts = self.posterior_losses(posterior, seen, rewards, terminated)
@@ -240,54 +232,11 @@ class DreamerV3WorldModel(nn.Module):
             parts |= {f"reconstruction/{name}": error.mean() for name, error in errors.items()}
         return total, parts
 
-    def _rows(self, batch: Batch, lead: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return actions [T, B, A], rewards, is_first and terminated [T, B], time-first."""
-        self._check_action("batch['actions']", batch["actions"], lead)
-        rewards = batch["rewards"]
-        if tuple(rewards.shape) != lead:
-            raise ValueError(f"batch['rewards'] is {tuple(rewards.shape)}, expected {lead}.")
-        is_first = batch.get("is_first", torch.zeros_like(rewards, dtype=torch.bool)).bool()
-        if "terminated" in batch:
-            terminated = batch["terminated"].float()
-        else:
-            terminated = 1 - batch["continues"] if "continues" in batch else torch.zeros_like(rewards)
-        for name, value in (("is_first", is_first), ("terminated", terminated)):
-            if tuple(value.shape) != lead:
-                raise ValueError(f"batch[{name!r}] is {tuple(value.shape)}, expected {lead}.")
-        given = (batch["actions"].float(), rewards.float(), is_first, terminated)
-        actions, rewards, is_first, terminated = (value.transpose(0, 1).contiguous() for value in given)
-        return actions, rewards, is_first, terminated
-
     # Conversions
 
     def as_mapping(self, obs: Obs, where: str, lead: int) -> dict[str, Tensor]:
         """Return every observation by key. Raises ValueError that names a missing key, a wrong shape or kind."""
-        given = dict(obs) if isinstance(obs, Mapping) else {VECTOR: obs}
-        shapes = self.encoder.vectors | self.encoder.images
-        for name, shape in shapes.items():
-            if name not in given:
-                raise ValueError(
-                    f"{where}: obs lacks the key {name!r}; it has {sorted(given)}, expected {sorted(shapes)}."
-                )
-            if tuple(given[name].shape[lead:]) != shape:
-                letters = ", ".join(("B", "T")[:lead])
-                raise ValueError(f"{where}: obs {name!r} is {tuple(given[name].shape)}, expected [{letters}, {shape}].")
-            self._check_kind(where, name, given[name])
-        return {name: given[name] for name in shapes}
-
-    def _check_kind(self, where: str, name: str, value: Tensor) -> None:
-        """Raise ValueError where class indices are given for numbers or images, or numbers for class indices."""
-        indices = not value.is_floating_point()
-        if name in self.encoder.images and indices and value.dtype != torch.uint8:
-            shape = tuple(value.shape)
-            raise ValueError(f"{where}: image {name!r} is {value.dtype} {shape}, expected uint8, or floats in [0, 1].")
-        if name in self.obs_classes and not indices:
-            raise ValueError(f"{where}: obs {name!r} is {value.dtype}, expected class indices (integers or bools).")
-        if indices and name not in self.obs_classes and name not in self.encoder.images:
-            raise ValueError(
-                f"{where}: obs {name!r} is {value.dtype} {tuple(value.shape)} without a class count. Give "
-                f"obs_classes={{{name!r}: count}} where the model is made, or floats."
-            )
+        return checked(obs, self.encoder.vectors | self.encoder.images, self.obs_classes, where, lead)
 
     def as_rssm(self, state: LatentState) -> RSSMState:
         """Return a `LatentState` as this model's. Raises ValueError for a state of another kind of model."""
@@ -297,11 +246,6 @@ class DreamerV3WorldModel(nn.Module):
 
     def _noise(self, rows: int) -> Tensor:
         return self.draw_noise(1, rows)[0]
-
-    def _check_action(self, where: str, action: Tensor, lead: tuple[int, ...]) -> None:
-        expected = (*lead, self.action_dim)
-        if tuple(action.shape) != expected:
-            raise ValueError(f"{where}: actions are {tuple(action.shape)}, expected {expected}.")
 
 
 def as_latent(state: RSSMState) -> LatentState:

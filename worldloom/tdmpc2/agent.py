@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldloom.arguments import check_act_state
 from worldloom.capture import Captured, Tensors
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
@@ -140,11 +141,7 @@ class TDMPC2Agent:
     def _previous_mean(self, act_state: ActState | None, envs: int) -> Tensor:
         if act_state is None:
             return torch.zeros(envs, self.config.horizon, self.world_model.action_dim, device=self.device)
-        if len(act_state["mean"]) != envs:
-            raise ValueError(
-                f"act: act_state has {len(act_state['mean'])} rows and obs {envs}. Keep one act_state for each "
-                "vector of environments."
-            )
+        check_act_state(act_state, envs)
         return act_state["mean"]
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument

@@ -1,0 +1,157 @@
+"""The STORM agent: it keeps the last tokens to act, and learns world model, policy and critic in one update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldloom.arguments import check_act_state
+from worldloom.capture import Captured, Tensors
+from worldloom.generators import restore_generator
+from worldloom.learner import Learner
+from worldloom.nets import flatten, load_flat
+from worldloom.observations import as_mapping
+from worldloom.staging import Columns
+from worldloom.storm.behaviour import Behaviour
+from worldloom.storm.learning import STORMLearning
+from worldloom.storm.world_model import STORMWorldModel
+from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
+
+
+class STORMAgent:
+    """An agent with a short memory of tokens for each environment; `worldloom.types.Agent` describes the methods.
+
+    action_classes: the choices of each one-hot part of an action; () for continuous actions.
+    """
+
+    random_warmup = True
+    pretrain = False
+    true_ends_hint = None
+    plans = False
+    columns: Mapping[str, ColumnSpec] = {}
+    default_precision: Precision = "bfloat16"
+
+    def __init__(self, model: STORMWorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
+        self.world_model, self.action_classes, self.device = model, tuple(action_classes), model.bins.device
+        self.config = c = model.config
+        self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
+        # the row before those that are trained gives the latent that the first token is made of
+        self.windows = WindowSpec(c.batch_length + 1, context=1, crosses_episodes=True)
+        self.behaviour = Behaviour(c, model.action_dim, self.action_classes).to(self.device)
+        self.acting_generator = torch.Generator(self.device).manual_seed(seed)
+        self._act = Captured(self._choose, self.device, self.acting_generator)
+        self.learning = STORMLearning(model, self.behaviour, seed + 1)
+        self._learner = Learner(self.learning, self.device)
+
+    @property
+    def updates(self) -> int:
+        return self._learner.updates
+
+    def configure_learning(self, precision: Precision, compiled: bool, capture: bool = True) -> None:
+        """Set precision, compilation and CUDA graphs of `learn` and `act`; see `STORMLearning.configure`."""
+        self._learner.captured.enabled = self._act.enabled = capture and self.device.type == "cuda"
+        self.learning.configure(precision, compiled)
+
+    # Acting
+
+    @torch.inference_mode()
+    def act(
+        self,
+        obs: ObsArray,
+        act_state: ActState | None,
+        is_first: Array,
+        explore: bool = True,  # noqa: ARG002 - the reference samples in evaluation too
+    ) -> tuple[Array, ActState]:
+        """Return actions [E, A] for obs [E, *obs_shape], one-hot or drawn from the normal and not clipped, and the new
+        act_state. Raises ValueError for obs of other keys or shapes, or an act_state of another number of rows."""
+        shown = {name: torch.as_tensor(value) for name, value in as_mapping(obs).items()}
+        shown = self.world_model.as_mapping(shown, "act", 1)
+        envs = len(next(iter(shown.values())))
+        given = {f"obs/{name}": value for name, value in shown.items()}
+        given |= {"is_first": torch.as_tensor(is_first), **self._previous(act_state, envs)}
+        kept = {name: value.clone() for name, value in self._act(given).items()}  # the next call fills the same buffers
+        return kept["action"].cpu().numpy(), kept
+
+    def _choose(self, given: Tensors) -> Tensors:
+        """Return the memory after these observations, and a drawn action; runs on the device alone."""
+        model, first, generator = self.world_model, given["is_first"], self.acting_generator
+        rows = len(first)
+        obs = {name: given[f"obs/{name}"] for name in as_mapping(model.obs_shape)}
+        _, seen = model.see(obs, model.draw_noise(rows, generator=generator))
+        memory, filled, h = model.advance(given["memory"], given["filled"], given["stoch"], given["action"], first)
+        z = seen
+        if self.config.act_on == "prior":  # the action does not depend on what is seen now, as published
+            z = model.draw(model.log_probs(model.prior(h)), model.draw_noise(rows, generator=generator))
+        policy = self.behaviour.policy
+        action = policy.sample(torch.cat([z, h], -1), policy.draw_noise((rows,), generator, self.device))
+        return {"memory": memory, "filled": filled, "stoch": seen, "action": action}
+
+    def _previous(self, act_state: ActState | None, envs: int) -> dict[str, Tensor]:
+        if act_state is None:
+            c = self.config
+            memory, filled = self.world_model.empty_memory(envs)
+            stoch = torch.zeros(envs, c.stoch * c.classes, device=self.device)
+            action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
+            return {"memory": memory, "filled": filled, "stoch": stoch, "action": action}
+        check_act_state(act_state, envs)
+        return dict(act_state)
+
+    def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
+        """Return {}: acting makes nothing for replay to store."""
+        return {}
+
+    # Learning
+
+    def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
+        """Make one update: the world model, then policy and critic in imagination. A step from numbers that are not
+        finite changes nothing, nor does what follows it. Raises FloatingPointError after several in a row, ValueError
+        as `learn`."""
+        columns = self.learn(batch)
+        return self.collect(), columns.arrays()
+
+    def learn(self, batch: Batch) -> Columns:
+        """Make an update without waiting for the device; the returned columns are empty. Raises ValueError for a batch
+        of other keys or shapes."""
+        return self._learner.learn(batch)
+
+    def collect(self) -> Metrics:
+        """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
+        means = self._learner.collect()
+        return {**means, "update_norm": self.learning.world_optimizer.update_norm().item()}
+
+    # Exchange
+
+    def _acting_tensors(self) -> list[Tensor]:
+        """Return parameters, and the statistics of batch norms, that acting needs."""
+        model = self.world_model
+        modules: list[nn.Module] = [model.encoder, model.posterior, model.stem, model.transformer, model.prior]
+        modules.append(self.behaviour.policy)
+        return [t.detach() for module in modules for t in [*module.parameters(), *module.buffers()]]
+
+    def acting_weights(self) -> Array:
+        return flatten(self._acting_tensors())
+
+    def load_acting_weights(self, flat: Array) -> None:
+        load_flat(self._acting_tensors(), flat)
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.world_model.describe(), "action_classes": list(self.action_classes)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.world_model.state_dict(),
+            "behaviour": self.behaviour.state_dict(),
+            **self.learning.state_dict(),
+            "updates": self.updates,
+            "acting_generator": self.acting_generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.world_model.load_state_dict(state["model"])
+        self.behaviour.load_state_dict(state["behaviour"])
+        self.learning.load_state_dict(state)
+        restore_generator(self.acting_generator, state["acting_generator"])
+        self._learner.resume(int(state["updates"]))
