@@ -15,9 +15,10 @@ PACKAGES = ("worldloom", "distributed", "launch")
 # are known to the registry only; everything else knows the protocols.
 ROOMS = {
     "flat": set(),
+    "diamond": set(),
     "dreamerv3": set(),
     "tdmpc2": set(),
-    "families": {"dreamerv3", "tdmpc2"},
+    "families": {"diamond", "dreamerv3", "tdmpc2"},
     "envs": {"families"},
     "replay": {"families", "envs"},
     "acting": {"families", "envs", "replay"},

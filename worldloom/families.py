@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 import torch
 
-from worldloom import dreamerv3, tdmpc2
+from worldloom import diamond, dreamerv3, tdmpc2
 from worldloom.arguments import channel_first, usable
+from worldloom.diamond import DiamondAgent, DiamondConfig, DiamondWorldModel
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
 from worldloom.locations import Location, is_file, locate, on_disk
@@ -52,6 +53,16 @@ FAMILIES: dict[str, Family] = {
         "TD-MPC2 (Hansen et al. 2024): an implicit, decoder-free world model; acts by planning in latent space",
         read_options=read_options,
         load_file=load_official,
+    ),
+    "diamond": Family(
+        DiamondConfig,
+        diamond.SIZES,
+        "atari",
+        DiamondWorldModel,
+        DiamondAgent,
+        {},
+        "DIAMOND (Alonso et al. 2024): a diffusion model draws the next frame; it learns to act in imagination",
+        "image",
     ),
 }
 ALIASES: dict[str, str] = {
