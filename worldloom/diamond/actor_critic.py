@@ -34,11 +34,6 @@ class ActorCritic(nn.Module):
         for parameter in [*self.critic.parameters(), *self.actor.parameters()]:
             nn.init.zeros_(parameter)
 
-    def initial(self, batch: int) -> Memory:
-        """Return the LSTM's state before any frame, zeros [B, D] twice."""
-        zeros = torch.zeros(batch, self.lstm.hidden_size, device=self.actor.weight.device)
-        return zeros, zeros
-
     def encode(self, frames: Tensor) -> Tensor:
         """Return what the LSTM reads of frames [R, C, S, S]: [R, features]."""
         return cast(Tensor, self.encoder(frames).flatten(1))

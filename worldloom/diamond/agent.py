@@ -11,7 +11,6 @@ from torch import Tensor
 from worldloom import functional as fn
 from worldloom.capture import Captured, Tensors
 from worldloom.diamond.actor_critic import ActorCritic
-from worldloom.diamond.config import DiamondConfig
 from worldloom.diamond.learning import DiamondLearning
 from worldloom.diamond.rows import as_frames
 from worldloom.diamond.world_model import DiamondWorldModel
@@ -39,30 +38,14 @@ class DiamondAgent:
             found = f"{len(action_classes)} choices at once" if action_classes else "continuous actions"
             raise ValueError(f"DIAMOND takes one choice of actions (Discrete), and this environment has {found}.")
         self.world_model, self.action_classes, self.device = model, tuple(action_classes), model.device
+        self.config = c = model.config
+        self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
+        self.windows = WindowSpec(c.window, context=0, crosses_episodes=True)  # an episode may be shorter than a window
         self.behaviour = ActorCritic(model.obs_shape, model.action_dim, model.config).to(self.device)
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._act = Captured(self._choose, self.device, self.acting_generator)
         self.learning = DiamondLearning(model, self.behaviour, seed + 1)
         self._learner = Learner(self.learning, self.device)
-
-    # Facts that a run needs
-
-    @property
-    def config(self) -> DiamondConfig:
-        return self.world_model.config
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.batch_size
-
-    @property
-    def train_ratio(self) -> float:
-        return self.config.train_ratio
-
-    @property
-    def windows(self) -> WindowSpec:
-        """Windows that may run over borders of episodes, since episodes may be shorter than a window."""
-        return WindowSpec(self.config.window, context=0, crosses_episodes=True)
 
     @property
     def columns(self) -> Mapping[str, ColumnSpec]:
@@ -77,8 +60,6 @@ class DiamondAgent:
         self._learner.captured.enabled = self._act.enabled = capture and self.device.type == "cuda"
         self.learning.configure(precision, compiled)
 
-    # Acting
-
     @torch.inference_mode()
     def act(
         self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
@@ -88,10 +69,9 @@ class DiamondAgent:
         explore: an environment takes a uniform action instead, with chance `epsilon`. Raises ValueError for obs of
         another shape, or an act_state of another number of rows.
         """
-        shown = self._checked(obs)
-        if act_state is None:
-            hidden, cell = self.behaviour.initial(len(shown))
-            act_state = {"hidden": hidden, "cell": cell}
+        shown = self.world_model.check_image("act", obs, 1)
+        hidden, cell = self.behaviour.lstm.initial(len(shown))
+        act_state = act_state or {"hidden": hidden, "cell": cell}
         if len(act_state["hidden"]) != len(shown):
             raise ValueError(
                 f"act: act_state has {len(act_state['hidden'])} rows and obs {len(shown)}. Keep one act_state for each "
@@ -100,14 +80,6 @@ class DiamondAgent:
         found = self._act({"obs": shown, "is_first": torch.as_tensor(is_first), **act_state}, explore=explore)
         kept = {name: found[name].clone() for name in ("hidden", "cell")}  # the next call fills the same buffers
         return found["action"].cpu().numpy(), kept
-
-    def _checked(self, obs: ObsArray) -> Tensor:
-        shape = self.world_model.obs_shape
-        if isinstance(obs, Mapping):
-            raise ValueError(f"act: obs is a mapping with {sorted(obs)}, expected one image.")
-        if tuple(obs.shape[1:]) != shape:
-            raise ValueError(f"act: obs is {tuple(obs.shape)}, expected [E, {shape}].")
-        return torch.as_tensor(obs)
 
     def _choose(self, given: Tensors, explore: bool) -> Tensors:
         """Return the LSTM's state after these frames, and drawn actions; runs on the device alone."""
@@ -125,8 +97,6 @@ class DiamondAgent:
         """Return {}: acting makes nothing for replay to store."""
         return {}
 
-    # Learning
-
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """Make one update: one step of each part, in one backward pass.
 
@@ -143,8 +113,6 @@ class DiamondAgent:
     def collect(self) -> Metrics:
         """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
         return self._learner.collect()
-
-    # Exchange
 
     def _acting_parameters(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self.behaviour.parameters()]

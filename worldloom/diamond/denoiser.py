@@ -7,7 +7,6 @@ Letters: B samples, n context frames, k further targets of a window, C image cha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,24 +23,16 @@ MOST_CHURN = math.sqrt(2) - 1  # of a step, by which the noise level grows
 
 @dataclass(frozen=True)
 class Coefficients:
-    """EDM's preconditioning of noise levels, [B] each: D = c_skip noisy + c_out F(c_in noisy; c_noise)."""
+    """EDM's preconditioning of noise levels: D = c_skip noisy + c_out F(c_in noisy; c_noise)."""
 
-    c_in: Tensor
-    c_out: Tensor
-    c_skip: Tensor
-    c_noise: Tensor
+    c_in: Tensor  # [B, 1, 1, 1]
+    c_out: Tensor  # [B, 1, 1, 1]
+    c_skip: Tensor  # [B, 1, 1, 1]
+    c_noise: Tensor  # [B]
 
-
-def coefficients(sigma: Tensor, sigma_data: float, sigma_offset: float) -> Coefficients:
-    """Return the preconditioning for noise levels sigma [B] (Karras et al. 2022, table 1).
-
-    With s = sqrt(sigma^2 + sigma_offset^2), in training and sampling alike, and d = sigma_data: c_in = 1 / sqrt(s^2 +
-    d^2), c_skip = d^2 / (s^2 + d^2), c_out = s sqrt(c_skip), c_noise = ln(s) / 4.
-    """
-    s = (sigma**2 + sigma_offset**2).sqrt()
-    c_in = 1 / (s**2 + sigma_data**2).sqrt()
-    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
-    return Coefficients(c_in, s * c_skip.sqrt(), c_skip, s.log() / 4)
+    def combined(self, noisy: Tensor, raw: Tensor) -> Tensor:
+        """Return D from noisy frames and the network's output F, [B, C, S, S] each, quantised."""
+        return quantised(self.c_skip * noisy + self.c_out * raw)
 
 
 def quantised(frames: Tensor) -> Tensor:
@@ -59,19 +50,12 @@ def sigma_schedule(steps: int, low: float, high: float, rho: float) -> list[floa
 
 @dataclass(frozen=True)
 class DenoisingNoise:
-    """The random numbers of a denoising loss: all standard normal."""
+    """The random numbers of a denoising loss."""
 
-    level: Tensor  # [k + 1, B], of ln(sigma)
-    offset: Tensor  # [k + 1, B, C, 1, 1], which all pixels of a channel share
-    pixels: Tensor  # [k + 1, B, C, S, S]
-
-
-@dataclass(frozen=True)
-class FrameNoise:
-    """The random numbers of sampled frames: all standard normal."""
-
-    start: Tensor  # [B, C, S, S]
-    churn: Tensor | None = None  # [N, B, C, S, S], where the sampler adds noise on the way
+    rows: Tensor  # [B] uniform in [0, 1): which rows of a window it takes
+    level: Tensor  # [k + 1, B] standard normal, of ln(sigma)
+    offset: Tensor  # [k + 1, B, C, 1, 1] standard normal, which all pixels of a channel share
+    pixels: Tensor  # [k + 1, B, C, S, S] standard normal
 
 
 class Denoiser(nn.Module):
@@ -87,15 +71,20 @@ class Denoiser(nn.Module):
         self.act_emb = nn.Embedding(actions, c.cond // c.context)
         self.cond_proj = nn.Sequential(nn.Linear(c.cond, c.cond), nn.SiLU(), nn.Linear(c.cond, c.cond))
         self.conv_in = conv3((c.context + 1) * shape[0], c.channels)
-        self.unet = self.make_unet(c)
+        self.unet = UNet([c.channels] * c.levels, [c.depth] * c.levels, c.cond)
         self.norm_out = group_norm(c.channels)
-        self.conv_out = zeroed(conv3(c.channels, shape[0]), bias=False)
+        self.conv_out = zeroed(conv3(c.channels, shape[0]))
 
-    @staticmethod
-    def make_unet(config: DiamondConfig) -> UNet:
-        return UNet([config.channels] * config.levels, [config.depth] * config.levels, config.cond)
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """Return the preconditioning for noise levels sigma [B] (Karras et al. 2022, table 1).
 
-    # Network
+        With s = sqrt(sigma^2 + sigma_offset^2), in training and sampling alike, and d = sigma_data: c_in = 1 / sqrt(s^2
+        + d^2), c_skip = d^2 / (s^2 + d^2), c_out = s sqrt(c_skip), c_noise = ln(s) / 4.
+        """
+        d, s = self.config.sigma_data, (sigma**2 + self.config.sigma_offset**2).sqrt()
+        c_skip = d**2 / (s**2 + d**2)
+        wide = [x[:, None, None, None] for x in (1 / (s**2 + d**2).sqrt(), s * c_skip.sqrt(), c_skip)]
+        return Coefficients(wide[0], wide[1], wide[2], s.log() / 4)
 
     def condition(self, c_noise: Tensor, actions: Tensor) -> Tensor:
         """Return the conditioning [B, cond] on c_noise [B] and on class indices actions [B, n], the oldest first."""
@@ -103,39 +92,25 @@ class Denoiser(nn.Module):
         embedded = torch.cat([phase.cos(), phase.sin()], 1) + self.act_emb(actions).flatten(1)
         return cast(Tensor, self.cond_proj(embedded))
 
-    def network(self, context: Tensor, actions: Tensor, noisy: Tensor, c_noise: Tensor) -> Tensor:
-        """Return F [B, C, S, S] of context [B, n, C, S, S], actions [B, n] and noisy [B, C, S, S], both scaled."""
-        x = self.conv_in(torch.cat([context.flatten(1, 2), noisy], 1))
-        x = self.unet(x, self.condition(c_noise, actions))
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
-
     def raw(self, context: Tensor, actions: Tensor, noisy: Tensor, given: Coefficients) -> Tensor:
-        """Return F in float32 for frames as they are: the context is divided by sigma_data, `noisy` scaled by c_in."""
-        scaled = noisy * given.c_in[:, None, None, None]
-        return self.network(context / self.config.sigma_data, actions, scaled, given.c_noise).float()
+        """Return F [B, C, S, S] in float32, of context frames [B, n, C, S, S] over sigma_data, class indices actions
+        [B, n], each out of its frame, and c_in times noisy [B, C, S, S]."""
+        scaled = [context.flatten(1, 2) / self.config.sigma_data, noisy * given.c_in]
+        x = self.unet(self.conv_in(torch.cat(scaled, 1)), self.condition(given.c_noise, actions))
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))).float())
 
-    def coefficients(self, sigma: Tensor) -> Coefficients:
-        return coefficients(sigma, self.config.sigma_data, self.config.sigma_offset)
-
+    @torch.no_grad()
     def denoise(self, context: Tensor, actions: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Return D, quantised, [B, C, S, S], without gradient.
-
-        context: [B, n, C, S, S]; actions: [B, n], each out of its frame; noisy: [B, C, S, S]; sigma: [B].
-        """
-        with torch.no_grad():
-            given = self.coefficients(sigma)
-            return combined(noisy, self.raw(context, actions, noisy, given), given)
-
-    # Loss
+        """Return D [B, C, S, S], quantised, without gradient; sigma: [B], all others as `raw` takes them."""
+        given = self.coefficients(sigma)
+        return given.combined(noisy, self.raw(context, actions, noisy, given))
 
     def draw_noise(self, batch: int, generator: Generator | None) -> DenoisingNoise:
         """Draw the random numbers of `loss` for B = batch windows."""
-        device, terms = self.noise_emb.device, self.config.autoregressive + 1
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(terms, batch, *shape, generator=generator, device=device)
-
-        return DenoisingNoise(normal(), normal(self.shape[0], 1, 1), normal(*self.shape))
+        device, lead = self.noise_emb.device, (self.config.autoregressive + 1, batch)
+        shapes = (lead, (*lead, self.shape[0], 1, 1), (*lead, *self.shape))
+        rows = torch.rand(batch, generator=generator, device=device)
+        return DenoisingNoise(rows, *(torch.randn(shape, generator=generator, device=device) for shape in shapes))
 
     def loss(self, frames: Tensor, actions: Tensor, episode: Tensor, noise: DenoisingNoise) -> Tensor:
         """Return the mean over targets of E |F - (x - c_skip noisy) / c_out|^2, a scalar (Alonso et al. 2024, eq. 5).
@@ -143,68 +118,49 @@ class Denoiser(nn.Module):
         frames: [B, n + 1 + k, C, S, S]; actions: [B, n + 1 + k] class indices, which led to these frames; episode:
         [B, n + 1 + k], numbers that tell episodes apart. Target i is frame n + i, noised to sigma = exp(noise_mean +
         noise_std level); then its quantised D takes its place in the context of the next target. Frames of another
-        episode than the target's are grey, 0.0, in its context, and count as action 0.
+        episode than the target's are grey, 0.0, in its context, and their moves are action 0.
         """
         c, seen, losses = self.config, list(frames.unbind(1)), []
         for i, (level, offset, pixels) in enumerate(zip(noise.level, noise.offset, noise.pixels, strict=True)):
-            row = c.context + i
-            rows = slice(i, row)
-            context, moves = as_context(
-                torch.stack(seen[rows], 1), actions[:, i + 1 : row + 1], episode[:, rows], episode[:, row]
-            )
+            row, x = c.context + i, frames[:, c.context + i]
+            recent, moves = torch.stack(seen[i:row], 1), actions[:, i + 1 : row + 1]
+            context, moves = as_context(recent, moves, episode[:, i:row], episode[:, row])
             sigma = (c.noise_mean + c.noise_std * level).exp().clamp(c.noise_low, c.noise_high)
-            noisy = frames[:, row] + c.sigma_offset * offset + sigma[:, None, None, None] * pixels
+            noisy = x + c.sigma_offset * offset + sigma[:, None, None, None] * pixels
             given = self.coefficients(sigma)
-            found = self.raw(context, moves, noisy, given)
-            c_skip, c_out = (x[:, None, None, None] for x in (given.c_skip, given.c_out))
-            losses.append((found - (frames[:, row] - c_skip * noisy) / c_out).square().mean())
-            seen[row] = combined(noisy, found.detach(), given)
+            raw = self.raw(context, moves, noisy, given)
+            losses.append((raw - (x - given.c_skip * noisy) / given.c_out).square().mean())
+            seen[row] = given.combined(noisy, raw.detach())
         return torch.stack(losses).mean()
 
-    # Sampler
-
-    def draw_frame_noise(self, frames: Sequence[int], generator: Generator | None) -> FrameNoise:
-        """Draw the random numbers of `sample`, with the leading dimensions `frames`, such as [B] or [H, B]."""
-        device, churns = self.noise_emb.device, self.config.sampler_churn > 0
-        start = torch.randn(*frames, *self.shape, generator=generator, device=device)
-        if not churns:
-            return FrameNoise(start)
-        lead = (*frames[:-1], self.config.sampler_steps, frames[-1])
-        return FrameNoise(start, torch.randn(*lead, *self.shape, generator=generator, device=device))
+    def draw_frame_noise(self, lead: tuple[int, ...], batch: int, generator: Generator | None) -> Tensor:
+        """Draw the random numbers of `sample`, [*lead, 1, B, C, S, S] standard normal: the start, then, if the sampler
+        churns, those of its N steps."""
+        count = 1 + self.config.sampler_steps * (self.config.sampler_churn > 0)
+        return torch.randn(*lead, count, batch, *self.shape, generator=generator, device=self.noise_emb.device)
 
     @torch.no_grad()
-    def sample(self, context: Tensor, actions: Tensor, noise: FrameNoise) -> Tensor:
-        """Draw the next frame [B, C, S, S] from context [B, n, C, S, S] and class indices actions [B, n].
+    def sample(self, context: Tensor, actions: Tensor, noise: Tensor) -> list[Tensor]:
+        """Draw the next frame by EDM's sampler (Karras et al. 2022, alg. 2); return it at every noise level, N + 1 of
+        [B, C, S, S], the last of which is the frame.
 
-        EDM's sampler (Karras et al. 2022, algorithm 2), from noise of standard deviation 1, not of the first level. The
-        network is told the level before churn.
+        It starts from noise of standard deviation 1, not of the first level, and tells the network the level before
+        churn. context: [B, n, C, S, S]; actions: [B, n] class indices; noise: [1 or N + 1, B, C, S, S], as
+        `draw_frame_noise` draws it.
         """
-        return self.sample_path(context, actions, noise)[-1]
 
-    def sample_path(self, context: Tensor, actions: Tensor, noise: FrameNoise) -> list[Tensor]:
-        """Return the frame at every noise level, from the start noise to the sampled frame: N + 1 of [B, C, S, S]."""
-        c, path = self.config, [noise.start]
-        churn = min(c.sampler_churn / c.sampler_steps, MOST_CHURN)
-        for i, (sigma, following) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
-            x, grown = path[-1], sigma * (1 + churn)
-            if churn > 0:
-                assert noise.churn is not None
-                x = x + noise.churn[i] * math.sqrt(grown**2 - sigma**2)
-            slope = self._slope(context, actions, x, sigma, grown)
-            moved = x + slope * (following - grown)
-            if c.sampler_order == 2 and following > 0:
-                again = self._slope(context, actions, moved, following, following)
-                moved = x + (slope + again) / 2 * (following - grown)
-            path.append(moved)
+        def slope(x: Tensor, told: float, sigma: float) -> Tensor:
+            return (x - self.denoise(context, actions, x, torch.full((len(x),), told, device=x.device))) / sigma
+
+        x, path = noise[0], [noise[0]]
+        growth = 1 + min(self.config.sampler_churn / self.config.sampler_steps, MOST_CHURN)
+        for i, (sigma, following) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True), 1):
+            grown = sigma * growth
+            if growth > 1:
+                x = x + noise[i] * math.sqrt(grown**2 - sigma**2)
+            first = slope(x, sigma, grown)
+            moved = x + first * (following - grown)
+            if self.config.sampler_order == 2 and following > 0:  # Heun's method
+                moved = x + (first + slope(moved, following, following)) / 2 * (following - grown)
+            path.append(x := moved)
         return path
-
-    def _slope(self, context: Tensor, actions: Tensor, x: Tensor, told: float, sigma: float) -> Tensor:
-        """Return dx / dsigma at level sigma, [B, C, S, S], where the network is told another level."""
-        levels = torch.full((len(x),), told, device=x.device)
-        return (x - self.denoise(context, actions, x, levels)) / sigma
-
-
-def combined(noisy: Tensor, raw: Tensor, given: Coefficients) -> Tensor:
-    """Return D = c_skip noisy + c_out F, quantised: [B, C, S, S]."""
-    c_skip, c_out = (x[:, None, None, None] for x in (given.c_skip, given.c_out))
-    return quantised(c_skip * noisy + c_out * raw)

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUP = 32  # channels of a group, where there are that many
 HEAD = 8  # channels of an attention head
 
 
 def groups(channels: int) -> int:
-    """Return the number of groups that a norm divides `channels` into: 32 to a group, at least one group."""
-    return max(1, channels // GROUP)
+    """Return how many groups a norm divides `channels` into: 32 to a group, where there are that many."""
+    return max(1, channels // 32)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -30,11 +29,9 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-def zeroed(layer: nn.Conv2d, bias: bool = True) -> nn.Conv2d:
-    """Return the layer with weights of 0 and, if `bias`, a bias of 0."""
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """Return the layer with weights of 0; its bias stays."""
     nn.init.zeros_(layer.weight)
-    if bias and layer.bias is not None:
-        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -61,6 +58,7 @@ class Attention(nn.Module):
         self.norm = group_norm(channels)
         self.qkv_proj = nn.Conv2d(channels, 3 * channels, 1)
         self.out_proj = zeroed(nn.Conv2d(channels, channels, 1))
+        nn.init.zeros_(cast(Tensor, self.out_proj.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, h, w] to [B, C, h, w]."""
@@ -80,7 +78,7 @@ class ResBlock(nn.Module):
         self.norm1 = AdaGroupNorm(inputs, cond)
         self.conv1 = conv3(inputs, outputs)
         self.norm2 = AdaGroupNorm(outputs, cond)
-        self.conv2 = zeroed(conv3(outputs, outputs), bias=False)
+        self.conv2 = zeroed(conv3(outputs, outputs))
         self.attn = Attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -112,15 +110,9 @@ def downsample(channels: int) -> nn.Conv2d:
     return layer
 
 
-class Upsample(nn.Module):
-    """Repetition of every pixel to twice the sides, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+def upsample(channels: int) -> nn.Sequential:
+    """Make a repetition of every pixel to twice the sides, then a convolution."""
+    return nn.Sequential(nn.Upsample(scale_factor=2.0), conv3(channels, channels))
 
 
 class Halving(nn.Module):
@@ -169,7 +161,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(  # from the lowest level on
             ResBlocks([*[(2 * c, c)] * depth, (b + c, b)], cond, attend) for b, c, depth, attend in reversed(levels)
         )
-        self.upsamples = nn.ModuleList(Upsample(upper) for _, upper in pairwise(reversed(channels)))
+        self.upsamples = nn.ModuleList(upsample(upper) for _, upper in pairwise(reversed(channels)))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x [B, channels[0], h, w] and cond [B, cond] to [B, channels[0], h, w]; any h and w.
@@ -198,6 +190,11 @@ class LSTMCell(nn.LSTMCell):
         for bias in (self.bias_ih, self.bias_hh):
             nn.init.zeros_(bias)
         nn.init.ones_(self.bias_ih[self.hidden_size : 2 * self.hidden_size])  # of the forget gate
+
+    def initial(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return the hidden and the cell state before any input, zeros [B, D] each."""
+        zeros = self.weight_hh.new_zeros(batch, self.hidden_size)
+        return zeros, zeros
 
 
 class SmallResBlock(nn.Module):

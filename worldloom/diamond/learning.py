@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from worldloom import functional as fn
+from worldloom.adamw import GuardedAdamW, Part
 from worldloom.capture import Tensors
 from worldloom.diamond.actor_critic import ActorCritic, Imagined, behaviour_losses
-from worldloom.diamond.denoiser import FrameNoise
-from worldloom.diamond.optimizer import GuardedAdamW, Part
-from worldloom.diamond.reward_end import REWARDS
-from worldloom.diamond.rows import Rows, draw_start
-from worldloom.diamond.world_model import DiamondWorldModel, Dream, WorldNoise
+from worldloom.diamond.denoiser import DenoisingNoise
+from worldloom.diamond.reward_end import ENDS, REWARDS
+from worldloom.diamond.rows import Rows
+from worldloom.diamond.world_model import DiamondWorldModel, Dream
 from worldloom.generators import restore_generator
 from worldloom.nets import compile_part
 from worldloom.tally import Tally
@@ -32,9 +32,8 @@ class ImaginationNoise:
     """The random numbers of H imagined steps of B lanes."""
 
     rows: Tensor  # [B] uniform in [0, 1): at which row of its window a lane starts
+    frame: Tensor  # [H, 1 or N + 1, B, C, S, S] standard normal, of `Denoiser.sample`
     action: Tensor  # [H, B, A] standard exponential
-    start: Tensor  # [H, B, C, S, S] standard normal, from which frames are drawn
-    churn: Tensor | None  # [H, N, B, C, S, S] standard normal, where the sampler adds noise on the way
     reward: Tensor  # [H, B, 3] standard exponential
     end: Tensor  # [H, B, 2] standard exponential
 
@@ -58,7 +57,7 @@ class DiamondLearning:
         """Set the precision of matrix products and convolutions and, if `compiled`, compile the three networks."""
         self._dtype = getattr(torch, precision)
         if compiled:
-            compile_part(self.model.denoiser, "network")
+            compile_part(self.model.denoiser, "raw")
             compile_part(self.model.reward_end, "features")
             compile_part(self.behaviour, "encode")
 
@@ -68,11 +67,9 @@ class DiamondLearning:
         return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.model.device.type, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
-        """Return what the update reads of a batch, by name. Raises ValueError for another number of rows."""
-        if isinstance(batch["obs"], Mapping):
-            raise ValueError(f"update: obs is a mapping with {sorted(batch['obs'])}, expected one image.")
+        """Return what the update reads of a batch, by name. Raises ValueError for another number of rows or shape."""
         given: Tensors = {name: torch.as_tensor(batch[name]) for name in ROWS if name in batch}  # type: ignore[literal-required]
-        rows, expected = given["actions"].shape[1], self.model.config.window
+        rows, expected = self.model.check_image("update", batch["obs"], 2).shape[1], self.model.config.window
         if rows != expected:
             raise ValueError(
                 f"update: the batch has {rows} rows, expected {expected}: agent.context and agent.horizon. Make the "
@@ -90,24 +87,24 @@ class DiamondLearning:
         self.tally.add({"loss": loss, **scalars, **named}, made)
         return {}
 
-    def draw_noise(self, batch: int) -> tuple[WorldNoise, ImaginationNoise]:
+    def draw_noise(self, batch: int) -> tuple[DenoisingNoise, ImaginationNoise]:
         """Draw all random numbers of an update of B = batch windows."""
-        model, generator = self.model, self.generator
-        lead, device = (model.config.horizon, batch), model.device
+        model, generator, horizon = self.model, self.generator, self.model.config.horizon
+        denoising = model.denoiser.draw_noise(batch, generator)
+        rows = torch.rand(batch, generator=generator, device=model.device)
+        frame = model.denoiser.draw_frame_noise((horizon,), batch, generator)
+        shapes = [(horizon, batch, count) for count in (model.action_dim, REWARDS, ENDS)]
+        drawn = (fn.exponential_noise(shape, generator, model.device) for shape in shapes)
+        return denoising, ImaginationNoise(rows, frame, *drawn)
 
-        def exponential(count: int) -> Tensor:
-            return fn.exponential_noise((*lead, count), generator, device)
-
-        world, share = model.draw_noise(batch, generator), torch.rand(batch, generator=generator, device=device)
-        action, frames = exponential(model.action_dim), model.denoiser.draw_frame_noise(lead, generator)
-        return world, ImaginationNoise(share, action, frames.start, frames.churn, exponential(REWARDS), exponential(2))
-
-    def loss(self, rows: Rows, world: WorldNoise, imagination: ImaginationNoise) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, rows: Rows, denoising: DenoisingNoise, imagination: ImaginationNoise
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum to minimise and scalars to log. The three parts share no parameters, so that the gradient of
         the sum holds the gradient of each part's own loss."""
         c = self.model.config
         with self._autocast():
-            losses = self.model.losses(rows, world)
+            losses = self.model.losses(rows, denoising)
         with self._autocast():
             imagined = self.imagine(rows, imagination)
         with self._autocast():
@@ -119,28 +116,25 @@ class DiamondLearning:
     def imagine(self, rows: Rows, noise: ImaginationNoise) -> Imagined:
         """Imagine H steps with the current policy from a row of each window, without gradient.
 
-        The LSTMs of rewards and of the policy are burnt in over the n frames before the start.
+        The LSTMs of rewards and of the policy first see the n frames that lead to the start.
         """
         model, policy = self.model, self.behaviour
-        frames, moves = draw_start(rows, noise.rows, model.config.context)
-        dream = Dream(frames, moves, model.reward_end.burn_in(frames, moves))
-        memory = policy.initial(len(frames))
-        if frames.shape[1] > 1:
-            memory = policy.unroll(frames[:, :-1].transpose(0, 1), memory)[1]
-        start, seen, told = memory, [frames[:, -1]], []
-        churn = noise.churn.unbind() if noise.churn is not None else [None] * len(noise.start)
-        for action_noise, first, more, reward_noise, end_noise in zip(
-            noise.action, noise.start, churn, noise.reward, noise.end, strict=True
-        ):
-            memory = policy.lstm(policy.encode(seen[-1]), memory)
-            action = fn.draw_one_hot(policy.log_probs(memory[0]).exp(), action_noise)
+        frames, moves = rows.draw_start(noise.rows, model.config.context)
+        never = torch.zeros_like(moves, dtype=torch.bool)
+        dream = Dream(frames, moves, model.reward_end.unroll(frames, moves, never)[1])
+        before = frames[:, :-1].transpose(0, 1)
+        start = memory = policy.unroll(before, policy.lstm.initial(len(frames)))[1]
+        told = []
+        for draws, *drawn in zip(noise.frame, noise.action, noise.reward, noise.end, strict=True):
+            frame = dream.frames[:, -1]
+            memory = policy.lstm(policy.encode(frame), memory)
+            action = fn.draw_one_hot(policy.log_probs(memory[0]).exp(), drawn[0])
             chosen = action.argmax(-1)
-            frame = model.next_frame(dream, chosen, FrameNoise(first, more))
-            outcome, dream = model.outcome(dream, chosen, frame)
-            seen.append(frame)
-            told.append((action, *outcome.draw(reward_noise, end_noise)))
-        actions, rewards, ends = (torch.stack(values) for values in zip(*told, strict=True))
-        return Imagined(start, torch.stack(seen), actions, rewards, ends)
+            dream = model.moved(dream, chosen, model.next_frame(dream, chosen, draws))
+            outcome = model.reward_end.outcome(dream.memory[0])
+            told.append((frame, action, *outcome.draw(*drawn[1:])))
+        seen, actions, rewards, ends = (torch.stack(values) for values in zip(*told, strict=True))
+        return Imagined(start, torch.cat([seen, dream.frames[None, :, -1]]), actions, rewards, ends)
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}

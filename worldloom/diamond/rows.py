@@ -18,11 +18,6 @@ def as_frames(obs: Tensor) -> Tensor:
     return fn.unit_pixels(obs).float() * 2 - 1
 
 
-def as_images(frames: Tensor) -> Tensor:
-    """Return frames in [-1, 1] as images in [0, 1]."""
-    return (frames + 1) / 2
-
-
 def as_context(frames: Tensor, actions: Tensor, episode: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Return frames and actions with grey and 0 in place of those of another episode than the present one.
 
@@ -49,41 +44,35 @@ class Rows:
         """Numbers [B, T] that tell the episodes of a window apart."""
         return self.is_first.long().cumsum(1)
 
-    @property
-    def ended(self) -> Tensor:
-        """Flags [B, T]: whether the episode ends here, truly or not."""
-        return self.terminated | self.truncated
+    def draw_stretch(self, share: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return frames [B, count, ...], actions and episode numbers [B, count] of `count` rows from anywhere.
+
+        share: [B] uniform in [0, 1).
+        """
+        return self._leading_to(self._uniform_row(share, count - 1), count)
+
+    def draw_start(self, share: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return `count` frames [B, n, ...] and the actions [B, n - 1] between them, from which imagination starts.
+
+        The last of them is a uniform row from number n = count on, or the row before if the episode ends on that one,
+        truly or not; an episode has two rows at least. share: [B] uniform in [0, 1).
+        """
+        last = self._uniform_row(share, count)
+        last = last - leading_to(last, self.terminated | self.truncated, 1)[:, 0].long()
+        frames, actions, episode = self._leading_to(last, count)
+        return as_context(frames, actions[:, 1:], episode, episode[:, -1])
+
+    def _leading_to(self, last: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        frames, actions, episode = (leading_to(last, x, count) for x in (self.frames, self.actions, self.episode))
+        return frames, actions, episode
+
+    def _uniform_row(self, share: Tensor, low: int) -> Tensor:
+        """Return row numbers [B], uniform from `low` to the last row."""
+        count = self.frames.shape[1] - low
+        return low + (share * count).long().clamp(max=count - 1)
 
 
-def stretch(last: Tensor, count: int) -> Tensor:
-    """Return the `count` row numbers that end with last [B]: [B, count]."""
-    return last.unsqueeze(1) + torch.arange(1 - count, 1, device=last.device)
-
-
-def take(values: Tensor, rows: Tensor) -> Tensor:
-    """Return the given rows [B, K] of values [B, T, ...]: [B, K, ...]."""
+def leading_to(last: Tensor, values: Tensor, count: int) -> Tensor:
+    """Return the `count` rows of values [B, T, ...] that end with row number last [B]: [B, count, ...]."""
+    rows = last.unsqueeze(1) + torch.arange(1 - count, 1, device=last.device)
     return values[torch.arange(len(rows), device=rows.device).unsqueeze(1), rows]
-
-
-def uniform_row(share: Tensor, low: int, high: int) -> Tensor:
-    """Return row numbers [B] in low..high, uniform for shares [B] uniform in [0, 1)."""
-    return low + (share * (high - low + 1)).long().clamp(max=high - low)
-
-
-def draw_stretch(rows: Rows, share: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return frames [B, count, ...], actions and episode numbers [B, count] of `count` rows from anywhere."""
-    last = uniform_row(share, count - 1, rows.frames.shape[1] - 1)
-    found = stretch(last, count)
-    return take(rows.frames, found), take(rows.actions, found), take(rows.episode, found)
-
-
-def draw_start(rows: Rows, share: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return `count` frames [B, n, ...] and the actions [B, n - 1] between them, from which imagination starts.
-
-    The last of them is a uniform row from number n = count on, or the row before, if the episode ends on that one.
-    """
-    last = uniform_row(share, count, rows.frames.shape[1] - 1)
-    last = last - take(rows.ended, last.unsqueeze(1))[:, 0].long()
-    found = stretch(last, count)
-    episode = take(rows.episode, found)
-    return as_context(take(rows.frames, found), take(rows.actions, found[:, 1:]), episode, episode[:, -1])

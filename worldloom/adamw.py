@@ -1,4 +1,4 @@
-"""The optimiser of DIAMOND's three parts: AdamW, with a limit on each part's gradient and a warm-up from 0."""
+"""AdamW for several parts of one agent, with a limit on each part's gradient; it reads nothing back to the host."""
 
 from __future__ import annotations
 
