@@ -18,9 +18,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(
-        ("context", "cond", "channels", "levels", "depth", "sampler_steps", "horizon", "batch_size"), COUNT
-    ),
+    "context": Range(2),
+    **dict.fromkeys(("cond", "channels", "levels", "depth", "sampler_steps", "horizon", "batch_size"), COUNT),
     **dict.fromkeys(("reward_cond", "reward_channels", "reward_levels", "reward_depth", "reward_lstm"), COUNT),
     **dict.fromkeys(("policy_channels", "policy_levels", "policy_lstm"), COUNT),
     **dict.fromkeys(("sigma_data", "noise_low", "sampler_low", "sampler_rho", "lr", "train_ratio"), POSITIVE),
@@ -88,7 +87,7 @@ class DiamondConfig:
         for name in ("channels", "reward_channels", "policy_channels"):
             width = getattr(self, name)
             fits = width % 8 == 0 and all(wide % max(1, wide // 32) == 0 for wide in (width, 2 * width))
-            require(self, fits, name, "a multiple of 8, and from 56 on of 32, so that groups of channels are equal")
+            require(self, fits, name, "a multiple of 8 that makes equal groups, such as a multiple of 32")
         require(self, self.cond % (2 * self.context) == 0, "cond", f"a multiple of 2 context = {2 * self.context}")
         require(self, self.noise_high >= self.noise_low, "noise_high", f"at least noise_low={self.noise_low:g}")
         low = f"at least sampler_low={self.sampler_low:g}"
