@@ -12,7 +12,6 @@ import torch
 
 from worldloom import diamond, dreamerv3, tdmpc2
 from worldloom.arguments import channel_first, usable
-from worldloom.diamond import DiamondAgent, DiamondConfig, DiamondWorldModel
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
 from worldloom.locations import Location, is_file, locate, on_disk
@@ -55,26 +54,16 @@ FAMILIES: dict[str, Family] = {
         load_file=load_official,
     ),
     "diamond": Family(
-        DiamondConfig,
-        diamond.SIZES,
-        "atari",
-        DiamondWorldModel,
-        DiamondAgent,
-        {},
-        "DIAMOND (Alonso et al. 2024): a diffusion model draws the next frame; it learns to act in imagination",
-        "image",
+        diamond.DiamondConfig, diamond.SIZES, "atari", diamond.DiamondWorldModel, diamond.DiamondAgent, {},
+        "DIAMOND (Alonso et al. 2024): a diffusion model draws frames; it learns to act in imagination", "image",
     ),
-}
+}  # fmt: skip
 ALIASES: dict[str, str] = {
-    "dreamer": "dreamerv3:size12m",
-    "dreamer-small": "dreamerv3:size12m",
-    "dreamer-medium": "dreamerv3:size50m",
-    "dreamer-large": "dreamerv3:size200m",
-    "tdmpc": "tdmpc2:5m",
-    "tdmpc-small": "tdmpc2:5m",
-    "tdmpc-medium": "tdmpc2:48m",
-    "tdmpc-large": "tdmpc2:317m",
-}
+    "dreamer": "dreamerv3:size12m", "dreamer-small": "dreamerv3:size12m",
+    "dreamer-medium": "dreamerv3:size50m", "dreamer-large": "dreamerv3:size200m",
+    "tdmpc": "tdmpc2:5m", "tdmpc-small": "tdmpc2:5m",
+    "tdmpc-medium": "tdmpc2:48m", "tdmpc-large": "tdmpc2:317m",
+}  # fmt: skip
 
 
 def register_model(name: str, family: Family) -> None:

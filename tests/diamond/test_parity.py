@@ -63,7 +63,7 @@ def check_gradients(part, model, given):
 @pytest.fixture
 def denoiser():
     model = Denoiser((3, 16, 16), 5, CONFIG)
-    model.unet = UNet([8, 32], [2, 1], 16, [False, True])
+    model.unet = UNet([(8, 2, False), (32, 1, True)], 16)
     return loaded("denoiser", model)
 
 
@@ -151,7 +151,7 @@ def test_noise_levels_of_the_sampler():
 
 def test_rewards_and_ends_and_their_losses_and_gradients():
     model = RewardEnd((3, 16, 16), 5, CONFIG)
-    model.levels = Halving([8, 8], [2, 1], 16, [False, True])
+    model.levels = Halving([(8, 2, False), (8, 1, True)], 16)
     model, given = loaded("reward_end", model)
     frames, moves, real = given["frames"], given["actions"][:, :-1], given["mask"][:, :-1]
     never = torch.zeros_like(real)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import functional as fn
+from worldloom.capture import Tensors
 from worldloom.diamond.config import DiamondConfig
 from worldloom.diamond.layers import LSTMCell, SmallResBlock, conv3
 from worldloom.diamond.reward_end import Memory
@@ -77,9 +78,7 @@ class Imagined:
         return fn.lambda_return(self.rewards, gamma * (1 - self.ends), next_values, lam)
 
 
-def behaviour_losses(
-    model: ActorCritic, imagined: Imagined, config: DiamondConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def behaviour_losses(model: ActorCritic, imagined: Imagined, config: DiamondConfig) -> tuple[Tensors, Tensors]:
     """Return the losses of policy and critic, and scalars to log (Alonso et al. 2024, section 3.3).
 
     With weights w that sum to 1: policy_loss = sum w (-log pi(a) sg(R - V) - entropy_scale H(pi)), value_loss = sum w
@@ -91,10 +90,8 @@ def behaviour_losses(
     advantage = (returns - values[:-1]).detach()
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     score = (log_probs * imagined.actions).sum(-1) * advantage + config.entropy_scale * entropy
-    losses = {
-        "policy_loss": -(weight * score).sum(),
-        "value_loss": (weight * (values[:-1] - returns).square()).sum(),
-    }
+    errors = (values[:-1] - returns).square()
+    losses = {"policy_loss": -(weight * score).sum(), "value_loss": (weight * errors).sum()}
     logged = {
         "policy_entropy": (weight * entropy).sum(),
         "advantage_magnitude": (weight * advantage.abs()).sum(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from worldloom import functional as fn
 from worldloom.capture import Captured, Tensors
@@ -30,6 +30,7 @@ class DiamondAgent:
     random_warmup = True
     pretrain = True
     true_ends_hint = None
+    columns: Mapping[str, ColumnSpec] = MappingProxyType({})
     plans = False
     default_precision: Precision = "float32"
 
@@ -46,10 +47,6 @@ class DiamondAgent:
         self._act = Captured(self._choose, self.device, self.acting_generator)
         self.learning = DiamondLearning(model, self.behaviour, seed + 1)
         self._learner = Learner(self.learning, self.device)
-
-    @property
-    def columns(self) -> Mapping[str, ColumnSpec]:
-        return {}
 
     @property
     def updates(self) -> int:
@@ -73,10 +70,8 @@ class DiamondAgent:
         hidden, cell = self.behaviour.lstm.initial(len(shown))
         act_state = act_state or {"hidden": hidden, "cell": cell}
         if len(act_state["hidden"]) != len(shown):
-            raise ValueError(
-                f"act: act_state has {len(act_state['hidden'])} rows and obs {len(shown)}. Keep one act_state for each "
-                "vector of environments."
-            )
+            wrong = f"act_state has {len(act_state['hidden'])} rows and obs {len(shown)}"
+            raise ValueError(f"act: {wrong}. Keep one act_state for each vector of environments.")
         found = self._act({"obs": shown, "is_first": torch.as_tensor(is_first), **act_state}, explore=explore)
         kept = {name: found[name].clone() for name in ("hidden", "cell")}  # the next call fills the same buffers
         return found["action"].cpu().numpy(), kept
@@ -114,14 +109,11 @@ class DiamondAgent:
         """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
         return self._learner.collect()
 
-    def _acting_parameters(self) -> list[Tensor]:
-        return [parameter.detach() for parameter in self.behaviour.parameters()]
-
     def acting_weights(self) -> Array:
-        return flatten(self._acting_parameters())
+        return flatten(list(self.behaviour.parameters()))
 
     def load_acting_weights(self, flat: Array) -> None:
-        load_flat(self._acting_parameters(), flat)
+        load_flat(list(self.behaviour.parameters()), flat)
 
     def describe(self) -> dict[str, Any]:
         return {**self.world_model.describe(), "action_classes": list(self.action_classes)}

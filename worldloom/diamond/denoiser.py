@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from worldloom.diamond.config import DiamondConfig
-from worldloom.diamond.layers import UNet, conv3, group_norm, zeroed
+from worldloom.diamond.layers import UNet, conv3, groups, zeroed
 from worldloom.diamond.rows import as_context
 
 MOST_CHURN = math.sqrt(2) - 1  # of a step, by which the noise level grows
@@ -71,8 +71,8 @@ class Denoiser(nn.Module):
         self.act_emb = nn.Embedding(actions, c.cond // c.context)
         self.cond_proj = nn.Sequential(nn.Linear(c.cond, c.cond), nn.SiLU(), nn.Linear(c.cond, c.cond))
         self.conv_in = conv3((c.context + 1) * shape[0], c.channels)
-        self.unet = UNet([c.channels] * c.levels, [c.depth] * c.levels, c.cond)
-        self.norm_out = group_norm(c.channels)
+        self.unet = UNet([(c.channels, c.depth, False)] * c.levels, c.cond)
+        self.norm_out = nn.GroupNorm(groups(c.channels), c.channels)
         self.conv_out = zeroed(conv3(c.channels, shape[0]))
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -88,7 +88,7 @@ class Denoiser(nn.Module):
 
     def condition(self, c_noise: Tensor, actions: Tensor) -> Tensor:
         """Return the conditioning [B, cond] on c_noise [B] and on class indices actions [B, n], the oldest first."""
-        phase = 2 * math.pi * c_noise.unsqueeze(1) @ self.noise_emb
+        phase = 2 * math.pi * c_noise.unsqueeze(1) * self.noise_emb  # no matrix product, to stay in float32
         embedded = torch.cat([phase.cos(), phase.sin()], 1) + self.act_emb(actions).flatten(1)
         return cast(Tensor, self.cond_proj(embedded))
 

@@ -6,7 +6,6 @@ Alonso et al. 2024, appendix on architectures; the U-Net follows Ronneberger et 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -14,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD = 8  # channels of an attention head
+Level = tuple[int, int, bool]  # channels, residual blocks, whether these have attention
 
 
 def groups(channels: int) -> int:
     """Return how many groups a norm divides `channels` into: 32 to a group, where there are that many."""
     return max(1, channels // 32)
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups(channels), channels)
 
 
 def conv3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -55,7 +51,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = max(1, channels // HEAD)
-        self.norm = group_norm(channels)
+        self.norm = nn.GroupNorm(groups(channels), channels)
         self.qkv_proj = nn.Conv2d(channels, 3 * channels, 1)
         self.out_proj = zeroed(nn.Conv2d(channels, channels, 1))
         nn.init.zeros_(cast(Tensor, self.out_proj.bias))
@@ -103,42 +99,28 @@ class ResBlocks(nn.ModuleList):
         return outputs
 
 
-def downsample(channels: int) -> nn.Conv2d:
-    """Make a convolution of stride 2, which starts orthogonal."""
-    layer = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-    nn.init.orthogonal_(layer.weight)
-    return layer
-
-
-def upsample(channels: int) -> nn.Sequential:
-    """Make a repetition of every pixel to twice the sides, then a convolution."""
-    return nn.Sequential(nn.Upsample(scale_factor=2.0), conv3(channels, channels))
-
-
 class Halving(nn.Module):
     """The way down: levels of residual blocks, with half the sides from each to the next.
 
-    channels, depths, attention: of each level.
+    levels: (channels, blocks, whether they have attention) of each, the widest first.
     """
 
-    def __init__(
-        self, channels: Sequence[int], depths: Sequence[int], cond: int, attention: Sequence[bool] | None = None
-    ) -> None:
+    def __init__(self, levels: Sequence[Level], cond: int) -> None:
         super().__init__()
-        before = [channels[0], *channels[:-1]]
-        attends = attention or [False] * len(channels)
+        before = [levels[0][0], *(c for c, _, _ in levels[:-1])]
         self.blocks = nn.ModuleList(
-            ResBlocks([(b, c), *[(c, c)] * (depth - 1)], cond, attend)
-            for b, c, depth, attend in zip(before, channels, depths, attends, strict=True)
+            ResBlocks([(b, c), *[(c, c)] * (depth - 1)], cond, attention)
+            for b, (c, depth, attention) in zip(before, levels, strict=True)
         )
-        self.downsamples = nn.ModuleList(downsample(c) for c in channels[:-1])
+        self.downsamples = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c, _, _ in levels[:-1])
+        for layer in self.downsamples:
+            nn.init.orthogonal_(cast(Tensor, layer.weight))
 
     def forward(self, x: Tensor, cond: Tensor) -> list[list[Tensor]]:
-        """Return, for each level, its input and the output of every block; x: [B, channels[0], h, w]."""
+        """Return, for each level, its input and the output of every block; x: [B, C, h, w] as the first level has."""
         kept: list[list[Tensor]] = []
         for level, blocks in enumerate(self.blocks):
-            x = kept[-1][-1] if kept else x
-            x = self.downsamples[level - 1](x) if kept else x
+            x = self.downsamples[level - 1](kept[-1][-1]) if kept else x
             kept.append([x, *blocks(x, cond)])
         return kept
 
@@ -146,30 +128,28 @@ class Halving(nn.Module):
 class UNet(nn.Module):
     """A U-Net of conditioned residual blocks; every block of the way up also reads one output of the way down.
 
-    channels, depths, attention: of each level, the widest first. Two blocks in the middle always have attention.
+    levels: as `Halving` takes them. Two blocks in the middle always have attention.
     """
 
-    def __init__(
-        self, channels: Sequence[int], depths: Sequence[int], cond: int, attention: Sequence[bool] | None = None
-    ) -> None:
+    def __init__(self, levels: Sequence[Level], cond: int) -> None:
         super().__init__()
-        before, last = [channels[0], *channels[:-1]], channels[-1]
-        attends = attention or [False] * len(channels)
-        self.down = Halving(channels, depths, cond, attends)
-        self.middle = ResBlocks([(last, last)] * 2, cond, attention=True)
-        levels = list(zip(before, channels, depths, attends, strict=True))
+        channels = [c for c, _, _ in levels]
+        self.down = Halving(levels, cond)
+        self.middle = ResBlocks([(channels[-1], channels[-1])] * 2, cond, attention=True)
         self.up = nn.ModuleList(  # from the lowest level on
-            ResBlocks([*[(2 * c, c)] * depth, (b + c, b)], cond, attend) for b, c, depth, attend in reversed(levels)
+            ResBlocks([*[(2 * c, c)] * depth, (b + c, b)], cond, attention)
+            for b, (c, depth, attention) in reversed(list(zip([channels[0], *channels[:-1]], levels, strict=True)))
         )
-        self.upsamples = nn.ModuleList(upsample(upper) for _, upper in pairwise(reversed(channels)))
+        self.upsamples = nn.ModuleList(
+            nn.Sequential(nn.Upsample(scale_factor=2.0), conv3(c, c)) for c in reversed(channels[:-1])
+        )
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Map x [B, channels[0], h, w] and cond [B, cond] to [B, channels[0], h, w]; any h and w.
+        """Map x [B, C, h, w] and cond [B, cond] to [B, C, h, w], with the channels of the first level and any sides.
 
         Sides are padded with zeros, right and below, to a multiple of 2^(levels - 1), and the result is cut.
         """
-        height, width = x.shape[2:]
-        step = 2 ** (len(self.up) - 1)
+        (height, width), step = x.shape[2:], 2 ** (len(self.up) - 1)
         if height % step or width % step:
             x = F.pad(x, (0, -width % step, 0, -height % step))
         kept = self.down(x, cond)
@@ -202,7 +182,7 @@ class SmallResBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm = group_norm(inputs)
+        self.norm = nn.GroupNorm(groups(inputs), inputs)
         self.conv = conv3(inputs, outputs)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 

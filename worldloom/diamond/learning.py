@@ -24,7 +24,6 @@ from worldloom.tally import Tally
 from worldloom.types import Batch, Precision
 
 ROWS = ("obs", "actions", "rewards", "is_first", "terminated", "truncated", "continues")  # that an update reads
-PARTS = ("denoiser", "reward_end", "policy")
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,8 @@ class DiamondLearning:
         given: Tensors = {name: torch.as_tensor(batch[name]) for name in ROWS if name in batch}  # type: ignore[literal-required]
         rows, expected = self.model.check_image("update", batch["obs"], 2).shape[1], self.model.config.window
         if rows != expected:
-            raise ValueError(
-                f"update: the batch has {rows} rows, expected {expected}: agent.context and agent.horizon. Make the "
-                "replay with windows=agent.windows."
-            )
+            found = f"the batch has {rows} rows, expected {expected}: agent.context and agent.horizon"
+            raise ValueError(f"update: {found}. Make the replay with windows=agent.windows.")
         return given
 
     def core(self, given: Tensors) -> Tensors:
@@ -83,7 +80,7 @@ class DiamondLearning:
         noise = self.draw_noise(len(rows.frames))
         loss, scalars = self.loss(rows, *noise)
         made, norms = self.optimizer.step(loss)
-        named = {f"{part}_grad_norm": norm for part, norm in zip(PARTS, norms, strict=True)}
+        named = {f"{part}_grad_norm": norm for part, norm in zip(("denoiser", "reward", "policy"), norms, strict=True)}
         self.tally.add({"loss": loss, **scalars, **named}, made)
         return {}
 
@@ -97,9 +94,7 @@ class DiamondLearning:
         drawn = (fn.exponential_noise(shape, generator, model.device) for shape in shapes)
         return denoising, ImaginationNoise(rows, frame, *drawn)
 
-    def loss(
-        self, rows: Rows, denoising: DenoisingNoise, imagination: ImaginationNoise
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, rows: Rows, denoising: DenoisingNoise, imagination: ImaginationNoise) -> tuple[Tensor, Tensors]:
         """Return the sum to minimise and scalars to log. The three parts share no parameters, so that the gradient of
         the sum holds the gradient of each part's own loss."""
         c = self.model.config

@@ -53,7 +53,7 @@ class RewardEnd(nn.Module):
         width, levels, units = config.reward_channels, config.reward_levels, config.reward_lstm
         self.act_emb = nn.Embedding(actions, config.reward_cond)
         self.conv_in = conv3(2 * shape[0], width)
-        self.levels = Halving([width] * levels, [config.reward_depth] * levels, config.reward_cond)
+        self.levels = Halving([(width, config.reward_depth, False)] * levels, config.reward_cond)
         self.last = ResBlocks([(width, width)] * 2, config.reward_cond, attention=True)
         self.lstm = LSTMCell(width * (shape[1] // 2 ** (levels - 1)) ** 2, units)
         self.head = nn.Sequential(nn.Linear(units, units), nn.SiLU(), nn.Linear(units, REWARDS + ENDS, bias=False))
@@ -63,10 +63,6 @@ class RewardEnd(nn.Module):
         cond = self.act_emb(actions)
         kept = self.levels(self.conv_in(torch.cat([before, after], 1)), cond)
         return cast(Tensor, self.last(kept[-1][-1], cond)[-1])
-
-    def step(self, before: Tensor, actions: Tensor, after: Tensor, memory: Memory) -> Memory:
-        """Return the LSTM's state after a move; frames [B, C, S, S], actions [B] class indices."""
-        return cast(Memory, self.lstm(self.features(before, actions, after).flatten(1), memory))
 
     def unroll(self, frames: Tensor, actions: Tensor, is_first: Tensor) -> tuple[Tensor, Memory]:
         """Return the LSTM's hidden states [B, T, D] after T moves between frames, from zeros, and its last state.

@@ -44,8 +44,7 @@ class DiamondWorldModel(nn.Module):
 
     The state of an environment: `deterministic` is the hidden state of the LSTM of rewards and ends, which its head
     reads; `memory` holds the last n frames, the n - 1 actions between them and the LSTM's cell state. `predict` draws a
-    frame from torch's own generator. Raises ValueError for other observations, and for sides that the encoders cannot
-    halve.
+    frame from torch's own generator. Raises ValueError for other observations and sides that cannot be halved.
     """
 
     def __init__(
@@ -118,8 +117,7 @@ class DiamondWorldModel(nn.Module):
         batch with fewer rows than the denoiser takes, n + 1 + autoregressive."""
         check_batch(batch)
         rows = self.rows(batch)
-        count, least = rows.frames.shape[1], self.config.denoised_rows
-        if count < least:
+        if (count := rows.frames.shape[1]) < (least := self.config.denoised_rows):
             raise ValueError(f"the batch has {count} rows, expected at least {least}: context and denoised frames.")
         losses = self.losses(rows, self.denoiser.draw_noise(len(rows.frames), None))
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
@@ -131,13 +129,8 @@ class DiamondWorldModel(nn.Module):
         save_model(directory, self.describe(), self)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "family": "diamond",
-            "obs_shape": list(self.obs_shape),
-            "action_dim": self.action_dim,
-            "episode_length": self.episode_length,
-            "config": dataclasses.asdict(self.config),
-        }
+        sizes = {"family": "diamond", "obs_shape": list(self.obs_shape), "action_dim": self.action_dim}
+        return {**sizes, "episode_length": self.episode_length, "config": dataclasses.asdict(self.config)}
 
     def losses(self, rows: Rows, noise: DenoisingNoise) -> dict[str, Tensor]:
         """Return the losses of both parts, scalars: the denoiser takes some rows of each window, the other all."""
@@ -154,7 +147,8 @@ class DiamondWorldModel(nn.Module):
 
     def moved(self, dream: Dream, action: Tensor, frame: Tensor) -> Dream:
         """Return the state after action [B] led to frame [B, C, S, S]."""
-        memory = self.reward_end.step(dream.frames[:, -1], action, frame, dream.memory)
+        features = self.reward_end.features(dream.frames[:, -1], action, frame)
+        memory = self.reward_end.lstm(features.flatten(1), dream.memory)
         return Dream(torch.cat([dream.frames[:, 1:], frame.unsqueeze(1)], 1), dream.moves(action)[:, 1:], memory)
 
     def rows(self, batch: Batch) -> Rows:
@@ -176,8 +170,7 @@ class DiamondWorldModel(nn.Module):
             raise ValueError(f"{where}: obs is a mapping with {sorted(obs)}, expected one image.")
         image = torch.as_tensor(obs)
         if tuple(image.shape[lead:]) != self.obs_shape:
-            letters = ", ".join(("B", "T")[:lead])
-            raise ValueError(f"{where}: obs is {tuple(image.shape)}, expected [{letters}, {self.obs_shape}].")
+            raise ValueError(f"{where}: obs is {tuple(image.shape)}, expected {('B', 'T')[:lead] + self.obs_shape}.")
         return image
 
     def _chosen(self, where: str, actions: Tensor, lead: tuple[int, ...]) -> Tensor:
