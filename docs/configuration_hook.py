@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.sweeps.search import SearchConfig
+from worldloom.diamond import DiamondConfig
 from worldloom.dreamerv3 import DreamerV3Config
 from worldloom.envs.suites import AtariConfig, DMCConfig
 from worldloom.meanings import meanings
@@ -47,6 +48,7 @@ SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "TDMPC2Config": ("agent.", TDMPC2Config),
     "DreamerV3Config": ("agent.", DreamerV3Config),
     "STORMConfig": ("agent.", STORMConfig),
+    "DiamondConfig": ("agent.", DiamondConfig),
 }
 
 

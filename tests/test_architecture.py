@@ -15,10 +15,11 @@ PACKAGES = ("worldloom", "distributed", "launch")
 # are known to the registry only; everything else knows the protocols.
 ROOMS = {
     "flat": set(),
+    "diamond": set(),
     "dreamerv3": set(),
     "storm": set(),
     "tdmpc2": set(),
-    "families": {"dreamerv3", "storm", "tdmpc2"},
+    "families": {"diamond", "dreamerv3", "storm", "tdmpc2"},
     "envs": {"families"},
     "replay": {"families", "envs"},
     "acting": {"families", "envs", "replay"},

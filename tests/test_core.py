@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests import dreamerv3_models, storm_models, tdmpc2_models
+from tests import diamond_models, dreamerv3_models, storm_models, tdmpc2_models
+from worldloom.diamond import DiamondAgent
 from worldloom.storm import STORMAgent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2WorldModel
 from worldloom.tdmpc2.tasks import Task
@@ -76,9 +77,16 @@ def storm(kind):
     return storm_models.tiny_agent(shapes.get(kind, (3,)), 3, (3,) if kind == "images" else (), act_on=act_on)
 
 
+def diamond(kind):
+    churn = {"sampler_churn": 1.0, "sampler_order": 2} if kind == "churn" else {}
+    return diamond_models.shake(diamond_models.tiny_agent(**churn))
+
+
 def batch_of(agent):
     if isinstance(agent, STORMAgent):
         return storm_models.batch_of(agent)
+    if isinstance(agent, DiamondAgent):
+        return diamond_models.batch_of(agent)
     if not isinstance(agent, TDMPC2Agent):
         return dreamerv3_models.batch_of(agent)
     batch, model = tdmpc2_models.batch_of(agent.world_model, terminated=True), agent.world_model
@@ -93,6 +101,7 @@ KINDS = [
     *[(dreamer, kind) for kind in ("vectors", "images", "mixed", "discrete")],
     *[(storm, kind) for kind in ("vectors", "images", "mixed")],
     *[(tdmpc2, kind) for kind in ("states", "episodic", "pixels", "discrete", "tasks")],
+    *[(diamond, kind) for kind in ("published", "churn")],
 ]
 every_kind = pytest.mark.parametrize(("make", "kind"), KINDS)
 
@@ -146,6 +155,7 @@ def test_the_whole_update_runs_where_nothing_can_be_read(make, kind, monkeypatch
     template = make(kind)
     monkeypatch.setattr(torch, "Generator", lambda device: FakeGenerator())
     monkeypatch.setattr(torch.optim, "Adam", PlainAdam)
+    monkeypatch.setattr(torch.optim, "AdamW", PlainAdamW)
     with torch.device("meta"):
         agent = rebuilt(template)
         assert agent.device.type == "meta"
@@ -159,6 +169,17 @@ class PlainAdam(torch.optim.Adam):
 
     def __init__(self, params, lr, eps=1e-8, **_):
         super().__init__(params, lr=lr, eps=eps, foreach=True)
+
+    def step(self):
+        del self.found_inf
+        super().step()
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """As `PlainAdam`, with a plain number for a learning rate."""
+
+    def __init__(self, params, lr, **_):
+        super().__init__(params, foreach=True)
 
     def step(self):
         del self.found_inf
@@ -185,7 +206,7 @@ def model_classes(agent):
     return agent.world_model.action_classes if isinstance(agent, TDMPC2Agent) else agent.action_classes
 
 
-@pytest.mark.parametrize("make", [dreamer, storm, tdmpc2])
+@pytest.mark.parametrize("make", [dreamer, storm, tdmpc2, diamond])
 def test_a_state_of_another_kind_of_device_loads_and_says_so(make, caplog):
     agent = make("vectors")
     batch = batch_of(agent)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 import torch
 
-from worldloom import dreamerv3, storm, tdmpc2
+from worldloom import diamond, dreamerv3, storm, tdmpc2
 from worldloom.arguments import channel_first, usable
 from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
@@ -53,15 +53,14 @@ FAMILIES: dict[str, Family] = {
         read_options=read_options,
         load_file=load_official,
     ),
+    "diamond": diamond.FAMILY,
     "storm": storm.FAMILY,
 }
 ALIASES: dict[str, str] = {
-    "dreamer": "dreamerv3:size12m",
-    "dreamer-small": "dreamerv3:size12m",
+    **dict.fromkeys(("dreamer", "dreamer-small"), "dreamerv3:size12m"),
     "dreamer-medium": "dreamerv3:size50m",
     "dreamer-large": "dreamerv3:size200m",
-    "tdmpc": "tdmpc2:5m",
-    "tdmpc-small": "tdmpc2:5m",
+    **dict.fromkeys(("tdmpc", "tdmpc-small"), "tdmpc2:5m"),
     "tdmpc-medium": "tdmpc2:48m",
     "tdmpc-large": "tdmpc2:317m",
 }
