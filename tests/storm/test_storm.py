@@ -220,7 +220,10 @@ def test_losses_of_a_window_over_a_border_are_those_of_its_episodes():
         found = world_losses(agent.world_model, rows, WorldNoise(noise.posterior[:, begin : end - 1], ()))
         return torch.stack([found.parts["reward_loss"], found.parts["termination_loss"]])
 
-    assert_close(6 * part(0, 7), 2 * part(0, 3) + 4 * part(2, 7))
+    later = part(2, 7)
+    assert_close(6 * part(0, 7), 2 * part(0, 3) + 4 * later)
+    batch["obs"][:, 2], batch["actions"][:, 3] = 5.0, 5.0  # before the border, and an action that led nowhere
+    assert torch.equal(part(2, 7), later)
 
 
 def test_what_comes_before_a_border_does_not_matter_after_it():
