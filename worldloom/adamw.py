@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worldloom.optim import flat_gradient, load_optimizer
+from worldloom.optim import flat_gradient, load_optimizer, views
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class GuardedAdamW:
     def step(self, loss: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Make a step that lowers the scalar `loss`; return whether it was made, and each part's norm before clipping:
         scalars on the device."""
-        flat, grads = flat_gradient(loss, self.params)
+        flat = flat_gradient(loss, self.params)
         pieces = flat.split(self._sizes)
         norms = [torch.linalg.vector_norm(piece) for piece in pieces]
         made = torch.isfinite(torch.stack(norms).sum()) & torch.isfinite(loss.detach())
         for piece, norm, limit in zip(pieces, norms, self._limits, strict=True):
             piece.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        for parameter, grad in zip(self.params, grads, strict=True):
+        for parameter, grad in zip(self.params, views(flat, self.params), strict=True):
             parameter.grad = grad
         self._rate.copy_(self._current_rate())
         self.adam.found_inf = (~made).float()  # type: ignore[attr-defined]  # torch's fused Adam skips where it is 1
