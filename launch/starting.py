@@ -15,7 +15,8 @@ def say_what_starts(what: str, argv: Sequence[str]) -> None:
     place = _value(argv, "--run-dir", " in ") or _value(argv, "--name", " as ") + _value(argv, "--storage", " in ")
     if " in " not in place and JOB in os.environ:
         place += f" in {os.environ.get(STORAGE) or '~/worldloom/runs'}"
-    print(f"{what}{_value(argv, '--config', ' of ')}{place}: loading …", flush=True)
+    begun = _value(argv, "--from", " from ")
+    print(f"{what}{_value(argv, '--config', ' of ')}{begun}{place}: loading …", flush=True)
 
 
 def _value(argv: Sequence[str], option: str, before: str) -> str:

@@ -17,6 +17,8 @@ def test_training_says_what_starts_before_it_imports_torch(tmp_path):
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.stdout == "training of configs/tdmpc2_pendulum.yaml in runs/a: loading …\n"
     assert ran.stderr == "torch is imported now\n"
+    tuning = subprocess.run([*command, "--from", "a.pt"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert tuning.stdout == "training of configs/tdmpc2_pendulum.yaml from a.pt in runs/a: loading …\n"
     assert subprocess.run([*command, "--help"], cwd=ROOT, env=environment, capture_output=True).stdout == b""
 
 

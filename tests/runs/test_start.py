@@ -1,5 +1,6 @@
 """Runs that start from a trained agent: a file in the authors' layout, of one task or several, or an agent of ours."""
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -12,7 +13,8 @@ from torch.testing import assert_close
 from launch.train import main
 from tests.run_configs import dreamer_config, tiny_config
 from worldloom import create_world_model, load_agent
-from worldloom.dreamerv3 import DreamerV3Config
+from worldloom.dreamerv3 import DreamerV3Config, DreamerV3WorldModel
+from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
 from worldloom.runs.config import StartConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
@@ -112,6 +114,33 @@ def test_optimisers_and_counters_are_new(official):
     assert not state["model_optimizer"]["state"]
     moved = begun(tiny_config(agent={**SIZES, **CHEAP}))
     assert not torch.equal(moved.world_model.encoder[0].weight, agent.world_model.encoder[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "model"), [(TDMPC2Config, TDMPC2WorldModel), (DreamerV3Config, DreamerV3WorldModel)]
+)
+def test_only_network_fields_shape_parameters(config, model):
+    def shapes(**changed):
+        with torch.device("meta"):
+            found = parameters_of(model((3,), 2, config(**changed)))
+        return {name: value.shape for name, value in found.items()}
+
+    plain, tried = shapes(), 0
+    for field in dataclasses.fields(config):
+        if field.name in config.network_fields or field.type not in ("int", "float"):
+            continue
+        with contextlib.suppress(ValueError):  # values that the config refuses
+            assert shapes(**{field.name: field.default * 2 if field.type == "int" else field.default / 2}) == plain
+            tried += 1
+    assert tried > 8
+    for name in ("latent_dim", "mlp_dim") if config is TDMPC2Config else ("deter", "value_layers"):
+        assert shapes(**{name: 2 * getattr(config(), name)}) != plain
+
+
+def parameters_of(model):
+    """Every parameter of a model and, where it has one, of its behaviour."""
+    behaviour = Behaviour(model, ()).state_dict() if isinstance(model, DreamerV3WorldModel) else {}
+    return {**model.state_dict(), **{f"behaviour.{name}": value for name, value in behaviour.items()}}
 
 
 def test_a_trained_agent_acts_by_itself_from_the_first_step(official, tmp_path):

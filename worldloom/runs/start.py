@@ -1,7 +1,7 @@
 """The start of a run from a trained agent: fine-tuning.
 
 The network's configuration and weights come from the checkpoint; optimisers, counters and replay are new. A multi-task
-model becomes one of the run's task alone (Hansen et al. 2024, section 4.2).
+model becomes one of the run's task alone (Hansen et al. 2024, "few-shot learning").
 """
 
 from __future__ import annotations

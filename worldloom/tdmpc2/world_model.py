@@ -131,10 +131,10 @@ class TDMPC2WorldModel(TDMPC2Networks):
     ) -> TDMPC2WorldModel:
         """Return a copy of this multi-task model that knows one task alone, whose embedding is that of the task `like`.
 
-        The start of fine-tuning on a new task (Hansen et al. 2024, section 4.2), or on one of its own. obs_shape,
-        action_dim: the task's own; inputs and actions that this model would fill up with zeros are cut off, which
-        changes no output. episode_length: agent steps. Raises ValueError for an unknown `like`, or a task that is too
-        large.
+        The start of fine-tuning on a new task (Hansen et al. 2024, "few-shot learning"), or on one of its own.
+        obs_shape, action_dim: the task's own; inputs and actions that this model would fill up with zeros are cut off,
+        which changes no output. episode_length: agent steps. Raises ValueError for an unknown `like`, or a task that is
+        too large.
         """
         return one_task(self, name, like, obs_shape, action_dim, episode_length)
 
