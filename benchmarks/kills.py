@@ -1,4 +1,4 @@
-"""A run in which a random actor is killed every few seconds, beside the same run left alone: python -m benchmarks.storm
+"""A run in which a random actor is killed every few seconds, beside the same run left alone: python -m benchmarks.kills
 
 TD-MPC2 on Pendulum-v1 with the settings of configs/tdmpc2_pendulum.yaml, on a local Ray of its own. Victims are the
 learner, the replay shards, the env actors and, with --acting server, the acting server, each as likely. At the end
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", action="store_true", help="without the undisturbed run")
     options = parser.parse_args()
-    given = run_parser("benchmarks.storm", "")
+    given = run_parser("benchmarks.kills", "")
     config = run_config(given, given.parse_args(["--config", str(PRESET)]))
     config = replace(
         config,
