@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests import diamond_models
 from tests.dreamerv3_models import MIXED, batch_of, shake, tiny_agent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 
@@ -81,3 +82,28 @@ def test_compiled_tdmpc2_updates_give_the_numbers_of_eager_ones():
 def test_tdmpc2_refuses_bfloat16():
     with pytest.raises(ValueError, match="TD-MPC2 learns in float32"):
         tiny_tdmpc2().configure_learning("bfloat16", compiled=False)
+
+
+@pytest.mark.slow  # compiling the U-Net took ten minutes on a busy machine
+def test_compiled_diamond_updates_give_the_numbers_of_eager_ones():
+    eager, compiled = (diamond_models.shake(diamond_models.tiny_agent()) for _ in range(2))
+    compiled.configure_learning("float32", compiled=True)
+    batch = diamond_models.batch_of(eager)
+    for _ in range(3):
+        expected, metrics = eager.update(batch)[0], compiled.update(batch)[0]
+        for name in ("denoising_loss", "reward_loss", "end_loss"):  # a drawn frame may lose a grey level
+            assert metrics[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-5)
+        assert metrics["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+
+
+def test_diamond_learns_in_bfloat16_and_reaches_every_parameter():
+    wide, narrow = (diamond_models.shake(diamond_models.tiny_agent()) for _ in range(2))
+    narrow.configure_learning("bfloat16", compiled=False)
+    batch = diamond_models.batch_of(wide)
+    expected, metrics = wide.update(batch)[0], narrow.update(batch)[0]
+    for name in ("denoising_loss", "reward_loss", "end_loss"):
+        assert metrics[name] == pytest.approx(expected[name], rel=0.02)
+    parameters = [*narrow.world_model.parameters(), *narrow.behaviour.parameters()]
+    assert all(p.grad.any() and p.dtype == p.grad.dtype == torch.float32 for p in parameters)
+    losses = [narrow.update(batch)[0]["reward_loss"] for _ in range(15)]
+    assert losses[-1] < 0.9 * losses[0]

@@ -10,6 +10,7 @@ import torch
 
 from tests.tdmpc2_models import TINY
 from worldloom import create_world_model
+from worldloom.diamond import config as diamond
 from worldloom.dreamerv3 import config as dreamerv3
 from worldloom.functional import unimix_log_probs
 from worldloom.ranges import Range
@@ -21,10 +22,11 @@ CONFIGS = [
     (tdmpc2.TDMPC2Config, tdmpc2.RANGES),
     (dreamerv3.DreamerV3Config, dreamerv3.RANGES),
     (storm.STORMConfig, storm.RANGES),
+    (diamond.DiamondConfig, diamond.RANGES),
 ]
 
 
-@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3", "storm"])
+@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3", "storm", "diamond"])
 def test_every_number_has_a_range(config, ranges):
     hints = typing.get_type_hints(config)
     numbers = {n for n, kind in hints.items() if {int, float} & {kind, *typing.get_args(kind)}}
@@ -34,7 +36,7 @@ def test_every_number_has_a_range(config, ranges):
     )
 
 
-@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3", "storm"])
+@pytest.mark.parametrize(("config", "ranges"), CONFIGS, ids=["tdmpc2", "dreamerv3", "storm", "diamond"])
 def test_numbers_outside_of_their_range_are_refused(config, ranges):
     hints = typing.get_type_hints(config)
     for name, allowed in ranges.items():

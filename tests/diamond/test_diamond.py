@@ -168,6 +168,36 @@ def test_no_reward_is_learned_for_the_move_into_a_new_episode():
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_imagined_frames_follow_from_the_last_frames_and_the_actions_between_them(monkeypatch):
+    agent = shake(tiny_agent())
+    model, learning = agent.world_model, agent.learning
+    asked = []
+
+    def sample(context, actions, noise):
+        asked.append((context, actions))
+        return [torch.full_like(context[:, 0], 0.1 * len(asked))]
+
+    monkeypatch.setattr(model.denoiser, "sample", sample)
+    rows = model.rows(batch_of(agent))
+    _, noise = learning.draw_noise(agent.batch_size)
+    imagined = learning.imagine(rows, noise)
+    frames, moves = rows.draw_start(noise.rows, 4)
+    chosen = torch.cat([moves, imagined.actions.argmax(-1).T], 1)
+    whole = torch.cat([frames, imagined.frames[1:].transpose(0, 1)], 1)
+    assert imagined.frames[1:, 0, 0, 0, 0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert torch.equal(imagined.frames[0], frames[:, -1])
+    for step, (context, actions) in enumerate(asked):
+        assert torch.equal(context, whole[:, step : step + 4])
+        assert torch.equal(actions, chosen[:, step : step + 4])
+    before, _ = agent.behaviour.unroll(frames[:, :-1].transpose(0, 1), agent.behaviour.lstm.initial(4))
+    torch.testing.assert_close(imagined.memory[0], before[-1])
+    hidden, _ = model.reward_end.unroll(whole, chosen, torch.zeros_like(chosen, dtype=torch.bool))
+    outcome = model.reward_end.outcome(hidden[:, 3:].transpose(0, 1))
+    rewards, ends = outcome.draw(noise.reward, noise.end)
+    assert torch.equal(rewards, imagined.rewards)
+    assert torch.equal(ends, imagined.ends)
+
+
 def test_steps_after_an_imagined_end_do_not_count():
     agent = shake(tiny_agent(), 0.2)
     lanes, steps = 3, 4

@@ -1,9 +1,15 @@
 """Rally, the task to judge imagined frames by: its rules, and how a frame is read."""
 
 import numpy as np
+import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 from examples.rally import LAST, LIMIT, PADDLE, SIZE, Rally, read_frames
+from worldloom.adamw import GuardedAdamW, Part
+from worldloom.diamond import SIZES, DiamondConfig
+from worldloom.diamond.denoiser import Denoiser
+from worldloom.diamond.rows import as_frames
 
 
 def follow(env):
@@ -63,3 +69,57 @@ def test_one_frame_does_not_tell_what_comes_next():
         env.step(0)
         found.add((seen.tobytes(), env._x))
     assert len({image for image, _ in found}) == 1 < len(found)
+
+
+def clumsy_rows(count, seed=0):
+    """Frames [count, 3, 16, 16], the actions that led to them and episode numbers [count]; 30 % of moves are random."""
+    env, rng = Rally(), np.random.default_rng(seed)
+    images, actions, episodes, fresh = [], [], [], True
+    while len(images) < count:
+        if fresh:
+            image, _ = env.reset(seed=seed if not images else None)
+            action, episode, fresh = 0, (episodes[-1] + 1 if images else 0), False
+        else:
+            action = int(rng.integers(3)) if rng.random() < 0.3 else follow(env)
+            image, _, done, cut, _ = env.step(action)
+            fresh = done or cut
+        images.append(image.transpose(2, 0, 1))
+        actions.append(action)
+        episodes.append(episode)
+    return as_frames(torch.from_numpy(np.stack(images))), torch.tensor(actions), torch.tensor(episodes)
+
+
+def open_loops(model, frames, actions, episodes, starts=64, steps=15):
+    """Shares of frames whose ball and paddle are right to a pixel [steps], and mean squared errors of drawn frames, and
+    of the last seen frame, under the true actions."""
+    rows = torch.arange(len(frames) - steps - 4)
+    inside = rows[episodes[rows] == episodes[rows + 3 + steps]]
+    chosen = inside[torch.linspace(0, len(inside) - 1, starts).long()]
+    context, right, errors = frames[chosen[:, None] + torch.arange(4)], [], []
+    last = context[:, -1]
+    for step in range(steps):
+        moves = actions[chosen[:, None] + step + 1 + torch.arange(4)]
+        drawn = model.sample(context, moves, model.draw_frame_noise((), starts, None))[-1]
+        truth = frames[chosen + step + 4]
+        distance = np.abs(read_frames(drawn.numpy()) - read_frames(truth.numpy())).max(-1)
+        right.append(float((distance <= 1).mean()))
+        errors.append([(drawn - truth).square().mean().item(), (last - truth).square().mean().item()])
+        context = torch.cat([context[:, 1:], drawn[:, None]], 1)
+    return right, np.mean(errors, 0)
+
+
+@pytest.mark.slow  # two minutes
+def test_a_thousand_updates_foresee_fifteen_frames():
+    torch.manual_seed(0)
+    frames, actions, episodes = clumsy_rows(10_000)
+    config = DiamondConfig(**SIZES["tiny"])
+    model = Denoiser((3, 16, 16), 3, config)
+    optimizer = GuardedAdamW([Part(model, config.clip_denoiser, config.decay)], config.lr, config.warmup)
+    for _ in range(1000):
+        rows = torch.randint(len(frames) - config.denoised_rows, (16, 1)) + torch.arange(config.denoised_rows)
+        optimizer.step(model.loss(frames[rows], actions[rows], episodes[rows], model.draw_noise(16, None)))
+    right, (error, copying) = open_loops(model, *clumsy_rows(2000, seed=1))
+    print(f"right at 1, 5, 10, 15: {right[0]}, {right[4]}, {right[9]}, {right[14]}; mean {np.mean(right)}")
+    print(f"squared error {error}, of copying {copying}")
+    assert np.mean(right) > 0.8
+    assert error < 0.2 * copying
