@@ -16,6 +16,7 @@ from distributed.launcher import result_of
 from tests.distributed.ray_runs import (
     accepted,
     check,
+    complete_each_checkpoint,
     finish,
     kill,
     matrix_config,
@@ -193,8 +194,9 @@ def test_a_disk_that_refuses_does_not_end_a_run_and_harms_no_checkpoint(coordina
         begin()
 
     made.parts.begin_checkpoint = begin_on_a_bad_disk
+    complete_each_checkpoint(made)
     summary = finish(made, tmp_path)
-    assert 1 <= summary["checkpoints_failed"] <= 2  # 1 where the machine is so slow that the next one had to wait
+    assert summary["checkpoints_failed"] == 2
     assert found["before"] == []
     name, broken = found["after"]
     assert broken == []
