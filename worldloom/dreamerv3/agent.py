@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from worldloom.arguments import check_act_state
-from worldloom.capture import Captured, Tensors
+from worldloom.capture import Tensors
 from worldloom.dreamerv3.acting import ActNoise, Before, act_step, acting_program
 from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.config import DreamerV3Config
@@ -17,16 +16,14 @@ from worldloom.dreamerv3.latents import compact, latent_columns
 from worldloom.dreamerv3.learning import DreamerV3Learning, obs_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
-from worldloom.generators import restore_generator
-from worldloom.learner import Learner
+from worldloom.imagining import ImaginingAgent
 from worldloom.nets import flatten, load_flat
 from worldloom.observations import as_mapping
 from worldloom.program import Program
-from worldloom.staging import Columns
-from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec, split_obs
+from worldloom.types import ActState, Array, ColumnSpec, ObsArray, Precision, WindowSpec, split_obs
 
 
-class DreamerV3Agent:
+class DreamerV3Agent(ImaginingAgent):
     """An agent with a recurrent state for each environment; `worldloom.types.Agent` describes the methods.
 
     action_classes: the choices of each one-hot part of an action; () for continuous actions.
@@ -34,17 +31,14 @@ class DreamerV3Agent:
 
     random_warmup = False
     pretrain = False
-    true_ends_hint = None
-    plans = False
     default_precision: Precision = "bfloat16"
+    world_model: DreamerV3WorldModel
+    behaviour: Behaviour
+    learning: DreamerV3Learning
 
     def __init__(self, model: DreamerV3WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
-        self.world_model, self.action_classes, self.device = model, tuple(action_classes), model.bins.device
-        self.behaviour = Behaviour(model, self.action_classes).to(self.device)
-        self.acting_generator = torch.Generator(self.device).manual_seed(seed)
-        self._act = Captured(self._choose, self.device, self.acting_generator)
-        self.learning = DreamerV3Learning(model, self.behaviour, seed + 1)
-        self._learner = Learner(self.learning, self.device)
+        behaviour = Behaviour(model, tuple(action_classes)).to(model.bins.device)
+        super().__init__(model, behaviour, DreamerV3Learning(model, behaviour, seed + 1), action_classes, seed)
 
     # Facts that a run needs
 
@@ -69,15 +63,6 @@ class DreamerV3Agent:
     @property
     def columns(self) -> Mapping[str, ColumnSpec]:
         return latent_columns(self.config)
-
-    @property
-    def updates(self) -> int:
-        return self._learner.updates
-
-    def configure_learning(self, precision: Precision, compiled: bool, capture: bool = True) -> None:
-        """Set precision, compilation and CUDA graphs of `learn` and `act`; see `DreamerV3Learning.configure`."""
-        self._learner.captured.enabled = self._act.enabled = capture and self.device.type == "cuda"
-        self.learning.configure(precision, compiled)
 
     # Acting
 
@@ -125,26 +110,6 @@ class DreamerV3Agent:
         found = compact(RSSMState(act_state["deter"], act_state["stoch"]))
         return {name: value.cpu().numpy() for name, value in found.items()}
 
-    # Learning
-
-    def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """Make one update: world model, imagination, behaviour and replay values, in one backward pass.
-
-        Returns metrics, and fresh latents [B, T, ...] of the trained rows for replay. An update with a loss or gradient
-        that is not finite changes nothing. Raises FloatingPointError after several of them in a row, ValueError for a
-        batch of other keys or shapes.
-        """
-        columns = self.learn(batch)
-        return self.collect(), columns.arrays()
-
-    def learn(self, batch: Batch) -> Columns:
-        """Make an update without waiting for the device; return columns to read once they have arrived."""
-        return self._learner.learn(batch)
-
-    def collect(self) -> Metrics:
-        """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
-        return self._learner.collect()
-
     # Exchange
 
     def _acting_parameters(self) -> list[Tensor]:
@@ -163,22 +128,3 @@ class DreamerV3Agent:
         if plan:
             raise ValueError("export: plan is True, but DreamerV3 acts with its policy. Leave it out.")
         return acting_program(self.world_model, self.behaviour.policy, envs, sample)
-
-    def describe(self) -> dict[str, Any]:
-        return {**self.world_model.describe(), "action_classes": list(self.action_classes)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.world_model.state_dict(),
-            "behaviour": self.behaviour.state_dict(),
-            **self.learning.state_dict(),
-            "updates": self.updates,
-            "acting_generator": self.acting_generator.get_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.world_model.load_state_dict(state["model"])
-        self.behaviour.load_state_dict(state["behaviour"])
-        self.learning.load_state_dict(state)
-        restore_generator(self.acting_generator, state["acting_generator"])
-        self._learner.resume(int(state["updates"]))

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from worldloom.arguments import check_act_state
-from worldloom.capture import Captured, Tensors
-from worldloom.generators import restore_generator
-from worldloom.learner import Learner
+from worldloom.capture import Tensors
+from worldloom.imagining import ImaginingAgent
 from worldloom.nets import flatten, load_flat
 from worldloom.observations import as_mapping
-from worldloom.staging import Columns
 from worldloom.storm.behaviour import Behaviour
 from worldloom.storm.learning import STORMLearning
 from worldloom.storm.world_model import STORMWorldModel
-from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
+from worldloom.types import ActState, Array, ColumnSpec, Metrics, ObsArray, Precision, WindowSpec
 
 
-class STORMAgent:
+class STORMAgent(ImaginingAgent):
     """An agent with a short memory of tokens for each environment; `worldloom.types.Agent` describes the methods.
 
     action_classes: the choices of each one-hot part of an action; () for continuous actions.
@@ -29,31 +26,19 @@ class STORMAgent:
 
     random_warmup = True
     pretrain = False
-    true_ends_hint = None
-    plans = False
     columns: Mapping[str, ColumnSpec] = {}
     default_precision: Precision = "bfloat16"
+    world_model: STORMWorldModel
+    behaviour: Behaviour
+    learning: STORMLearning
 
     def __init__(self, model: STORMWorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
-        self.world_model, self.action_classes, self.device = model, tuple(action_classes), model.bins.device
         self.config = c = model.config
         self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
         # the row before those that are trained gives the latent that the first token is made of
         self.windows = WindowSpec(c.batch_length + 1, context=1, crosses_episodes=True)
-        self.behaviour = Behaviour(c, model.action_dim, self.action_classes).to(self.device)
-        self.acting_generator = torch.Generator(self.device).manual_seed(seed)
-        self._act = Captured(self._choose, self.device, self.acting_generator)
-        self.learning = STORMLearning(model, self.behaviour, seed + 1)
-        self._learner = Learner(self.learning, self.device)
-
-    @property
-    def updates(self) -> int:
-        return self._learner.updates
-
-    def configure_learning(self, precision: Precision, compiled: bool, capture: bool = True) -> None:
-        """Set precision, compilation and CUDA graphs of `learn` and `act`; see `STORMLearning.configure`."""
-        self._learner.captured.enabled = self._act.enabled = capture and self.device.type == "cuda"
-        self.learning.configure(precision, compiled)
+        behaviour = Behaviour(c, model.action_dim, tuple(action_classes)).to(model.bins.device)
+        super().__init__(model, behaviour, STORMLearning(model, behaviour, seed + 1), action_classes, seed)
 
     # Acting
 
@@ -105,22 +90,9 @@ class STORMAgent:
 
     # Learning
 
-    def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """Make one update: the world model, then policy and critic in imagination. A step from numbers that are not
-        finite changes nothing, nor does what follows it. Raises FloatingPointError after several in a row, ValueError
-        as `learn`."""
-        columns = self.learn(batch)
-        return self.collect(), columns.arrays()
-
-    def learn(self, batch: Batch) -> Columns:
-        """Make an update without waiting for the device; the returned columns are empty. Raises ValueError for a batch
-        of other keys or shapes."""
-        return self._learner.learn(batch)
-
     def collect(self) -> Metrics:
         """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
-        means = self._learner.collect()
-        return {**means, "update_norm": self.learning.world_optimizer.update_norm().item()}
+        return {**super().collect(), "update_norm": self.learning.world_optimizer.update_norm().item()}
 
     # Exchange
 
@@ -136,22 +108,3 @@ class STORMAgent:
 
     def load_acting_weights(self, flat: Array) -> None:
         load_flat(self._acting_tensors(), flat)
-
-    def describe(self) -> dict[str, Any]:
-        return {**self.world_model.describe(), "action_classes": list(self.action_classes)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.world_model.state_dict(),
-            "behaviour": self.behaviour.state_dict(),
-            **self.learning.state_dict(),
-            "updates": self.updates,
-            "acting_generator": self.acting_generator.get_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.world_model.load_state_dict(state["model"])
-        self.behaviour.load_state_dict(state["behaviour"])
-        self.learning.load_state_dict(state)
-        restore_generator(self.acting_generator, state["acting_generator"])
-        self._learner.resume(int(state["updates"]))
