@@ -50,7 +50,7 @@ def arrays(name):
 
 
 def thin(gradient):
-    """At most 100 numbers of a gradient, as the arrays keep them."""
+    """Return at most 100 numbers of a gradient, as the arrays keep them."""
     flat = gradient.flatten()
     return flat[:: -(-len(flat) // 100)]
 

@@ -176,7 +176,7 @@ class PlainAdam(torch.optim.Adam):
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """As `PlainAdam`, with a plain number for a learning rate."""
+    """Stands in for AdamW as `PlainAdam` does for Adam, with a plain number for a learning rate."""
 
     def __init__(self, params, lr, **_):
         super().__init__(params, foreach=True)

@@ -174,7 +174,7 @@ def test_tdmpc2_exports_plan_as_the_agent_and_go_on_from_their_own_plan(sample, 
 
 
 def test_tdmpc2_exports_plan_past_no_predicted_end(tmp_path, monkeypatch):
-    """Of torch.export alone: sequences that end at once have equal values, which ONNX puts in another order."""
+    """Tests torch.export alone: sequences that end at once have equal values, which ONNX puts in another order."""
     agent = states_agent(episodic=True)
     check_acts_as(agent, exported(agent, tmp_path, (".pt2",)), monkeypatch, sample=False)
 
@@ -250,7 +250,7 @@ def test_a_file_describes_itself(tmp_path):
 
 
 def test_the_traced_program_draws_nothing_itself():
-    """All randomness comes in as inputs, so that a robot's log repeats its actions."""
+    """Checks that all randomness comes in as inputs, so that a robot's log repeats its actions."""
     for agent in (dreamerv3_models.shake(tiny_agent()), states_agent()):
         traced = trace(agent.acting_program(1, True, None))
         called = {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}

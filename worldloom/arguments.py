@@ -73,7 +73,7 @@ def check_act_state(act_state: Mapping[str, Tensor], envs: int) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """What a batch holds besides observations, all float32 but `is_first`; flags that it lacked are False."""
+    """Holds a batch without its observations, all float32 but `is_first`; flags that it lacked are False."""
 
     actions: Tensor  # [B, T, A]
     rewards: Tensor  # [B, T]

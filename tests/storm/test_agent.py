@@ -1,4 +1,4 @@
-"""How STORM's agent acts, learns, and goes on from a checkpoint."""
+"""Tests of STORM's agent: acting, learning, and going on from a checkpoint."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What STORM imagines, and what it learns from that."""
+"""Tests of STORM's imagination, and of what is learned from it."""
 
 import pytest
 import torch

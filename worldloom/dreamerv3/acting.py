@@ -21,7 +21,7 @@ Policy = ContinuousPolicy | DiscretePolicy
 
 @dataclass(frozen=True)
 class Before:
-    """What acting knows before it sees the observation."""
+    """Holds what acting knows before it sees the observation."""
 
     state: RSSMState  # [E, ...]
     action: Tensor  # [E, A], the previous one

@@ -60,7 +60,7 @@ class Feature:
 
     @property
     def kind(self) -> str:
-        """What it holds: numbers, image, video, or its dtype if it cannot be read (text, depth)."""
+        """Return what it holds: numbers, image, video, or its dtype if it cannot be read (text, depth)."""
         if self.depth:
             return "depth"
         return "numbers" if NUMBERS.fullmatch(self.dtype) else self.dtype
@@ -68,7 +68,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Layout:
-    """What meta/info.json says: the features, and where the files of rows and frames are."""
+    """Holds what meta/info.json says: the features, and where the files of rows and frames are."""
 
     root: Path
     fps: float

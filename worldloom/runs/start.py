@@ -26,7 +26,7 @@ FOLDER = "start"  # of a run: the agent that it began with
 
 
 class Spaces(Protocol):
-    """What a run knows of its environment; see `worldloom.runs.build.EnvSpec`."""
+    """Names what a run knows of its environment; see `worldloom.runs.build.EnvSpec`."""
 
     @property
     def observation_space(self) -> Any: ...

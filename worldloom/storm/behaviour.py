@@ -1,4 +1,4 @@
-"""What STORM learns from imagined steps: policy, critic, slow critic and the range of returns.
+"""STORM's behaviour, which learns from imagined steps: policy, critic, slow critic and the range of returns.
 
 Zhang et al. 2023, "Agent learning".
 """

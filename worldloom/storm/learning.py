@@ -28,7 +28,7 @@ ROWS = ("actions", "rewards", "is_first", "terminated")  # what an update reads 
 
 @dataclass(frozen=True)
 class ImaginationNoise:
-    """All random numbers of an imagination from N starts."""
+    """Holds all random numbers of an imagination from N starts."""
 
     posterior: Tensor  # [B, T + 1, S, K] standard exponential, for the real rows
     order: Tensor  # [B T] uniform: the starts are the trained rows with the N smallest

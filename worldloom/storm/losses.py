@@ -18,7 +18,7 @@ from worldloom.types import Batch
 
 @dataclass(frozen=True)
 class WorldNoise:
-    """All random numbers of the world model's losses on T trained rows."""
+    """Holds all random numbers of the world model's losses on T trained rows."""
 
     posterior: Tensor  # [B, T, S, K] standard exponential
     dropped: Sequence[Dropped]  # one for each block of the transformer, or none

@@ -21,7 +21,7 @@ HIDDEN = -1e9  # score of what must not be seen; finite, so that a row that sees
 
 @dataclass(frozen=True)
 class Dropped:
-    """Where dropout leaves out entries of one block: bools, True where it does; None leaves out none."""
+    """Says where dropout leaves out entries of one block: bools, True where it does; None leaves out none."""
 
     weights: Tensor | None = None  # [B, heads, T, T], of attention
     mixed: Tensor | None = None  # [B, T, D], of attention's output
