@@ -217,8 +217,10 @@ class Collecting:
             self._asked(collector)
         else:
             self._dropped(collector)
-            self._take_whole(collector, chunk, result)
-            self.free(collector)
+            try:
+                self._take_whole(collector, chunk, result)
+            finally:  # a chunk may tell of a lost server, and its actor goes on after the recovery
+                self.free(collector)
 
     def free(self, collector: Collector) -> None:
         """Note that it has no task."""

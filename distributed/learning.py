@@ -41,6 +41,7 @@ class Learning:
         self.tasks: deque[Task] = deque()
         self._writes: list[Any] = []  # references to write-backs under way
         self._picture: Any = None  # a reference to the picture that is being drawn
+        self._batch_bytes = 0  # once the learner is up
 
     def start(self) -> None:
         """Start the learner, and wait until it has built its agent; tasks of an earlier one are forgotten."""
@@ -57,6 +58,7 @@ class Learning:
         opened = self.learner.open.remote(state.config, state.env, shares.learner_threads, state.version)
         spec: AgentSpec = state.launcher.wait(opened, "the learner")
         state.spec, self.node = spec, state.launcher.wait(self.learner.node.remote(), "the learner")
+        self._batch_bytes = spec.batch_size * spec.windows.length * row_bytes(replay_columns(state.env, spec))
         state.watch.follow("learner", self.learner, state.config.runtime.learner_timeout)
 
     def load(self, checkpoint: Path) -> int:
@@ -96,8 +98,7 @@ class Learning:
 
     def batch_bytes(self) -> int:
         """Size of one batch of the learner."""
-        spec = self._state.spec
-        return spec.batch_size * spec.windows.length * row_bytes(replay_columns(self._state.env, spec))
+        return self._batch_bytes
 
     def pending(self) -> list[Any]:
         picture = [] if self._picture is None else [self._picture]

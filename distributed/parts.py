@@ -19,6 +19,7 @@ from worldloom.interrupt import GracefulStop
 
 WAITED_TOGETHER = 50  # of so many references that are waited for, one at a time is taken in
 SHORT_SECONDS = 0.02
+IDLE_SECONDS = 0.02  # between two looks where nothing is under way
 SETTLE_SECONDS = 10.0  # for the last collects of a run; what comes later is discarded and counted
 
 
@@ -44,6 +45,8 @@ class Parts:
             *self.checkpoints.pending(),
         ]
         if not pending:
+            if self.checkpoints.saving is None:
+                time.sleep(min(timeout, IDLE_SECONDS))
             self.checkpoints.wait(timeout)
             return
         ready = set(self._wait(pending, timeout))

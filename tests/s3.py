@@ -4,14 +4,14 @@ import contextlib
 import os
 import uuid
 
-import pytest
-
 
 @contextlib.contextmanager
 def s3_server():
     """Give the settings of a server that speaks S3, as environment variables."""
-    s3fs = pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     variables = {

@@ -12,7 +12,7 @@ import ray
 
 import worldloom.runs.run
 from distributed.coordinator import train
-from distributed.launcher import result_of
+from distributed.launcher import ActorLost, result_of
 from tests.distributed.ray_runs import (
     accepted,
     check,
@@ -51,6 +51,24 @@ def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator,
     summary = finish(made, tmp_path)
     assert summary["actor_restarts"] == 1
     assert summary["env_steps_discarded"] <= 16  # what the dead actor was asked for next counts, and no more
+
+
+@pytest.mark.timeout(240)
+def test_an_actor_whose_chunk_tells_of_a_lost_server_goes_on(coordinator, tmp_path):
+    made = coordinator(slow_config(300))
+    begin, told = made.parts.inserting.begin, []
+
+    def begin_and_tell(chunk, info):
+        begin(chunk, info)
+        if not told:
+            told.append(info)
+            raise ActorLost("the acting server died.")  # as `blame_server` does
+
+    made.parts.inserting.begin = begin_and_tell
+    summary = finish(made, tmp_path)
+    assert told
+    assert summary["env_steps"] >= 300
+    assert summary["env_steps_discarded"] == 0
 
 
 @pytest.mark.slow

@@ -173,11 +173,13 @@ def test_agents_go_to_the_hub_and_come_back(run, hub):
 
 
 def test_a_branch_is_made_and_loaded(hub):
-    push_to_hub(tiny_agent(), "me/dreamer", revision="wide")
+    agent = tiny_agent()
+    push_to_hub(agent, "me/dreamer", revision="wide")
     assert {path.name for path in (hub.root / "me" / "dreamer" / "wide").iterdir()} == {
         "README.md", "config.json", "model.safetensors", "behaviour.safetensors"
     }  # fmt: skip
-    assert from_hub("me/dreamer", "wide").behaviour is not None
+    found = from_hub("me/dreamer", "wide").behaviour.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in agent.behaviour.state_dict().items())
     with pytest.raises(FileNotFoundError, match="from_hub: me/dreamer at narrow is not on the Hub, or not for you"):
         from_hub("me/dreamer", "narrow")
 
