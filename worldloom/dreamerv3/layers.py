@@ -61,8 +61,9 @@ class UpConv(Conv):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
-        sums = self.sums.to(self.weight.dtype)
-        kernels = torch.einsum("pai,qbj,ocij->opqcab", sums, sums, self.weight).flatten(0, 2)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the sums once more
+            sums = self.sums.to(self.weight.dtype)
+            kernels = torch.einsum("pai,qbj,ocij->opqcab", sums, sums, self.weight).flatten(0, 2)
         parts = F.conv2d(x, kernels.to(x.dtype), self.bias.repeat_interleave(4).to(x.dtype), padding=1)
         return F.pixel_shuffle(parts, 2)
 
