@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from worldloom.diamond.reward_end import ENDS, REWARDS
 from worldloom.diamond.rows import Rows
 from worldloom.diamond.world_model import DiamondWorldModel, Dream
 from worldloom.generators import restore_generator
-from worldloom.nets import compile_part
+from worldloom.nets import autocast, compile_part
 from worldloom.tally import Tally
 from worldloom.types import Batch, Precision
 
@@ -61,9 +61,7 @@ class DiamondLearning:
             compile_part(self.behaviour, "encode")
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Return a context for products in the chosen precision. Each phase has its own, since weights that were cast
-        without gradient must not serve where a gradient is needed."""
-        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.model.device.type, self._dtype)
+        return autocast(self.model.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for another number of rows or shape."""
