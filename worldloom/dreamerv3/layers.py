@@ -50,22 +50,20 @@ class UpConv(Conv):
     2.8 times fewer products; its kernels are sums of the 5x5 kernel's entries.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        even, odd = (
-            [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
-            [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]],
-        )
-        self.register_buffer("sums", torch.tensor([even, odd], dtype=torch.float32), persistent=False)
-        self.sums: Tensor  # [parity of the output, input, entry of the kernel]
-
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the sums once more
-            sums = self.sums.to(self.weight.dtype)
-            kernels = torch.einsum("pai,qbj,ocij->opqcab", sums, sums, self.weight).flatten(0, 2)
+        kernels = _summed_pairs(_summed_pairs(self.weight).mT).mT  # [p, q, O, C, 3, 3], p, q: parity of row and column
+        kernels = kernels.permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
         parts = F.conv2d(x, kernels.to(x.dtype), self.bias.repeat_interleave(4).to(x.dtype), padding=1)
         return F.pixel_shuffle(parts, 2)
+
+
+def _summed_pairs(kernel: Tensor) -> Tensor:
+    """Sum neighbours in the last axis, which see the same input of `UpConv`: [..., 5] to [2, ..., 3] for even and odd
+    outputs. Sums and not products, which autocast would round to bfloat16 before they are added."""
+    both = torch.stack([F.pad(kernel, (0, 1)), F.pad(kernel, (1, 0))])
+    summed: Tensor = both.unflatten(-1, (3, 2)).sum(-1)
+    return summed
 
 
 class BlockLinear(nn.Module):
