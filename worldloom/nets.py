@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom import functional as fn
+from worldloom import products
 
 
 def compile_part(owner: Any, name: str) -> None:
@@ -85,7 +86,7 @@ def mish(x: Tensor) -> Tensor:
     return F.mish(x)
 
 
-class NormedLinear(nn.Linear):
+class NormedLinear(products.Linear):
     """Linear, then LayerNorm, then activation: [..., inputs] to [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
@@ -104,7 +105,7 @@ def mlp(
     or a plain linear layer without one: [..., sizes[0]] to [..., outputs]."""
     layers: list[nn.Module] = [NormedLinear(i, o) for i, o in pairwise(sizes)]
     if output_activation is None:
-        layers.append(nn.Linear(sizes[-1], outputs))
+        layers.append(products.Linear(sizes[-1], outputs))
     else:
         layers.append(NormedLinear(sizes[-1], outputs, output_activation))
     return nn.Sequential(*layers)
@@ -114,13 +115,13 @@ def relu_mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
     """Make `layers` times linear (without bias), layer norm, ReLU: [..., inputs] to [..., units]."""
     made: list[nn.Module] = []
     for layer in range(layers):
-        made += [nn.Linear(inputs if layer == 0 else units, units, bias=False), nn.LayerNorm(units), nn.ReLU()]
+        made += [products.Linear(inputs if layer == 0 else units, units, bias=False), nn.LayerNorm(units), nn.ReLU()]
     return nn.Sequential(*made)
 
 
 def relu_head(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
     """Make a `relu_mlp` with a linear output: [..., inputs] to [..., outputs]."""
-    return nn.Sequential(*relu_mlp(inputs, units, layers), nn.Linear(units, outputs))
+    return nn.Sequential(*relu_mlp(inputs, units, layers), products.Linear(units, outputs))
 
 
 def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
     if z.shape[:-1] == action.shape[:-1]:
         return cast(Tensor, network(torch.cat([z, action], -1)))
     first, width = cast(NormedLinear, network[0]), z.shape[-1]
-    x = F.linear(action, first.weight[:, width:]) + F.linear(z, first.weight[:, :width], first.bias)
+    x = products.linear(action, first.weight[:, width:]) + products.linear(z, first.weight[:, :width], first.bias)
     return cast(Tensor, network[1:](first.activation(first.ln(x))))
 
 
@@ -256,12 +257,12 @@ def _one_by_one(x: Tensor, layers: Layers, heads: Tensor | None, dropped: Tensor
     outputs = []
     for place, n in enumerate(range(len(members[0][0])) if heads is None else heads.tolist()):
         (w0, b0, g0, c0), (w1, b1, g1, c1), (w2, b2) = ([p[n] for p in layer] for layer in members)
-        h, eps = F.linear(x, w0, b0), EPS
+        h, eps = products.linear(x, w0, b0), EPS
         if dropped is not None:
             h, eps = h.masked_fill_(dropped[:, place], 0.0), _eps_after(rate)
         h = mish(F.layer_norm(h, h.shape[-1:], g0, c0, eps))
-        h = mish(F.layer_norm(F.linear(h, w1, b1), b1.shape, g1, c1, EPS))
-        outputs.append(F.linear(h, w2, b2))
+        h = mish(F.layer_norm(products.linear(h, w1, b1), b1.shape, g1, c1, EPS))
+        outputs.append(products.linear(h, w2, b2))
     return torch.stack(outputs)
 
 

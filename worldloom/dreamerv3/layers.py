@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from worldloom import functional as fn
+from worldloom import products
 
 NORM_EPS = 1e-4
 
@@ -23,7 +24,7 @@ def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
         weight.mul_(scale)
 
 
-class Linear(nn.Linear):
+class Linear(products.Linear):
     """A linear layer, [..., inputs] to [..., outputs]; scale multiplies its initial kernel."""
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
@@ -83,7 +84,9 @@ class BlockLinear(nn.Module):
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         """Map x [R, inputs] and shared [R, shared] to [R, outputs]."""
         own, rest = self.parts()
-        added = self.bias.to(x.dtype).expand(len(x), -1) if shared is None else torch.addmm(self.bias, shared, rest)
+        added = (
+            self.bias.to(x.dtype).expand(len(x), -1) if shared is None else products.linear(shared, rest.mT, self.bias)
+        )
         return self.grouped(x, own, added)
 
     def parts(self) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,7 @@ class BlockLinear(nn.Module):
     def grouped(self, x: Tensor, own: Tensor, added: Tensor) -> Tensor:
         """Return `added` [R, outputs] plus each block of x [R, inputs] times its block of `own` [G, I / G, O / G]."""
         blocks = x.view(len(x), len(own), -1).transpose(0, 1)
-        product = torch.bmm(blocks, own).transpose(0, 1)  # the sum is laid out as `added`, which saves a copy
+        product = products.bmm(blocks, own).transpose(0, 1)  # the sum is laid out as `added`, which saves a copy
         return (added.view(product.shape) + product).flatten(1)
 
     def product(self, inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -102,10 +105,10 @@ class BlockLinear(nn.Module):
         blocks = self.weight.shape[1]
         own, shared = inputs.split([self.own * blocks, inputs.shape[1] - self.own * blocks], 1)
         by_block = [value.unflatten(1, (blocks, -1)).transpose(0, 1) for value in (own, gradients)]
-        formed = torch.bmm(by_block[0].mT, by_block[1]).transpose(0, 1)  # [I / G, G, O / G]
+        formed = products.bmm(by_block[0].mT, by_block[1]).transpose(0, 1)  # [I / G, G, O / G]
         if not shared.shape[1]:
             return formed
-        return torch.cat([formed, (shared.mT @ gradients).unflatten(1, (blocks, -1))])
+        return torch.cat([formed, products.matmul(shared.mT, gradients).unflatten(1, (blocks, -1))])
 
 
 class _CpuNormSiLU(torch.autograd.Function):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from worldloom import functional as fn
+from worldloom import products
 from worldloom.dreamerv3.layers import BlockLinear, Linear, NormedLinear, NormSiLU, norm_silu
 from worldloom.dreamerv3.unroll import Tape, addend, linear_product
 
@@ -167,11 +167,11 @@ class RSSM(RecurrentCore):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens' share [..., hidden] of the posterior's first layer, for all steps at once."""
         linear = self.obs_in.linear
-        return F.linear(tokens, linear.weight[:, self.deter :], linear.bias)
+        return products.linear(tokens, linear.weight[:, self.deter :], linear.bias)
 
     def _posterior_logits(self, deter: Tensor, embedded: Tensor) -> Tensor:
         linear, norm = self.obs_in.linear, self.obs_in.norm
-        x = norm(embedded + F.linear(deter, linear.weight[:, : self.deter]))
+        x = norm(embedded + products.linear(deter, linear.weight[:, : self.deter]))
         return self._by_variable(self.obs_logits(x))
 
     def _by_variable(self, logits: Tensor) -> Tensor:
@@ -267,14 +267,14 @@ class RSSM(RecurrentCore):
             action, keep, noise, *rest = row
             add, scale = LoopAdded(*rest[:6]), rest[6:]
             h, z = state.deter * keep, (state.stoch * keep.unsqueeze(-1)).flatten(-2)
-            x1 = norm_silu(torch.addmm(add.deter_in, h, w.deter_in), scale[0])
-            x2 = norm_silu(torch.addmm(add.stoch_in, z, w.stoch_in), scale[1])
+            x1 = norm_silu(products.addmm(add.deter_in, h, w.deter_in), scale[0])
+            x2 = norm_silu(products.addmm(add.stoch_in, z, w.stoch_in), scale[1])
             x = torch.cat([x1, x2, action], -1)
-            joint = self.hidden.grouped(h, w.hidden_own, torch.addmm(add.hidden, x, w.hidden_shared))
+            joint = self.hidden.grouped(h, w.hidden_own, products.addmm(add.hidden, x, w.hidden_shared))
             y = norm_silu(joint, scale[2])
             deter = self.gates(self.gru.grouped(y, w.gru, add.gru), h)
-            seen = norm_silu(torch.addmm(add.obs_in, deter, w.obs_in), scale[3])
-            logits = self._by_variable(torch.addmm(add.obs_logits, seen, w.obs_logits))
+            seen = norm_silu(products.addmm(add.obs_in, deter, w.obs_in), scale[3])
+            logits = self._by_variable(products.addmm(add.obs_logits, seen, w.obs_logits))
             read.append(tuple(value.detach() for value in (h, z, x, y, deter, seen)))
             state = RSSMState(deter, self._draw(logits, noise))
             made.append((deter, state.stoch, logits))

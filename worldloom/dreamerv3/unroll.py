@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom import products
+
 Product = Callable[[Tensor, Tensor], Tensor]  # (inputs [N, I], gradients of outputs [N, O]) -> gradient of the weight
 
 
@@ -53,4 +55,4 @@ def addend(weight: Tensor, rows: Tensor, tape: Tape, product: Product) -> Tensor
 
 def linear_product(inputs: Tensor, gradients: Tensor) -> Tensor:
     """Return the gradient of a weight [O, I], from inputs [N, I] and gradients of outputs [N, O]."""
-    return gradients.mT @ inputs
+    return products.matmul(gradients.mT, inputs)
