@@ -97,7 +97,12 @@ class BlockLinear(nn.Module):
     def grouped(self, x: Tensor, own: Tensor, added: Tensor) -> Tensor:
         """Return `added` [R, outputs] plus each block of x [R, inputs] times its block of `own` [G, I / G, O / G]."""
         blocks = x.view(len(x), len(own), -1).transpose(0, 1)
-        product = products.bmm(blocks, own).transpose(0, 1)  # the sum is laid out as `added`, which saves a copy
+        if products.one_by_one(blocks, own):
+            shares = added.unflatten(1, (len(own), -1)).unbind(1)
+            return torch.cat(
+                [part + products.matmul(*pair) for part, *pair in zip(shares, blocks, own, strict=True)], 1
+            )
+        product = torch.bmm(blocks, own).transpose(0, 1)  # the sum is laid out as `added`, which saves a copy
         return (added.view(product.shape) + product).flatten(1)
 
     def product(self, inputs: Tensor, gradients: Tensor) -> Tensor:

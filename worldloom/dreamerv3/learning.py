@@ -175,28 +175,30 @@ class DreamerV3Learning:
     @torch.no_grad()
     def imagine(self, start: RSSMState, noise: UpdateNoise) -> Imagined:
         """Imagine H steps with the current policy from every start [N, ...], without gradient."""
-        state, features, actions = start, [start.features.unsqueeze(0)], []
+        state, features, actions = start, [start.features], []
         for draws in zip(
             noise.policy[:-1].split(self._imagined_at_once), noise.prior.split(self._imagined_at_once), strict=True
         ):
-            state, seen, chosen = self._imagine_steps(state, *draws)
-            features.append(seen.to(features[0].dtype))
-            actions.append(chosen)
-        actions.append(self.behaviour.policy.sample(features[-1][-1], noise.policy[-1]).unsqueeze(0))
-        return self._evaluate_imagined(torch.cat(features), torch.cat(actions))
+            state, seen, chosen = self._imagine_steps(state, features[-1], *draws)
+            features += seen
+            actions += chosen
+        actions.append(self.behaviour.policy.sample(features[-1], noise.policy[-1]))
+        rows = (len(features), -1)  # torch.stack copies on one thread
+        return self._evaluate_imagined(torch.cat(features).unflatten(0, rows), torch.cat(actions).unflatten(0, rows))
 
     def _imagine_steps(
-        self, state: RSSMState, policy_noise: Tensor, prior_noise: Tensor
-    ) -> tuple[RSSMState, Tensor, Tensor]:
-        """Take n steps in the model; return the last state, features after each [n, N, F] and actions [n, N, A]."""
-        features, actions = [], []
+        self, state: RSSMState, features: Tensor, policy_noise: Tensor, prior_noise: Tensor
+    ) -> tuple[RSSMState, list[Tensor], list[Tensor]]:
+        """Take n steps in the model, from a state with these features; return the last state, the features [N, F] after
+        each step, and the actions [N, A]."""
+        seen, actions, dtype = [], [], features.dtype
         for draw, prior in zip(policy_noise.unbind(), prior_noise.unbind(), strict=True):
-            action = self.behaviour.policy.sample(state.features, draw)
+            action = self.behaviour.policy.sample(features, draw)
             state = self.model.rssm.imagine_step(state, action, prior)
+            features = state.features.to(dtype)
             actions.append(action)
-            features.append(state.features)
-        rows = (len(features), -1)  # torch.stack copies on one thread
-        return state, torch.cat(features).unflatten(0, rows), torch.cat(actions).unflatten(0, rows)
+            seen.append(features)
+        return state, seen, actions
 
     def _evaluate_imagined(self, features: Tensor, actions: Tensor) -> Imagined:
         model, behaviour = self.model, self.behaviour
