@@ -214,8 +214,8 @@ def redundancy_reduction(x: Tensor, y: Tensor, redundancy: float, counted: Tenso
     """
     counted = torch.ones_like(x[:, :1]) if counted is None else counted
     rows = counted.sum()
-    c = _standardised(x, counted, rows).mT @ _standardised(y, counted, rows) / rows.clamp(min=1)
-    own = c.diagonal()
+    x, y = _standardised(x, counted, rows), _standardised(y, counted, rows)
+    c, own = x.mT @ y / rows.clamp(min=1), (x * y).sum(0) / rows.clamp(min=1)  # own: the diagonal of c
     loss: Tensor = (own - 1).square().sum() + redundancy * (c.square().sum() - own.square().sum())
     return loss
 

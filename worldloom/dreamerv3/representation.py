@@ -90,12 +90,12 @@ class Contrast(Representation):
     """
 
     def loss(self, predicted: Tensor, tokens: Tensor, counted: Tensor | None, gang: Gang) -> Tensor:  # noqa: ARG002
-        return self.compare(predicted, gang.whole(tokens), gang.rank)
+        return self.compare(predicted, tokens, gang.whole(tokens))
 
-    def compare(self, predicted: Tensor, tokens: Tensor, rank: int) -> Tensor:
-        """Return the mean loss of a learner's rows [N, E], whose tokens begin at row N rank of [size N, E]."""
-        log_probs = F.log_softmax(predicted @ tokens.mT, -1)
-        return -log_probs.diagonal(rank * len(predicted)).mean()
+    def compare(self, predicted: Tensor, own: Tensor, tokens: Tensor) -> Tensor:
+        """Return the mean loss of a learner's rows [N, E] with their own tokens [N, E], among those of all learners
+        [size N, E]."""
+        return ((predicted @ tokens.mT).logsumexp(-1) - (predicted * own).sum(-1)).mean()
 
 
 class NextEmbedding(RedundancyReduction):
