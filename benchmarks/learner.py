@@ -1,7 +1,11 @@
 """Seconds per update of an agent: python -m benchmarks.learner --model dreamerv3:size1m --obs walker
 
 Batches are random numbers of the right shapes in device memory; sampling is not timed, warm-up updates and compilation
-are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run.
+are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run. With
+--representation r2dreamer infonce ne, DreamerV3 is also timed without its decoder, eager, in turn with the update that
+has one:
+
+    python -m benchmarks.learner --obs image --batch 8 --length 32 --eager-only --representation r2dreamer infonce ne
 """
 
 from __future__ import annotations
@@ -30,11 +34,11 @@ OBSERVATIONS: dict[str, tuple[Any, int]] = {  # shapes and action size
 }
 
 
-def make_agent(model: str, obs: str, batch: int, length: int, device: str) -> Agent:
+def make_agent(model: str, obs: str, batch: int, length: int, device: str, **more: Any) -> Agent:
     shape, action_dim = OBSERVATIONS[obs]
     family, _ = resolve(model)
     fields = {"dreamerv3": {"batch_size": batch, "batch_length": length}, "tdmpc2": {"batch_size": batch}}[family]
-    config = build_config(model, fields)
+    config = build_config(model, {**fields, **more})
     description = {
         "family": family,
         "obs_shape": shape,
@@ -122,6 +126,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--updates", type=int, default=20, help="timed updates")
     parser.add_argument("--eager-only", action="store_true", help="do not compile")
+    parser.add_argument("--representation", nargs="+", default=[], choices=["r2dreamer", "infonce", "ne"])
     parser.add_argument("--reference", type=Path, help="checkout of the authors' code to time beside ours")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python that has what it needs")
     return parser.parse_args()
@@ -130,9 +135,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    agents = {}
-    for name in ["eager"] if options.eager_only else ["eager", "compiled"]:
-        agents[name] = make_agent(options.model, options.obs, options.batch, options.length, options.device)
+    agents, sizes = {}, (options.model, options.obs, options.batch, options.length, options.device)
+    for name in [*(["eager"] if options.eager_only else ["eager", "compiled"]), *options.representation]:
+        fields = {"representation": name} if name in options.representation else {}
+        agents[name] = make_agent(*sizes, **fields)
         agents[name].configure_learning(options.precision, name == "compiled")
     batch = random_batch(agents["eager"], options.device)
     times: dict[str, list[float]] = {name: [] for name in agents}
@@ -141,7 +147,7 @@ def main() -> None:
         for _ in range(WARMUP):
             update(agent, batch)
         print(f"{name}: {WARMUP} warm-up updates in {time.perf_counter() - begun:.1f} s", flush=True)
-    for _ in range(options.updates):  # in turn, so that both see the same machine
+    for _ in range(options.updates):  # in turn, so that all see the same machine
         for name, agent in agents.items():
             times[name].append(update(agent, batch))
     if options.reference:

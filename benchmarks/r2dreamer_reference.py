@@ -1,12 +1,12 @@
 """Seconds per update and per action of R2-Dreamer's authors' PyTorch DreamerV3, in a Python of its own.
 
 python benchmarks/r2dreamer_reference.py CHECKOUT OPTIONS: CHECKOUT holds NM512/r2dreamer, OPTIONS are JSON. That Python
-needs torch, tensordict (0.12.4 goes with torch 2.11), tensorboard and PyYAML. The agent is theirs with
-rep_loss=dreamer, the variant with a decoder, from their YAML files. Their sizes from 12M to 400M have the same deter,
-hidden, units, discrete (our classes) and depth as ours; size1m, which they lack, is their size12M with these five
-numbers of the published table. Their update always trains in float16; the precision asked for takes its place here,
-their gradient scaler stays. An action includes moving the observations to the device and the actions back, as their
-trainer does, and runs uncompiled in float32, as there.
+needs torch, tensordict (0.12.4 goes with torch 2.11), tensorboard and PyYAML. The agent is theirs with the rep_loss of
+the option "representation" (dreamer without it: the variant with a decoder), from their YAML files. Their sizes from
+12M to 400M have the same deter, hidden, units, discrete (our classes) and depth as ours; size1m, which they lack, is
+their size12M with these five numbers of the published table. Their update always trains in float16; the precision asked
+for takes its place here, their gradient scaler stays. An action includes moving the observations to the device and the
+actions back, as their trainer does, and runs uncompiled in float32, as there.
 
 Prints seconds as JSON, the last line being the whole: {"update": [...], "act_1": [...], "act_16": [...]}, "update" with
 their torch.compile unless the option "compile" is false (its default is true on CUDA only). With it there is
@@ -68,7 +68,7 @@ def make_config(checkout: Path, options: dict[str, Any], compiled: bool) -> Sett
 
     size = "12M" if options["size"] == "size1m" else options["size"].removeprefix("size").upper()
     model = load("model/_base_") | load(f"model/size{size}") | (SIZE1M if options["size"] == "size1m" else {})
-    model |= {"rep_loss": "dreamer", "compile": compiled}
+    model |= {"rep_loss": options.get("representation", "dreamer"), "compile": compiled}
     root = {"device": options["device"], "env": load(f"env/{CONFIGS[options['obs']]}"), "model": model}
     config: Settings = resolve(model, root)
     return config

@@ -15,13 +15,13 @@ from launch.places import FAILURES, env_config, run_envs, run_place
 from worldloom import load_agent
 from worldloom.acting.evaluation import record_episode
 from worldloom.imagination import OBSERVED, OpenLoop, open_loop
-from worldloom.report.pictures import film, image_keys, plot
+from worldloom.report.pictures import NO_DECODER, film, image_keys, plot, reward_film
 from worldloom.runs.build import choose_device
 
 FRAMES_PER_SECOND = 10
 DESCRIPTION = """Play one episode, show the world model its first steps, and let it imagine the rest from the true
-actions. Images become a film (truth, prediction, error; .gif or .mp4). Otherwise, the result is a plot of true and
-predicted rewards and, if the model has a decoder, observations (.png or .gif)."""
+actions. Images become a film (truth, prediction, error; .gif or .mp4). A model without a decoder is filmed with its
+rewards. Otherwise, the result is a plot of true and predicted rewards and observations (.png or .gif)."""
 
 
 def command_parser() -> ArgumentParser:
@@ -56,11 +56,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(out: Path, loop: OpenLoop, title: str) -> str:
-    """Write a film if there are images and `out` is not a .png, else a plot; return the names of the files."""
+    """Write a film if there are images, or no decoder, and `out` is not a .png; else a plot. Return the names of the
+    files, and what a film without a decoder lacks."""
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     keys = image_keys(loop)
     if out.suffix not in (".gif", ".mp4", ".png"):
         raise ValueError(f"--out is {str(out)!r}, expected a file that ends in .gif, .mp4 or .png.")
+    if not loop.predicted and out.suffix != ".png":
+        save_frames(str(out), reward_film(loop, title), FRAMES_PER_SECOND)
+        return f"{out}. {NO_DECODER}"
     if keys and out.suffix != ".png":
         names = [out if key == keys[0] else out.with_stem(f"{out.stem}-{key}") for key in keys]
         for key, name in zip(keys, names, strict=True):

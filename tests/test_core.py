@@ -53,11 +53,15 @@ class Recorded(TorchDispatchMode):
         return "generator" if isinstance(value, torch.Generator) else value
 
 
+REPRESENTATIONS = ("r2dreamer", "infonce", "ne")  # DreamerV3 without a decoder
+
+
 def dreamer(kind):
     shapes = {"vectors": (3,), "images": (3, 64, 64), "mixed": dreamerv3_models.MIXED}
     classes = {"goal": 5} if kind == "mixed" else None
     parts = (3,) if kind == "discrete" else ()
-    return dreamerv3_models.shake(dreamerv3_models.tiny_agent(shapes.get(kind, (3,)), 3, parts, classes))
+    fields = {"representation": kind, "ne_width": 16} if kind in REPRESENTATIONS else {}
+    return dreamerv3_models.shake(dreamerv3_models.tiny_agent(shapes.get(kind, (3,)), 3, parts, classes, **fields))
 
 
 def tdmpc2(kind):
@@ -88,7 +92,9 @@ def batch_of(agent):
     if isinstance(agent, DiamondAgent):
         return diamond_models.batch_of(agent)
     if not isinstance(agent, TDMPC2Agent):
-        return dreamerv3_models.batch_of(agent)
+        batch = dreamerv3_models.batch_of(agent)
+        batch["is_first"][1, 4] = agent.world_model.decoder is None
+        return batch
     batch, model = tdmpc2_models.batch_of(agent.world_model, terminated=True), agent.world_model
     if model.pixels:
         batch["obs"] = torch.randint(256, (8, 4, *model.obs_shape), dtype=torch.uint8)
@@ -98,7 +104,7 @@ def batch_of(agent):
 
 
 KINDS = [
-    *[(dreamer, kind) for kind in ("vectors", "images", "mixed", "discrete")],
+    *[(dreamer, kind) for kind in ("vectors", "images", "mixed", "discrete", *REPRESENTATIONS)],
     *[(storm, kind) for kind in ("vectors", "images", "mixed")],
     *[(tdmpc2, kind) for kind in ("states", "episodic", "pixels", "discrete", "tasks")],
     *[(diamond, kind) for kind in ("published", "churn")],

@@ -211,6 +211,26 @@ def test_categorical_kl_equals_golden_values():
     assert_close(kl(p, q), 233.429001, rtol=1e-8, atol=0)
 
 
+def test_redundancy_reduction_equals_hand_worked_values():
+    """Over the rows (1, -1, 1, -1), std is 2 / sqrt(3): an entry correlates 3/4 with itself, its double and x + 1."""
+    wave, other = torch.tensor([1.0, -1, 1, -1]).double(), torch.tensor([1.0, 1, -1, -1]).double()
+    x, same = torch.stack([wave, other], 1), torch.stack([2 * wave + 1, other], 1)
+    swapped, both = same.flip(1), torch.stack([same[:, 0], same[:, 0]], 1)
+    for y, expected in [(same, 2 / 16), (swapped, 2 + 0.5 * 2 * 9 / 16), (both, 1 / 16 + 1 + 0.5 * 9 / 16)]:
+        assert_close(fn.redundancy_reduction(x, y, 0.5).item(), expected, rtol=1e-7, atol=0)
+    more = torch.cat([x, torch.full((2, 2), 7.0).double()])  # two rows that do not count
+    counted = torch.tensor([1.0, 1, 1, 1, 0, 0]).double().unsqueeze(1)
+    assert_close(fn.redundancy_reduction(more, more.flip(1), 0.5, counted).item(), 2 + 9 / 16, rtol=1e-7, atol=0)
+
+
+def test_redundancy_of_what_never_varies_has_a_finite_gradient():
+    x = torch.ones(4, 2, requires_grad=True)
+    loss = fn.redundancy_reduction(x, torch.randn(4, 2), 0.5)
+    loss.backward()
+    assert loss == 2
+    assert x.grad.isfinite().all()
+
+
 def test_free_nats_floor_has_no_gradient():
     logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
     kl = fn.free_nats(fn.categorical_kl(fn.unimix_log_probs(logits), fn.unimix_log_probs(torch.zeros(1, 3))))

@@ -14,6 +14,7 @@ from worldloom.gang import Gang
 pytestmark = pytest.mark.timeout(900)
 UPDATES = 6
 KINDS = [(make, kind) for make, kind in ALL_KINDS if make in (dreamer, tdmpc2)]  # the families that can, so far
+FREE = ("output.3.bias", "project.bias")  # of NE-Dreamer's transformer
 NAMES = [f"{make.__name__}-{kind}" for make, kind in KINDS]
 
 
@@ -83,12 +84,14 @@ def test_learners_together_do_what_one_does(name, together):
     for other in ranks[1:]:
         for one, same in zip(ranks[0], other, strict=True):
             assert all(torch.equal(value, same[key]) for key, value in one.items())  # bit for bit
-    first = 2e-5 if kind in ("images", "mixed") else 1e-5  # convolutions sum over more, in another order
+    first = 2e-5 if kind in ("images", "mixed", "ne") else 1e-5  # they sum over more, in another order
     for bound, one, same in zip((first, 2e-3), alone, ranks[0], strict=True):
         assert one.keys() == same.keys()
         for key, value in one.items():
             if key.endswith("/momentum"):
                 continue  # LaProp's, of gradients divided by their own size: entries near zero are mostly noise
+            if kind == "ne" and key.endswith(FREE):
+                continue  # means and softmax take these biases away: their gradients are noise alone
             scale = value.abs().max().clamp(min=1e-8)
             squares = 2 if key.endswith(("/square", "/exp_avg_sq")) else 1
             assert (value - same[key]).abs().max() <= squares * bound * scale, key

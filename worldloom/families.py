@@ -12,7 +12,6 @@ import torch
 
 from worldloom import diamond, dreamerv3, storm, tdmpc2
 from worldloom.arguments import channel_first, usable
-from worldloom.dreamerv3 import DreamerV3Agent, DreamerV3Config, DreamerV3WorldModel
 from worldloom.family import Family, check_overrides, import_family, installed
 from worldloom.locations import Location, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
@@ -29,16 +28,7 @@ if TYPE_CHECKING:
 OBS_CLASSES, ACTION_CLASSES = "obs_classes", "action_classes"  # options that follow from the spaces of an environment
 
 FAMILIES: dict[str, Family] = {
-    "dreamerv3": Family(
-        DreamerV3Config,
-        dreamerv3.SIZES,
-        "size12m",
-        DreamerV3WorldModel,
-        DreamerV3Agent,
-        {OBS_CLASSES: "by key, the class count of observations that are class indices, which are read one-hot"},
-        "DreamerV3 (Hafner et al. 2025): a recurrent state-space model with a decoder; it learns to act in imagination",
-        "image",
-    ),
+    "dreamerv3": dreamerv3.FAMILY,
     "tdmpc2": Family(
         TDMPC2Config,
         tdmpc2.SIZES,

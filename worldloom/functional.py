@@ -205,6 +205,28 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
+def redundancy_reduction(x: Tensor, y: Tensor, redundancy: float, counted: Tensor | None = None) -> Tensor:
+    """Return sum_i (c_ii - 1)^2 + redundancy sum_{i != j} c_ij^2, a scalar, where c_ij is the correlation of entry i of
+    x with entry j of y over N rows (Zbontar et al. 2021, "Barlow Twins", eq. 1).
+
+    x, y: [N, E]. counted: [N, 1] of 0 and 1, the rows that count; all without it. An entry is standardised as
+    (x - mean) / (std + 1e-8), with N - 1 in std and N in c, as R2-Dreamer's code does: c_ii is at most 1 - 1 / N.
+    """
+    counted = torch.ones_like(x[:, :1]) if counted is None else counted
+    rows = counted.sum()
+    x, y = _standardised(x, counted, rows), _standardised(y, counted, rows)
+    c, own = x.mT @ y / rows.clamp(min=1), (x * y).sum(0) / rows.clamp(min=1)  # own: the diagonal of c
+    loss: Tensor = (own - 1).square().sum() + redundancy * (c.square().sum() - own.square().sum())
+    return loss
+
+
+def _standardised(x: Tensor, counted: Tensor, rows: Tensor) -> Tensor:
+    """Return the counted rows of x [N, E] with mean 0 and deviation 1, all others as zeros."""
+    centred = (x - (x * counted).sum(0) / rows.clamp(min=1)) * counted
+    deviation: Tensor = torch.linalg.vector_norm(centred, dim=0) / (rows - 1).clamp(min=1).sqrt()  # its slope at 0 is 0
+    return centred / (deviation + 1e-8)
+
+
 def free_nats(kl: Tensor, nats: float = 1.0) -> Tensor:
     """Return max(kl, nats) elementwise; below it the gradient is zero (DreamerV3, "World model learning")."""
     return kl.clamp(min=nats)

@@ -7,7 +7,7 @@ those of the whole batch, and gradients are means over all learners, so that par
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,14 @@ class Gang:
         gather_(whole, part.detach().contiguous().flatten(), group=self.group)
         return whole
 
+    def whole(self, part: Tensor) -> Tensor:
+        """Return the rows [N, ...] of all learners, [size N, ...], the same everywhere; N is the same everywhere.
+
+        For a loss of the whole batch, which each learner computes: its gradient reaches a learner's own rows `size`
+        times, so that the mean of all learners' gradients is the gradient of that loss.
+        """
+        return part if self.size == 1 else cast(Tensor, _Whole.apply(part, self))  # type: ignore[no-untyped-call]
+
     def mean(self, gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means over all learners of a flat gradient [P] and a scalar loss, in one collective call."""
         if self.size == 1:
@@ -47,6 +55,19 @@ class Gang:
         dist.all_reduce(both, group=self.group)
         both /= self.size
         return both[:-1], both[-1]
+
+
+class _Whole(torch.autograd.Function):
+    """`Gang.whole`, whose backward pass needs nothing of the other learners."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, gang: Gang) -> Tensor:
+        ctx.gang = gang
+        return gang.gather(part).view(-1, *part.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.gang.share(gradients[0], 0) * ctx.gang.size, None
 
 
 ALONE = Gang()

@@ -30,6 +30,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def float32_products(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products of float32 matrices stay in float32, whatever `autocast` around it says."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 class SimNorm(nn.Module):
     """Softmax over consecutive groups of the last axis (Hansen et al. 2024, eq. 5): [..., D] to [..., D].
 

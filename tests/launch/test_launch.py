@@ -205,6 +205,29 @@ def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
     assert "mlp_dim is 16 there, 24 here" in capsys.readouterr().err
 
 
+def test_a_run_without_a_decoder_is_filmed_with_its_rewards(tmp_path, capsys):
+    from launch import imagine
+
+    run_dir = str(tmp_path / "run")
+    arguments = ["--algorithm", "dreamerv3:size1m", "--env.id", "tests.environments:screen", "--env.num_envs", "1",
+                 "--env.image_size", "48", "--runtime", "inline", "--replay.capacity", "200", "--eval.episodes", "1",
+                 "--log.picture_interval", "0", "--run-dir", run_dir]  # fmt: skip
+    small = {"deter": 32, "hidden": 8, "units": 8, "stoch": 4, "classes": 4, "depth": 4, "batch_size": 2,
+             "batch_length": 6, "ne_width": 16}  # fmt: skip
+    arguments += [word for name, value in small.items() for word in (f"--agent.{name}", str(value))]
+    until = ["--train.learning_starts", "20", "--train.total_steps"]
+    words = "agent.representation is 'barlow', expected 'decoder' or 'r2dreamer'"
+    assert words in refusal(capsys, *arguments, *until, "22", "--agent.representation", "barlow")
+    assert main([*arguments, *until, "22", "--agent.representation", "ne"]) == 0
+    assert "embedding_loss" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main(["--resume", "--run-dir", run_dir, "--agent.representation", "decoder"]) == 1
+    assert "config.representation is 'ne' there, 'decoder' here" in capsys.readouterr().err
+    film = tmp_path / "imagined.gif"
+    assert imagine.main(["--run-dir", run_dir, "--out", str(film), "--steps", "7"]) == 0
+    assert "This model has no decoder: it predicts rewards" in capsys.readouterr().out
+    assert imageio.imread(film).shape == (7, 260, 800, 3)
+
+
 def test_a_run_is_filmed_and_its_imagination_shown(tmp_path, capsys):
     from launch import evaluate, imagine
 

@@ -17,7 +17,16 @@ from worldloom import create_world_model
 from worldloom.imagination import OpenLoop, open_loop
 from worldloom.report.origin import commit, origin
 from worldloom.report.page import read_metrics, write_report
-from worldloom.report.pictures import film, image_keys, plot, sequence_picture, strip
+from worldloom.report.pictures import (
+    NO_DECODER,
+    figure_of,
+    film,
+    image_keys,
+    plot,
+    reward_film,
+    sequence_picture,
+    strip,
+)
 from worldloom.report.published import published_curve
 from worldloom.runs.build import subject_of
 from worldloom.runs.config import EnvConfig, RunConfig
@@ -127,6 +136,30 @@ def test_plots_show_a_panel_for_rewards_and_each_entry():
     blue = (np.abs(plot(vector).astype(int) - [0x2A, 0x6F, 0xDB]).sum(-1) < 30).sum()
     assert blue > 500
     assert plot(images(3)).ndim == 3
+
+
+def texts(figure):
+    return [axis.get_title(loc="left") for axis in figure.axes]
+
+
+def test_a_sentence_says_that_there_is_no_decoder():
+    steps = {"truth": {"obs": np.zeros((9, 2))}, "true_rewards": np.zeros(4), "predicted_rewards": np.ones(4)}
+    assert texts(figure_of(OpenLoop(5, predicted={}, **steps))) == [NO_DECODER]
+    assert NO_DECODER not in texts(figure_of(OpenLoop(5, predicted={"obs": np.ones((9, 2))}, **steps)))
+
+
+def test_films_without_a_decoder_show_true_images_and_the_rewards_so_far():
+    red = np.zeros((7, 3, 8, 8), np.float32)
+    red[:, 0] = np.linspace(0, 1, 7)[:, None, None]
+    vector, image = (OpenLoop(5, {"obs": obs}, {}, np.array([0.0, 2]), np.ones(2)) for obs in (np.zeros((7, 2)), red))
+    wide, narrow = reward_film(image), reward_film(vector)
+    assert wide.shape == (7, 260, 800, 3)
+    assert narrow.shape == (7, 260, 600, 3)
+    blue = (np.abs(narrow.astype(int) - [0x2A, 0x6F, 0xDB]).sum(-1) < 60).sum((1, 2))
+    assert blue[6] > blue[4] + 20  # the predicted rewards of two steps, beside the legend's line
+    pure = [((frame[..., 0] > 250) & (frame[..., 1:].max(-1) < 5)).sum() for frame in wide]
+    assert pure[6] > 1000
+    assert pure[0] == 0
 
 
 def test_pictures_are_drawn_from_a_sequence_of_replay():

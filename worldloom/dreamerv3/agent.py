@@ -26,7 +26,8 @@ from worldloom.types import ActState, Array, ColumnSpec, ObsArray, Precision, Wi
 class DreamerV3Agent(ImaginingAgent):
     """An agent with a recurrent state for each environment; `worldloom.types.Agent` describes the methods.
 
-    action_classes: the choices of each one-hot part of an action; () for continuous actions.
+    action_classes: the choices of each one-hot part of an action; () for continuous actions. Raises ValueError if the
+    model embeds other actions.
     """
 
     random_warmup = False
@@ -37,6 +38,11 @@ class DreamerV3Agent(ImaginingAgent):
     learning: DreamerV3Learning
 
     def __init__(self, model: DreamerV3WorldModel, seed: int = 0, action_classes: tuple[int, ...] = ()) -> None:
+        if model.config.representation == "ne" and model.action_classes != tuple(action_classes):
+            raise ValueError(
+                f"the model embeds actions of action_classes={model.action_classes}, but the agent chooses among "
+                f"{tuple(action_classes)}. Make the model with the agent's action_classes."
+            )
         behaviour = Behaviour(model, tuple(action_classes)).to(model.bins.device)
         super().__init__(model, behaviour, DreamerV3Learning(model, behaviour, seed + 1), action_classes, seed)
 

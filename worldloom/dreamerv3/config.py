@@ -25,12 +25,16 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+MOST_ROWS = 128  # of a window, for whose tokens NE-Dreamer has positions
+
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
         ("deter", "hidden", "units", "depth", "stoch", "blocks", "batch_size", "imagination_length"), COUNT
     ),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "reward_layers", "continue_layers"), COUNT),
     **dict.fromkeys(("policy_layers", "value_layers"), COUNT),
+    **dict.fromkeys(("ne_layers", "ne_heads", "ne_width"), COUNT),
+    **dict.fromkeys(("barlow_scale", "infonce_scale", "ne_scale", "redundancy"), NOT_NEGATIVE),
     **dict.fromkeys(("free_nats", "dynamics_scale", "representation_scale", "entropy_scale"), NOT_NEGATIVE),
     **dict.fromkeys(("replay_value_scale", "warmup"), NOT_NEGATIVE),
     **dict.fromkeys(("lr", "clip", "eps", "train_ratio"), POSITIVE),
@@ -69,6 +73,16 @@ class DreamerV3Config:
     unimix: float = 0.01  # uniform share of every latent categorical
     policy_unimix: float = 0.01  # uniform share of discrete policies (the reference's code now ignores its own setting)
 
+    # What features learn from: a decoder's errors, or a comparison with the encoder's tokens, without a decoder
+    representation: Literal["decoder", "r2dreamer", "infonce", "ne"] = "decoder"  # ne: NE-Dreamer
+    barlow_scale: float = 0.05  # weight of the loss of r2dreamer
+    infonce_scale: float = 1.0  # weight of the loss of infonce
+    ne_scale: float = 1.0  # weight of the loss of ne
+    redundancy: float = 5e-4  # lambda of r2dreamer and ne: weight of correlations between different entries
+    ne_layers: int = 2  # blocks of the transformer of ne
+    ne_heads: int = 4  # heads of its attention
+    ne_width: int = 256  # its width
+
     # World model
     batch_size: int = 16  # B, windows per update
     batch_length: int = 64  # T, trained rows per window
@@ -99,6 +113,7 @@ class DreamerV3Config:
     network_fields = (
         "deter", "hidden", "units", "classes", "depth", "stoch", "blocks", "encoder_layers", "decoder_layers",
         "reward_layers", "continue_layers", "policy_layers", "value_layers", "bins", "unimix", "policy_unimix",
+        "representation", "ne_layers", "ne_heads", "ne_width",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -106,6 +121,9 @@ class DreamerV3Config:
         whole, blocks = self.deter % self.blocks == 0, f"a multiple of blocks={self.blocks}"
         require(self, whole, "deter", blocks)
         require(self, 4 * self.depth % self.blocks == 0, "depth", f"such that 4 depth is {blocks}")
+        require(self, self.ne_width % self.ne_heads == 0, "ne_width", f"a multiple of ne_heads={self.ne_heads}")
+        fits = self.representation != "ne" or self.batch_length <= MOST_ROWS
+        require(self, fits, "batch_length", f"at most {MOST_ROWS} with representation='ne'")
         require(self, self.bins % 2 == 1, "bins", "an odd number")
         require(self, self.return_low < self.return_high, "return_low", f"less than return_high={self.return_high}")
 

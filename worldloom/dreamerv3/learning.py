@@ -71,7 +71,9 @@ class DreamerV3Learning:
             return
         model, cuda = self.model, self.model.bins.is_cuda
         model.rssm.steps_at_once, self._imagined_at_once = STEPS_AT_ONCE[cuda]
+        replaced = [(part, name) for part in [model.representation] if part for name in ("predict", "compare")]
         for owner, name in [
+            *replaced,
             (model, "embed"),
             (model.rssm, "prepare"),
             (model.rssm, "learning_steps"),
@@ -158,7 +160,7 @@ class DreamerV3Learning:
         """
         c = self.model.config
         with self._autocast():
-            world = self.model.losses(rows, context, noise.posterior)
+            world = self.model.losses(rows, context, noise.posterior, self.gang)
         states = world.posterior.states
         with self._autocast():
             imagined = self.imagine(states.flatten().detach(), noise)

@@ -1,10 +1,11 @@
-"""DreamerV3's world model: encoder, RSSM, decoder, reward and continue heads, and the losses that train them."""
+"""DreamerV3's world model: encoder, RSSM, decoder (or what replaces it), reward and continue heads, and the losses that
+train them."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,9 @@ from worldloom.arguments import check_action, check_batch, read_steps
 from worldloom.dreamerv3.config import DreamerV3Config
 from worldloom.dreamerv3.encoder import Decoder, Encoder
 from worldloom.dreamerv3.layers import Linear, mlp
+from worldloom.dreamerv3.representation import Rows, make_representation
 from worldloom.dreamerv3.rssm import RSSM, Posterior, RSSMState
+from worldloom.gang import ALONE, Gang
 from worldloom.observations import VECTOR, as_lists, as_mapping, as_tuples, checked
 from worldloom.pretrained import save_model
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory, is_image
@@ -48,8 +51,9 @@ class DreamerV3WorldModel(nn.Module):
     """DreamerV3's world model. obs_shape: one shape, or a mapping of them; (C, H, W) are images, all others vectors.
 
     obs_classes: the class count, by key, of observations that are class indices. A number -inf or a class index -1
-    marks what was not observed. Raises ValueError for images whose sides cannot be halved four times to 3..16, and for
-    class counts without an observation.
+    marks what was not observed. action_classes: the choices of each one-hot part of an action, () for continuous ones;
+    only NE-Dreamer's transformer asks. Raises ValueError for images whose sides cannot be halved four times to 3..16,
+    and for class counts without an observation.
     """
 
     bins: Tensor
@@ -61,6 +65,7 @@ class DreamerV3WorldModel(nn.Module):
         config: DreamerV3Config | None = None,
         episode_length: int | None = None,
         obs_classes: Mapping[str, int] | None = None,
+        action_classes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if action_dim < 1:
@@ -69,7 +74,7 @@ class DreamerV3WorldModel(nn.Module):
         self.obs_shape = as_tuples(obs_shape)
         shapes = as_mapping(self.obs_shape)
         self.action_dim, self.episode_length = action_dim, episode_length
-        self.obs_classes = dict(obs_classes or {})
+        self.obs_classes, self.action_classes = dict(obs_classes or {}), tuple(action_classes)
         for key, count in self.obs_classes.items():
             if key not in shapes or is_image(shapes[key]) or count < 2:
                 raise ValueError(
@@ -80,7 +85,11 @@ class DreamerV3WorldModel(nn.Module):
         features = c.deter + flat
         self.encoder = Encoder(shapes, self.obs_classes, c.units, c.depth, c.encoder_layers)
         self.rssm = RSSM(action_dim, self.encoder.tokens, c.deter, c.hidden, c.stoch, c.classes, c.blocks, c.unimix)
-        self.decoder = Decoder(shapes, self.obs_classes, c.deter, flat, c.units, c.depth, c.decoder_layers, c.blocks)
+        self.decoder: Decoder | None = None
+        if c.representation == "decoder":
+            parts = (shapes, self.obs_classes, c.deter, flat, c.units, c.depth, c.decoder_layers, c.blocks)
+            self.decoder = Decoder(*parts)
+        self.representation = make_representation(c, features, self.encoder.tokens, action_dim, self.action_classes)
         self.reward = Head(features, c.units, c.reward_layers, c.bins, 0.0)
         self.continues = Head(features, c.units, c.continue_layers, 1, 1.0)
         self.register_buffer("bins", fn.symexp_bins(c.bins, dtype=torch.float64).float(), persistent=False)
@@ -123,12 +132,16 @@ class DreamerV3WorldModel(nn.Module):
         return as_latent(posterior)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
-        """Return `obs` (numbers in their units, classes, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""
+        """Return `obs` (numbers in their units, classes, images in [0, 1]; None without a decoder), `reward` [B, 1] and
+        `continue` [B, 1]."""
         assert state.stochastic is not None
-        decoded = self.decoder(state.deterministic, state.stochastic)
-        shown = {name: self.decoder.shown(name, value) for name, value in decoded.items()}
+        obs: Any = None
+        if self.decoder is not None:
+            decoded = self.decoder(state.deterministic, state.stochastic)
+            shown = {name: self.decoder.shown(name, value) for name, value in decoded.items()}
+            obs = shown if isinstance(self.obs_shape, dict) else shown[VECTOR]
         return {
-            "obs": shown if isinstance(self.obs_shape, dict) else shown[VECTOR],
+            "obs": obs,
             "reward": self.predict_reward(state.features).unsqueeze(-1),
             "continue": self.continue_probability(state.features).unsqueeze(-1),
         }
@@ -151,7 +164,8 @@ class DreamerV3WorldModel(nn.Module):
 
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` and its parts: `kl_loss` (`dynamics_loss` and `representation_loss`, scaled and added),
-        `reconstruction_loss` (and `reconstruction/<key>`), `reward_loss` and `continue_loss`, all scalars."""
+        `reconstruction_loss` (and `reconstruction/<key>`; without a decoder `embedding_loss`), `reward_loss` and
+        `continue_loss`, all scalars."""
         check_batch(batch)
         shape = batch["actions"].shape[:2]
         found = self.losses(batch, self.rssm.initial(shape[0]), self.draw_noise(shape[1], shape[0]))
@@ -170,6 +184,7 @@ class DreamerV3WorldModel(nn.Module):
             "family": "dreamerv3",
             "obs_shape": as_lists(self.obs_shape),
             "obs_classes": self.obs_classes,
+            "action_classes": list(self.action_classes),
             "action_dim": self.action_dim,
             "episode_length": self.episode_length,
             "config": dataclasses.asdict(self.config),
@@ -182,15 +197,23 @@ class DreamerV3WorldModel(nn.Module):
         shape = (steps, rows, self.config.stoch, self.config.classes)
         return fn.exponential_noise(shape, generator, self.bins.device)
 
-    def losses(self, batch: Batch, state: RSSMState, noise: Tensor) -> WorldLosses:
-        """Return the losses of rows [B, T, ...] after `state`; noise [T, B, S, K]. Raises ValueError for bad shapes."""
+    def losses(self, batch: Batch, state: RSSMState, noise: Tensor, gang: Gang = ALONE) -> WorldLosses:
+        """Return the losses of rows [B, T, ...] after `state`; noise [T, B, S, K].
+
+        gang: the learners whose rows are one batch. Raises ValueError for bad shapes.
+        """
         obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
         steps = read_steps(batch, obs, self.action_dim)
         given = (steps.actions, steps.rewards, steps.is_first, steps.terminated)
         actions, rewards, is_first, terminated = (value.transpose(0, 1).contiguous() for value in given)
         seen = {name: value.transpose(0, 1) for name, value in obs.items()}
-        posterior = self.rssm.observe(state, actions, self.embed(seen), is_first, noise)
+        tokens = self.embed(seen)
+        posterior = self.rssm.observe(state, actions, tokens, is_first, noise)
         total, parts = self.posterior_losses(posterior, seen, rewards, terminated)
+        if self.representation is not None:
+            rows = Rows(posterior.states.features, actions, is_first, tokens)
+            parts["embedding_loss"] = self.representation(rows, gang)
+            total = total + self.representation.scale * parts["embedding_loss"]
         return WorldLosses(parts, total, posterior)
 
     def embed(self, obs: Mapping[str, Tensor]) -> Tensor:
@@ -203,16 +226,21 @@ class DreamerV3WorldModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts, scalars, of T filtered rows [T, B, ...] (paper: "World model learning"):
         reconstruction + reward + continue losses + dynamics_scale max(free_nats, KL(sg(posterior) || prior))
-        + representation_scale max(free_nats, KL(posterior || sg(prior)))."""
+        + representation_scale max(free_nats, KL(posterior || sg(prior))).
+
+        Without a decoder nothing is reconstructed, and `losses` adds what `representation` compares.
+        """
         c = self.config
         log_q, log_p = posterior.log_probs, self.rssm.prior(posterior.states.deter)
         features = posterior.states.features
-        decoded = self.decoder(posterior.states.deter, posterior.states.stoch.flatten(-2))
-        errors = self.decoder.losses(decoded, obs)
+        parts, errors = {}, {}
+        if self.decoder is not None:
+            decoded = self.decoder(posterior.states.deter, posterior.states.stoch.flatten(-2))
+            errors = self.decoder.losses(decoded, obs)
+            parts["reconstruction_loss"] = sum(errors.values(), torch.zeros_like(rewards)).mean()
         soft_continue = (1 - terminated) * c.discount
         reward_target = fn.two_hot(rewards, self.bins)
-        parts = {
-            "reconstruction_loss": sum(errors.values(), torch.zeros_like(rewards)).mean(),
+        parts |= {
             "reward_loss": fn.soft_cross_entropy(self.reward(features).float(), reward_target).mean(),
             "continue_loss": F.binary_cross_entropy_with_logits(
                 self.continues(features).float().squeeze(-1), soft_continue
@@ -220,13 +248,9 @@ class DreamerV3WorldModel(nn.Module):
             "dynamics_loss": fn.free_nats(fn.categorical_kl(log_q.detach(), log_p), c.free_nats).mean(),
             "representation_loss": fn.free_nats(fn.categorical_kl(log_q, log_p.detach()), c.free_nats).mean(),
         }
-        total = (
-            parts["reconstruction_loss"]
-            + parts["reward_loss"]
-            + parts["continue_loss"]
-            + c.dynamics_scale * parts["dynamics_loss"]
-            + c.representation_scale * parts["representation_loss"]
-        )
+        scales = {"dynamics_loss": c.dynamics_scale, "representation_loss": c.representation_scale}
+        first, *others = [scales[name] * loss if name in scales else loss for name, loss in parts.items()]
+        total = sum(others, first)
         parts |= {"posterior_entropy": fn.categorical_entropy(log_q), "prior_entropy": fn.categorical_entropy(log_p)}
         if isinstance(self.obs_shape, dict):
             parts |= {f"reconstruction/{name}": error.mean() for name, error in errors.items()}

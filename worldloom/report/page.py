@@ -193,7 +193,8 @@ def _imagined(run_dir: Path) -> Section | None:
         return None
     text = (
         "The world model sees the first steps of a recorded sequence, then predicts the rest from the actions alone. "
-        "The command launch.imagine makes such pictures, and films if observations are images."
+        "The command launch.imagine makes such pictures, and films if observations are images or the model has no "
+        "decoder."
     )
     data = base64.b64encode(path.read_bytes()).decode()
     return Section("Imagination", text, f'<img alt="true and predicted" src="data:image/png;base64,{data}">')

@@ -1,4 +1,4 @@
-"""Pictures of what a world model imagines: films of images, plots of rewards and vectors."""
+"""Pictures of what a world model imagines: films of images or of rewards, plots of rewards and vectors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from worldloom.types import Array, WorldModel, is_image, join_obs
 TRUE, PREDICTED = "#222222", "#2a6fdb"
 SEEN_FRAME, IMAGINED_FRAME = (0.15, 0.6, 0.3), (0.16, 0.44, 0.86)  # border of a film's prediction
 WHITE = (1.0, 1.0, 1.0)
+NO_DECODER = "This model has no decoder: it predicts rewards, not observations."
 MOST_NUMBERS = 6  # entries of vectors that a plot shows
 STRIP_COLUMNS = 12
 PICTURE_ROWS = 50  # of a sequence from replay
@@ -52,6 +53,52 @@ def film(loop: OpenLoop, key: str, scale: int = 3) -> Array:
     return _bytes(np.stack(frames).repeat(scale, 1).repeat(scale, 2))
 
 
+def reward_film(loop: OpenLoop, title: str = "") -> Array:
+    """Return frames [T, H, W, 3] uint8 for a model without a decoder: the true images, if observations are images, and
+    rewards, true and predicted, up to each step."""
+    from matplotlib.figure import Figure
+
+    shown = {key: _rgb(value) for key, value in loop.truth.items() if is_image(value.shape[1:])}
+    both = np.concatenate([loop.true_rewards, loop.predicted_rewards])
+    room = 0.1 * max(both.max() - both.min(), 0.1)
+    frames = []
+    for t in range(loop.steps):
+        figure = Figure(figsize=(6 + 2 * len(shown), 2.6), dpi=100, layout="constrained")
+        axes = figure.subplots(1, len(shown) + 1, width_ratios=[1] * len(shown) + [3], squeeze=False)[0]
+        for axis, (key, images) in zip(axes, shown.items(), strict=False):
+            axis.imshow(images[t], interpolation="nearest")
+            axis.set_title("true" if key == "obs" else f"{key}, true", fontsize=9)
+            axis.set_axis_off()
+        until = max(t + 1 - loop.observed, 0)
+        _show_rewards(axes[-1], loop, until)
+        axes[-1].set_ylim(both.min() - room, both.max() + room)
+        axes[-1].set_xlabel(f"step {t}: {'seen' if t < loop.observed else 'imagined'}", fontsize=9)
+        axes[-1].legend(loc="upper left", fontsize=8, frameon=False)
+        figure.suptitle(f"{title}. {NO_DECODER}" if title else NO_DECODER, fontsize=9, x=0.01, ha="left")
+        frames.append(_pixels(figure))
+    return np.stack(frames)
+
+
+def _show_rewards(axis: Any, loop: OpenLoop, until: int) -> None:
+    """Draw the rewards of the first `until` imagined steps on an axis for all steps."""
+    steps = np.arange(loop.observed, loop.observed + until)
+    axis.axvspan(-0.5, loop.observed - 0.5, color="#e8f3ec", lw=0)
+    axis.plot(steps, loop.true_rewards[:until], color=TRUE, lw=1.6, label="true reward")
+    axis.plot(steps, loop.predicted_rewards[:until], color=PREDICTED, lw=1.6, ls="--", label="predicted")
+    axis.set_xlim(-0.5, loop.steps - 0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _pixels(figure: Any) -> Array:
+    """Return a figure as [H, W, 3] uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def strip(loop: OpenLoop, key: str) -> tuple[Array, list[int]]:
     """Return ([3 H, n W, 3] floats, the n steps): truth above prediction above error, at steps spread over the loop."""
     steps = np.unique(np.linspace(0, loop.steps - 1, STRIP_COLUMNS).round().astype(int))
@@ -61,8 +108,15 @@ def strip(loop: OpenLoop, key: str) -> tuple[Array, list[int]]:
 
 
 def plot(loop: OpenLoop, title: str = "") -> Array:
-    """Draw [H, W, 3] uint8: image strips, then rewards, then entries of vectors, true and predicted over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw [H, W, 3] uint8: image strips, then rewards, then entries of vectors, true and predicted over the steps.
+
+    A model without a decoder predicts rewards alone; a sentence says so.
+    """
+    return _pixels(figure_of(loop, title))
+
+
+def figure_of(loop: OpenLoop, title: str = "") -> Any:
+    """Return the matplotlib Figure that `plot` draws."""
     from matplotlib.figure import Figure
 
     images = image_keys(loop)
@@ -85,12 +139,12 @@ def plot(loop: OpenLoop, title: str = "") -> Array:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[len(images)].legend(loc="upper right", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(1, 1.25))
+    if not loop.predicted:
+        axes[0].set_title(NO_DECODER, fontsize=9, loc="left")
     axes[-1].set_xlabel(f"step; the first {loop.observed} are observed, the rest imagined under the true actions")
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure
 
 
 def _show_strip(axis: Any, loop: OpenLoop, key: str) -> None:
