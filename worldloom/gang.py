@@ -7,7 +7,7 @@ those of the whole batch, and gradients are means over all learners, so that par
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,13 @@ class Gang:
         gather_(whole, part.detach().contiguous().flatten(), group=self.group)
         return whole
 
+    def average(self, part: Tensor) -> Tensor:
+        """Return the mean over all learners of an array of one shape everywhere, with gradient.
+
+        A loss of it is one of the whole batch: its gradient, too, is the mean of those that all learners have.
+        """
+        return part if self.size == 1 else cast(Tensor, _Average.apply(part, self))  # type: ignore[no-untyped-call]
+
     def mean(self, gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means over all learners of a flat gradient [P] and a scalar loss, in one collective call."""
         if self.size == 1:
@@ -47,6 +54,23 @@ class Gang:
         dist.all_reduce(both, group=self.group)
         both /= self.size
         return both[:-1], both[-1]
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, gang: Gang) -> Tensor:
+        ctx.gang = gang
+        return _averaged(part, gang)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _averaged(gradients[0], ctx.gang), None
+
+
+def _averaged(part: Tensor, gang: Gang) -> Tensor:
+    whole = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=gang.group)
+    return whole.div_(gang.size)
 
 
 ALONE = Gang()

@@ -76,7 +76,7 @@ class STORMConfig:
     acting_context: int = 16  # steps that acting remembers
     context: int = 8  # C, steps that an imagined episode remembers of the real one
     imagination_length: int = 16  # H, imagined steps from each start
-    imagination_starts: int = 1024  # N, starts per update, or all trained rows where they are fewer
+    imagination_starts: int = 1024  # N, starts per update: equally many of each window, at most all its trained rows
     discount: float = 0.985  # gamma
     lam: float = 0.95  # lambda of the returns
     returns: Literal["paper", "published"] = "paper"  # "published": as the authors' code mixes values into them

@@ -117,7 +117,7 @@ class STORMNetworks(nn.Module):
     def move_statistics(self, seen: Statistics, made: Tensor) -> None:
         """Move the running statistics of all batch norms towards what they saw; see `BatchNorm.move`."""
         modules = [*self.encoder.modules(), *self.decoder.modules()]
-        for norm, found in zip([m for m in modules if isinstance(m, BatchNorm)], seen, strict=True):
+        for norm, found in zip([m for m in modules if isinstance(m, BatchNorm)], seen.pairs, strict=True):
             norm.move(*found, self.config.norm_rate, made)
 
     def draw_noise(self, *lead: int, generator: Generator | None = None) -> Tensor:
