@@ -36,6 +36,7 @@ class Batch(TypedDict):
     is_first: NotRequired[Tensor]  # [B, T] bool, this row starts an episode
     terminated: NotRequired[Tensor]  # [B, T] bool, a true end: the value after it is zero
     truncated: NotRequired[Tensor]  # [B, T] bool, cut short: bootstrap from obs[:, t]
+    life_lost: NotRequired[Tensor]  # [B, T] bool, a life was lost in a game that goes on, where the environment says so
     task: NotRequired[Tensor]  # [B] or [B, T] integers, for multi-task models
     rows: NotRequired[Tensor]  # [B, T] int64, replay's row numbers, for writing columns back
 

@@ -125,6 +125,20 @@ def test_running_statistics_move_a_tenth_of_the_way_to_the_batch(update):
 # Losses
 
 
+def test_a_lost_life_counts_as_an_end_in_an_episode_that_goes_on():
+    agent = tiny_agent()
+    batch, noise = batch_of(agent), draw_world_noise(agent.world_model, 4, 6)
+    lost = torch.zeros(4, 7, dtype=torch.bool)
+    lost[0, 2] = True
+    losses = [
+        world_losses(agent.world_model, {**batch, **flags}, noise).parts["termination_loss"].item()
+        for flags in ({}, {"life_lost": lost}, {"terminated": lost}, {"terminated": lost, "life_lost": lost})
+    ]
+    assert losses[0] != losses[1] == losses[2] == losses[3]
+    staged = agent.learning.stage({**batch, "life_lost": lost})
+    assert torch.equal(staged["life_lost"], lost)
+
+
 def test_gradients_of_each_loss_reach_what_they_should(update):
     _, model, found = update
     parts = ("encoder", "posterior", "stem", "transformer", "prior", "decoder", "reward", "termination")

@@ -21,7 +21,7 @@ from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, 
 from worldloom.envs.vector import guarded
 from worldloom.families import build_config, create_agent
 from worldloom.replay.buffer import ReplayBuffer
-from worldloom.replay.chunk import base_columns
+from worldloom.replay.chunk import LIFE_LOST, base_columns
 from worldloom.report.subject import Subject
 from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
 from worldloom.runs.config import EnvConfig, RunConfig, TrainConfig
@@ -43,6 +43,7 @@ class EnvSpec:
     action_space: Any  # as `worldloom.spaces.ActionCodec` gives it
     action_dim: int
     episode_length: int | None  # agent steps; None if there is no limit
+    marks_lives: bool = False  # whether its rows say where a life was lost
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def probe_env(config: RunConfig) -> EnvSpec:
     env = make_environment(c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
     try:
         _try_out(env)
-        return EnvSpec(env.observation_space, env.action_space, env.action_dim, env.episode_length)
+        return EnvSpec(env.observation_space, env.action_space, env.action_dim, env.episode_length, env.marks_lives)
     finally:
         env.close()
 
@@ -108,6 +109,8 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
 def _check_contract(agent: Agent, env: EnvSpec) -> None:
     """Check the agent against the contract, so that an error in its family shows before the training starts."""
     check_agent(agent, observation_shape(env.observation_space), env.action_dim)
+    if env.marks_lives and not getattr(agent, "reads_lost_lives", False):
+        raise ValueError("it does not learn from lost lives, but env.atari.life_loss is mark. Set it to end or ignore.")
     columns = observation_columns(env.observation_space)
     nothing = join_obs({name: np.zeros((1, *column.shape), column.dtype) for name, column in columns.items()})
     check_acting(agent, nothing, env.action_dim, action_classes(env.action_space))
@@ -177,7 +180,7 @@ class RunEvaluation:
 
     def __init__(self, config: RunConfig, agent: Player) -> None:
         self._config, self._agent = config, agent
-        self._envs = EnvFactory(config.env)
+        self._envs = EnvFactory(config.env.for_evaluation())
         self._evaluator: Evaluator | None = None
 
     def play(self, seconds: float = float("inf")) -> Evaluation | None:
@@ -223,7 +226,13 @@ def agent_spec(agent: Agent) -> AgentSpec:
 
 def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
     """Return every column of a replay row."""
-    return {**base_columns(observation_columns(env.observation_space), env.action_dim), **spec.columns}
+    base = base_columns(observation_columns(env.observation_space), env.action_dim)
+    return {**base, **further_columns(env, spec)}
+
+
+def further_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
+    """Return the columns of a replay row that depend on environment and agent."""
+    return {**(LIFE_LOST if env.marks_lives else {}), **spec.columns}
 
 
 def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0) -> ReplayBuffer:
@@ -244,7 +253,7 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
         env.action_dim,
         obs_dtype=join_obs({name: column.dtype for name, column in observations.items()}),
         windows=spec.windows,
-        columns=spec.columns,
+        columns=further_columns(env, spec),
         seed=config.train.seed + shard,
     )
 

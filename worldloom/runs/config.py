@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from worldloom.envs.suites import AtariConfig, DMCConfig
@@ -40,6 +40,10 @@ class EnvConfig:
         _require(self.num_envs >= 1, "env.num_envs", self.num_envs, "at least 1")
         _require(self.action_repeat >= 1, "env.action_repeat", self.action_repeat, "at least 1")
         _require(self.frame_stack >= 1, "env.frame_stack", self.frame_stack, "at least 1")
+
+    def for_evaluation(self) -> EnvConfig:
+        """Return the environment in which agents are judged: that of training, less what only training does."""
+        return replace(self, atari=self.atari.for_evaluation())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ class STORMAgent(ImaginingAgent):
 
     random_warmup = True
     pretrain = False
+    reads_lost_lives = True
     columns: Mapping[str, ColumnSpec] = {}
     default_precision: Precision = "bfloat16"
     world_model: STORMWorldModel

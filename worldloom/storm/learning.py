@@ -24,7 +24,7 @@ from worldloom.storm.world_model import STORMWorldModel
 from worldloom.tally import Tally
 from worldloom.types import Batch, Precision
 
-ROWS = ("actions", "rewards", "is_first", "terminated")  # what an update reads of a batch besides obs
+ROWS = ("actions", "rewards", "is_first", "terminated", "life_lost")  # what an update reads of a batch besides obs
 
 
 @dataclass(frozen=True)
