@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -245,6 +246,11 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
             f"{windows.length} rows, {windows.length - 1} steps. Lower env.action_repeat, or the field of agent that "
             "sets the length of its windows."
         )
+    if windows.online_queue and config.replay.recency:
+        raise ValueError(
+            f"replay.recency is {config.replay.recency}, but {config.algorithm} takes every fresh window once before "
+            "it draws any other. Leave replay.recency empty."
+        )
     _check_rows_of_a_stream(config, windows.length)
     observations = observation_columns(env.observation_space)
     return ReplayBuffer(
@@ -252,7 +258,7 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
         join_obs({name: column.shape for name, column in observations.items()}),
         env.action_dim,
         obs_dtype=join_obs({name: column.dtype for name, column in observations.items()}),
-        windows=spec.windows,
+        windows=dataclasses.replace(windows, recency=tuple(config.replay.recency)),
         columns=further_columns(env, spec),
         seed=config.train.seed + shard,
     )

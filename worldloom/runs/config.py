@@ -53,14 +53,19 @@ class ReplayConfig:
     Args:
         capacity: rows kept in all shards together; new rows replace the oldest
         shards: replay actors that share the rows; each env actor writes to one, so there may be at most one per actor
+        recency: shares of each batch that come from equal parts of the windows of a shard by age, the oldest first, as
+            [0.1, 0.1, 0.1, 0.7]; [] draws uniformly
     """
 
     capacity: int = 1_000_000
     shards: int = 1
+    recency: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(self.shards >= 1, "replay.shards", self.shards, "at least 1")
         _require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1 row")
+        fits = all(0 <= share <= 1 for share in self.recency) and abs(sum(self.recency) - 1) < 1e-6
+        _require(not self.recency or fits, "replay.recency", self.recency, "shares in [0, 1] that sum to 1, or []")
 
 
 @dataclass(frozen=True, kw_only=True)
