@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 
 from worldloom.types import Array, WindowSpec
@@ -66,7 +64,7 @@ class WindowIndex:
         """
         parts = len(self.spec.recency)
         if not parts:
-            return cast(Array, rng.choice(starts, count))
+            return rng.choice(starts, count)
         cuts = np.arange(parts + 1) * len(starts) // parts
         held = np.diff(cuts) > 0
         shares = np.where(held, self.spec.recency, 0.0)
