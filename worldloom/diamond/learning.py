@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +17,10 @@ from worldloom.diamond.denoiser import DenoisingNoise
 from worldloom.diamond.reward_end import ENDS, REWARDS
 from worldloom.diamond.rows import Rows
 from worldloom.diamond.world_model import DiamondWorldModel, Dream
-from worldloom.gang import ALONE, Gang
+from worldloom.gang import Gang
 from worldloom.generators import restore_generator
-from worldloom.nets import autocast, compile_part
-from worldloom.tally import Tally
+from worldloom.imagining import ImaginingUpdate
+from worldloom.nets import compile_part
 from worldloom.types import Batch, Precision
 
 ROWS = ("obs", "actions", "rewards", "is_first", "terminated", "truncated", "continues")  # that an update reads
@@ -38,20 +37,18 @@ class ImaginationNoise:
     end: Tensor  # [H, B, 2] standard exponential
 
 
-class DiamondLearning:
+class DiamondLearning(ImaginingUpdate):
     """DIAMOND's update: its losses, its optimiser and the generator of its random numbers."""
 
     def __init__(self, model: DiamondWorldModel, behaviour: ActorCritic, seed: int) -> None:
-        c = model.config
-        self.model, self.behaviour, self.tally, self.gang = model, behaviour, Tally(), ALONE
-        self.generator = torch.Generator(model.device).manual_seed(seed)
+        super().__init__(model, seed)
+        self.model, self.behaviour, c = model, behaviour, model.config
         parts = [
             Part(model.denoiser, c.clip_denoiser, c.decay),
             Part(model.reward_end, c.clip_reward, c.decay),
             Part(behaviour, c.clip_policy, 0.0),
         ]
         self.optimizer = GuardedAdamW(parts, c.lr, c.warmup)
-        self._dtype = torch.float32
 
     def join(self, gang: Gang) -> None:
         """Make updates together with the other learners of a gang from now on."""
@@ -64,9 +61,6 @@ class DiamondLearning:
             compile_part(self.model.denoiser, "raw")
             compile_part(self.model.reward_end, "features")
             compile_part(self.behaviour, "encode")
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.model.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for another number of rows or shape."""

@@ -94,6 +94,12 @@ class STORMConfig:
     agent_eps: float = 1e-5  # added to the root of the squared gradients of policy and critic
     train_ratio: float = 1024.0  # replayed steps per environment step
 
+    # What trained weights fit: the shapes of parameters, and what the networks compute with them
+    network_fields = (
+        "hidden", "layers", "heads", "max_length", "stem_channels", "stoch", "classes", "unimix", "units",
+        "vector_layers", "agent_layers", "bins", "act_on",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         require(self, self.hidden % self.heads == 0, "hidden", f"a multiple of heads={self.heads}")

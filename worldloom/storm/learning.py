@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,16 +11,16 @@ from torch import Tensor
 
 from worldloom.actor_critic import RunningRange
 from worldloom.capture import Tensors
-from worldloom.gang import ALONE, Gang
+from worldloom.gang import Gang
 from worldloom.generators import restore_generator
-from worldloom.nets import autocast, compile_part
+from worldloom.imagining import ImaginingUpdate
+from worldloom.nets import compile_part
 from worldloom.observations import as_mapping
 from worldloom.optim import GuardedAdam, load_optimizer, move_towards
 from worldloom.storm.behaviour import Behaviour, Imagined, agent_losses, lambda_returns
 from worldloom.storm.losses import WorldLosses, WorldNoise, draw_world_noise, world_losses
-from worldloom.storm.transformer import Cache, Dropped, contexts, segments
+from worldloom.storm.transformer import Cache, contexts, segments
 from worldloom.storm.world_model import STORMWorldModel
-from worldloom.tally import Tally
 from worldloom.types import Batch, Precision
 
 ROWS = ("actions", "rewards", "is_first", "terminated", "life_lost")  # what an update reads of a batch besides obs
@@ -43,19 +42,17 @@ class ImaginationNoise:
         return (places + steps * torch.arange(windows, device=places.device).unsqueeze(1)).flatten()
 
 
-class STORMLearning:
+class STORMLearning(ImaginingUpdate):
     """STORM's update: its losses, its two optimisers and the generator of its random numbers."""
 
     def __init__(self, model: STORMWorldModel, behaviour: Behaviour, seed: int) -> None:
-        c, device = model.config, model.bins.device
-        self.model, self.behaviour, self.tally, self.gang = model, behaviour, Tally(), ALONE
-        self.generator = torch.Generator(device).manual_seed(seed)
+        super().__init__(model, seed)
+        self.model, self.behaviour, c = model, behaviour, model.config
         world = [{"params": list(model.parameters())}]
         agent = [{"params": [*behaviour.policy.parameters(), *behaviour.value.parameters()]}]
         self.world_optimizer = GuardedAdam(world, c.world_lr, c.world_eps, c.world_clip)
         self.agent_optimizer = GuardedAdam(agent, c.agent_lr, c.agent_eps, c.agent_clip)
         self.world_losses, self.agent_losses = world_losses, agent_losses  # `configure` may compile them
-        self._dtype = torch.float32
 
     def join(self, gang: Gang) -> None:
         """Make updates together with the other learners of a gang from now on.
@@ -73,9 +70,6 @@ class STORMLearning:
             for name in ("world_losses", "agent_losses", "_roll_out")[self.gang.size > 1 :]:
                 compile_part(self, name)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.model.bins.device, self._dtype)
-
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for other keys, shapes or lengths."""
         given = {name: torch.as_tensor(value) for name, value in batch.items() if name in ROWS}
@@ -88,7 +82,8 @@ class STORMLearning:
         obs = {name.removeprefix("obs/"): value for name, value in given.items() if name.startswith("obs/")}
         batch = cast(Batch, {**{name: given[name] for name in ROWS if name in given}, "obs": obs})
         size, steps = batch["actions"].shape[0], batch["actions"].shape[1] - 1
-        world, norm, made = self.update_world(batch, self.draw_world_noise(size, steps))
+        noise = draw_world_noise(self.model, size, steps, self.generator, self.gang)
+        world, norm, made = self.update_world(batch, noise)
         agent, made = self.update_agent(batch, self.draw_noise(size, steps), made)
         self.tally.add({"loss": world.total, **world.parts, "grad_norm": norm, **agent}, made)
         return {}
@@ -121,19 +116,10 @@ class STORMLearning:
             move_towards(behaviour.slow_value.parameters(), behaviour.value.parameters(), made * c.slow_rate)
         return {**losses, **logged, "agent_grad_norm": norm}, made
 
-    def draw_world_noise(self, batch: int, steps: int) -> WorldNoise:
-        """Draw the noise of the world model's losses: of several learners, each draws that of the whole batch and keeps
-        its share."""
-        share = self.gang.share
-        noise = draw_world_noise(self.model, batch * self.gang.size, steps, self.generator)
-        masks = ((each.weights, each.mixed, each.fed) for each in noise.dropped)
-        dropped = [Dropped(*(None if mask is None else share(mask, 0) for mask in each)) for each in masks]
-        return WorldNoise(share(noise.posterior, 0), dropped)
-
     def draw_noise(self, batch: int, steps: int) -> ImaginationNoise:
         """Draw all random numbers of an imagination from a batch of windows with `steps` trained rows; this learner's
         share of those for the whole batch."""
-        model, generator, device, share = self.model, self.generator, self.model.bins.device, self.gang.share
+        model, generator, device, share = self.model, self.generator, self.device, self.gang.share
         length, whole = model.config.imagination_length, batch * self.gang.size
         count = whole * min(-(-model.config.imagination_starts // whole), steps)
         return ImaginationNoise(

@@ -34,10 +34,13 @@ class WorldLosses:
     seen: Statistics
 
 
-def draw_world_noise(networks: STORMNetworks, batch: int, steps: int, generator: Generator | None = None) -> WorldNoise:
-    """Draw all random numbers of `world_losses` for windows [batch, steps + 1]."""
-    posterior = networks.draw_noise(batch, steps, generator=generator)
-    return WorldNoise(posterior, networks.transformer.draw_dropped(batch, steps, generator))
+def draw_world_noise(
+    networks: STORMNetworks, batch: int, steps: int, generator: Generator | None = None, gang: Gang = ALONE
+) -> WorldNoise:
+    """Draw all random numbers of `world_losses` for windows [batch, steps + 1]; in a gang, a learner's share."""
+    posterior = networks.draw_noise(batch * gang.size, steps, generator=generator)
+    dropped = networks.transformer.draw_dropped(batch * gang.size, steps, generator)
+    return WorldNoise(gang.share(posterior, 0), [each.share(gang) for each in dropped])
 
 
 def world_losses(networks: STORMNetworks, batch: Batch, noise: WorldNoise, gang: Gang = ALONE) -> WorldLosses:
