@@ -38,10 +38,10 @@ def test_two_env_actors_train_to_the_end_and_a_picture_shows_what_is_imagined(ma
 def test_a_run_whose_learner_is_killed_goes_on(make, tmp_path, no_pages):
     config = make(runtime=RUNTIME, checkpoint=CheckpointConfig(interval=100))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=400))
-    summary, counts = run_and_kill(config, tmp_path, [(150, "learner"), (220, "learner")])
+    summary, counts = run_and_kill(config, tmp_path, [(200, "learner")])
     assert summary["status"] == "completed"
     assert summary["env_steps"] == counts.steps >= 400
-    assert summary["actor_restarts"] == 2
+    assert summary["actor_restarts"] == 1
     assert verify(tmp_path) == []
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=450))
     summary, counts = run(longer, tmp_path, resume=True)

@@ -132,6 +132,25 @@ def test_plots_show_a_panel_for_rewards_and_each_entry():
     assert plot(images(3)).ndim == 3
 
 
+def test_a_single_imagined_reward_is_drawn_as_a_point():
+    loop = OpenLoop(5, {"obs": np.zeros((6, 3, 8, 8))}, {"obs": np.zeros((6, 3, 8, 8))}, np.ones(1), np.zeros(1))
+    below = plot(loop)[-180:].astype(int)  # beneath the images and the legend
+    assert (np.abs(below - [0x2A, 0x6F, 0xDB]).sum(-1) < 60).sum() > 10
+
+
+def test_rewards_of_a_model_that_knows_their_signs_are_compared_by_sign():
+    class Signs(Adder):
+        predicts_signs = True
+
+    loops = [
+        open_loop(model, np.zeros((4, 1), np.float32), np.zeros((4, 1), np.float32), np.array([0.0, 2, -7, 0]), 1)
+        for model in (Adder(), Signs())
+    ]
+    assert [loop.true_rewards.tolist() for loop in loops] == [[2, -7, 0], [1, -1, 0]]
+    assert [loop.reward for loop in loops] == ["reward", "sign of reward"]
+    assert create_world_model("diamond:tiny", obs_shape=(3, 16, 16), action_dim=2).predicts_signs
+
+
 def test_pictures_are_drawn_from_a_sequence_of_replay():
     model = tiny_agent().world_model
     buffer = ReplayBuffer(100, (3,), 2)

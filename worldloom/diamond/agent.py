@@ -50,9 +50,8 @@ class DiamondAgent(ImaginingAgent):
         chance `epsilon`, and the new act_state. Raises ValueError for another shape or number of rows."""
         shown = self.world_model.check_image("act", obs, 1)
         given = {"obs/obs": shown, "is_first": torch.as_tensor(is_first), **self._previous(act_state, len(shown))}
-        found = self._act(given, explore=explore)
-        kept = {name: found[name].clone() for name in ("hidden", "cell")}  # the next call fills the same buffers
-        return found["action"].cpu().numpy(), kept
+        kept = {name: value.clone() for name, value in self._act(given, explore=explore).items()}
+        return kept.pop("action").cpu().numpy(), kept
 
     def _choose(self, given: Tensors, explore: bool = True) -> Tensors:
         """Return the LSTM's state after these frames, and drawn actions; runs on the device alone."""
@@ -64,8 +63,7 @@ class DiamondAgent(ImaginingAgent):
         return act_step(self.behaviour, {**given, **noise}, self.config.epsilon)
 
     def _fresh(self, envs: int) -> dict[str, Tensor]:
-        hidden, cell = self.behaviour.lstm.initial(envs)
-        return {"hidden": hidden, "cell": cell}
+        return dict(zip(("hidden", "cell"), self.behaviour.lstm.initial(envs), strict=True))
 
     def _acting_tensors(self) -> list[Tensor]:
         return list(self.behaviour.parameters())

@@ -48,6 +48,8 @@ class DiamondWorldModel(nn.Module):
     frame from torch's own generator. Raises ValueError for other observations and sides that cannot be halved.
     """
 
+    predicts_signs = True  # of rewards
+
     def __init__(
         self,
         obs_shape: ObsShape,
