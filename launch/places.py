@@ -73,12 +73,13 @@ def small_files(run: Path) -> Iterator[Path]:
 
 
 def env_config(run: Path) -> EnvConfig:
-    """Return the environment config of a run. Raises FileNotFoundError if the run has no config.yaml."""
+    """Return the environment config of a run's evaluations. Raises FileNotFoundError if it has no config.yaml."""
     saved = run / "config.yaml"
     if not is_file(saved):
         raise FileNotFoundError(f"{run} holds no config.yaml, expected the directory of a run.")
     fields: dict[str, Any] = yaml.safe_load(read_bytes(saved))["env"]
-    return EnvConfig(**{**fields, "atari": AtariConfig(**fields["atari"]), "dmc": DMCConfig(**fields["dmc"])})
+    saved_env = {**fields, "atari": AtariConfig(**fields["atari"]), "dmc": DMCConfig(**fields["dmc"])}
+    return EnvConfig(**saved_env).for_evaluation()
 
 
 def run_envs(env: EnvConfig, count: int, seed: int, video: bool = False) -> VectorEnv:

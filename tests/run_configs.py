@@ -61,6 +61,40 @@ def dreamer_config(env="Counting", **sections):
     return tiny_config(**{**parts, **sections})
 
 
+TINY_STORM = {
+    "hidden": 32, "heads": 4, "max_length": 16, "stem_channels": 2, "stoch": 4, "classes": 4, "units": 16,
+    "batch_size": 4, "batch_length": 6, "context": 3, "acting_context": 5, "imagination_length": 4,
+    "imagination_starts": 12,
+}  # fmt: skip
+
+TINY_DIAMOND = {
+    "cond": 16, "channels": 8, "reward_cond": 16, "reward_channels": 8, "reward_lstm": 16, "policy_channels": 8,
+    "policy_lstm": 16, "horizon": 3, "batch_size": 2,
+}  # fmt: skip
+
+
+def storm_config(**sections):
+    """4 windows of 6 trained rows an update, an update every second step; from images [3, 64, 64]."""
+    parts = {
+        "algorithm": "storm:tiny",
+        "agent": TINY_STORM,
+        "env": EnvConfig(id="tests.environments:Screen-v0", num_envs=2),
+        "train": TrainConfig(total_steps=300, learning_starts=100, train_ratio=12),
+    }
+    return tiny_config(**{**parts, **sections})
+
+
+def diamond_config(**sections):
+    """2 windows of 7 rows an update, an update every fourth step, the warm-up included; from images [3, 16, 16]."""
+    parts = {
+        "algorithm": "diamond:tiny",
+        "agent": TINY_DIAMOND,
+        "env": EnvConfig(id="tests.environments:Screen-v0", num_envs=2, image_size=16),
+        "train": TrainConfig(total_steps=300, learning_starts=100, train_ratio=3.5),
+    }
+    return tiny_config(**{**parts, **sections})
+
+
 def diverging(config):
     """The same run with a learning rate that makes every parameter infinite."""
     return dataclasses.replace(config, agent={**config.agent, "lr": 1e30, "warmup": 0})

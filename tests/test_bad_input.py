@@ -1,15 +1,20 @@
 """What models, agents and replay refuse, and that the refusal names what was wrong."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.dreamerv3_models import MIXED, batch_of, tiny_agent
+from tests.storm_models import tiny_agent as storm_agent
 from tests.tdmpc2_models import batch_of as tdmpc2_batch
 from tests.tdmpc2_models import tiny_model
 from worldloom import create_world_model
-from worldloom.runs.build import agent_spec, make_replay, probe_env
-from worldloom.runs.config import EnvConfig, RunConfig
+from worldloom.envs.suites import AtariConfig
+from worldloom.runs.build import agent_spec, make_replay, make_run_agent, probe_env, replay_columns
+from worldloom.runs.config import EnvConfig, ReplayConfig, RunConfig
 from worldloom.tdmpc2 import TDMPC2Agent
+from worldloom.types import ColumnSpec
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,19 @@ def test_episodes_shorter_than_a_window_are_refused_when_the_replay_is_made():
         ValueError, match="ends its episodes after 2 steps, but tdmpc2:1m learns from windows of 4 rows"
     ):
         make_replay(config, env, agent_spec(TDMPC2Agent(tiny_model(3, 1))))
+
+
+def test_lost_lives_are_marked_only_for_agents_that_learn_from_them():
+    env = EnvConfig(id="ALE/Breakout-v5", action_repeat=4, atari=AtariConfig(life_loss="mark"))
+    config = RunConfig(algorithm="dreamerv3:size1m", env=env)
+    found = probe_env(config)
+    assert found.marks_lives
+    with pytest.raises(ValueError, match="does not learn from lost lives, but env.atari.life_loss is mark. Set it to"):
+        make_run_agent(config, found, "cpu", 0)
+    spec = agent_spec(storm_agent((3, 64, 64), 4, (4,)))
+    assert replay_columns(found, spec)["life_lost"] == ColumnSpec((), "bool")
+    replay = make_replay(dataclasses.replace(config, replay=ReplayConfig(capacity=100)), found, spec)
+    assert "life_lost" in replay.specs
 
 
 def test_depths_that_do_not_fit_the_blocks_are_refused():

@@ -77,8 +77,8 @@ def tdmpc2(kind):
 
 def storm(kind):
     shapes = {"images": (3, 64, 64), "mixed": {"camera": (3, 64, 64), "state": (3,)}}
-    act_on = "prior" if kind == "images" else "posterior"
-    return storm_models.tiny_agent(shapes.get(kind, (3,)), 3, (3,) if kind == "images" else (), act_on=act_on)
+    chosen = {"act_on": "prior", "free_nats": 0.0} if kind == "images" else {}
+    return storm_models.tiny_agent(shapes.get(kind, (3,)), 3, (3,) if kind == "images" else (), **chosen)
 
 
 def diamond(kind):

@@ -14,7 +14,7 @@ import torch
 from numpy.testing import assert_allclose
 
 import worldloom
-from tests import dreamerv3_models, tdmpc2_models
+from tests import diamond_models, dreamerv3_models, storm_models, tdmpc2_models
 from tests.dreamerv3_models import MIXED, tiny_agent
 from tests.tdmpc2_models import TINY, tiny_model
 from worldloom import functional as fn
@@ -140,6 +140,50 @@ def test_dreamerv3_exports_take_modes_by_default(case, tmp_path, monkeypatch):
     with monkeypatch.context() as inner:
         check_acts_as(agent, paths, inner, sample=False)
     assert isinstance(agent.behaviour.policy, DiscretePolicy) == (case == "images and choices")
+
+
+IMAGINERS = {
+    "storm, vectors": lambda: storm_models.tiny_agent((3,), 2, (), act_on="posterior"),
+    "storm, images on the prior": lambda: storm_models.tiny_agent((3, 48, 48), 3, (3,), act_on="prior"),
+    "storm, mixed": lambda: storm_models.tiny_agent({"camera": (3, 48, 48), "state": (3,)}, 5, (3, 2)),
+    "diamond": lambda: diamond_models.shake(diamond_models.tiny_agent(epsilon=0.5), 0.2),
+}
+
+
+def imaginer(case):
+    """An agent whose latents and actions depend on what it sees."""
+    agent = IMAGINERS[case]()
+    with torch.no_grad():
+        for name, parameter in agent.world_model.named_parameters():
+            if name.startswith(("posterior", "prior")):
+                parameter.mul_(5)
+        for name, buffer in agent.world_model.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return agent
+
+
+QUICK = ("storm, images on the prior", "diamond")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in IMAGINERS])
+def test_agents_that_learn_in_imagination_export_with_given_noise_and_with_modes(case, tmp_path, monkeypatch):
+    agent = imaginer(case)
+    suffixes = (".onnx",) if case in QUICK else (".pt2", ".onnx")
+    check_acts_as(agent, exported(agent, tmp_path, suffixes, sample=True), monkeypatch, sample=True)
+    paths = exported(agent, tmp_path, (".pt2",))
+    likeliest(monkeypatch)
+    with monkeypatch.context() as inner:
+        check_acts_as(agent, paths, inner, sample=False)
+
+
+def test_exports_of_imagining_agents_hold_what_acting_needs_alone():
+    for case in ("storm, images on the prior", "diamond"):
+        agent = imaginer(case)
+        held = sum(value.numel() for value in agent.acting_program(1, True).module.state_dict().values())
+        assert held == agent.acting_weights().size
+        with pytest.raises(ValueError, match="plan is True, but (STORM|DIAMOND) acts with its policy"):
+            worldloom.export(agent, "actor.pt2", plan=True)
 
 
 def tasks_agent():

@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 
 from worldloom import create_world_model, get_config, get_model_info, list_models
 from worldloom.dreamerv3 import DreamerV3Config
+from worldloom.families import FAMILIES
 from worldloom.tdmpc2 import TDMPC2Config
 
 
@@ -20,6 +22,23 @@ def test_presets_are_listed_with_what_they_are():
     assert verbose["dreamerv3:size12m"]["default_obs"] == "image"
     assert verbose["tdmpc2:317m"]["parameters"] == "317M"
     assert all(info.keys() == {"description", "family", "parameters", "default_obs"} for info in verbose.values())
+
+
+SMALL = ("dreamerv3:size1m", "tdmpc2:1m", "storm:tiny", "diamond:tiny")
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in list_models()]
+)
+def test_the_quick_starts_five_lines_are_those_of_every_preset(preset):
+    shape = (3, 64, 64) if get_model_info(preset)["default_obs"] == "image" else (39,)
+    model = create_world_model(preset, obs_shape=shape, action_dim=4)
+    trajectory = model.imagine(model.encode(torch.rand(1, *shape)), torch.rand(15, 1, 4) * 2 - 1)
+    assert list(trajectory.rewards.shape) == [15, 1, 1]
+
+
+def test_every_family_has_a_small_preset_in_these_tests():
+    assert {name.partition(":")[0] for name in SMALL} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(

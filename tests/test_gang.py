@@ -8,13 +8,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.test_core import KINDS as ALL_KINDS
-from tests.test_core import batch_of, dreamer, tdmpc2
+from tests.test_core import batch_of
 from worldloom.gang import Gang
 
 pytestmark = pytest.mark.timeout(900)
 UPDATES = 6
-KINDS = [(make, kind) for make, kind in ALL_KINDS if make in (dreamer, tdmpc2)]  # the families that can, so far
 FREE = ("output.3.bias", "project.bias")  # of NE-Dreamer's transformer
+KINDS = [(make, kind) for make, kind in ALL_KINDS if kind != "churn"]  # which takes long, and draws one number more
 NAMES = [f"{make.__name__}-{kind}" for make, kind in KINDS]
 
 

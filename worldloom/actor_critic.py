@@ -21,6 +21,8 @@ class NormalPolicy(nn.Module):
     mlp: a network from features to [..., units]; mean, std: linear layers from there to m and s, [..., A] each.
     """
 
+    noise = "normal_action"  # what a program calls it
+
     def __init__(self, mlp: nn.Module, mean: nn.Linear, std: nn.Linear) -> None:
         super().__init__()
         self.mlp, self.mean, self.std = mlp, mean, std
@@ -46,6 +48,10 @@ class NormalPolicy(nn.Module):
         """Draw noise for `sample`: [*shape, A] standard normal."""
         return torch.randn(*shape, self.mean.out_features, generator=generator, device=device)
 
+    def mode_noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the noise [*shape, A] with which `sample` gives the mean."""
+        return torch.zeros(*shape, self.mean.out_features)
+
 
 class ChoicePolicy(nn.Module):
     """Independent categoricals over one-hot parts of the action, each mixed with a share `unimix` of the uniform one.
@@ -53,6 +59,8 @@ class ChoicePolicy(nn.Module):
     mlp: a network from features to [..., units]; logits: a linear layer from there to [..., A]. classes: the choices of
     each part; they sum to A.
     """
+
+    noise = "exponential_action"  # what a program calls it
 
     def __init__(self, mlp: nn.Module, logits: nn.Linear, classes: tuple[int, ...], unimix: float) -> None:
         super().__init__()
@@ -79,6 +87,10 @@ class ChoicePolicy(nn.Module):
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Draw noise for `sample`: [*shape, A] standard exponential."""
         return fn.exponential_noise((*shape, self.logits.out_features), generator, device)
+
+    def mode_noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the noise [*shape, A] with which `sample` gives the likeliest choices."""
+        return torch.ones(*shape, self.logits.out_features)
 
 
 class RunningRange(nn.Module):

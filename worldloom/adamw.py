@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldloom.gang import ALONE
 from worldloom.optim import flat_gradient, load_optimizer, views
 
 
@@ -32,12 +33,13 @@ class Part:
 class GuardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) for several parts with gradients of their own, from one sum of losses.
 
-    The learning rate grows from 0, in the first update, to `lr` over `warmup` updates. A step that is not finite
-    changes nothing. Nothing is read back to the host, so a step can be part of a CUDA graph.
+    The learning rate grows from 0, in the first update, to `lr` over `warmup` updates. With a `gang` a step is made
+    from the mean of its learners' gradients. A step that is not finite changes nothing. Nothing is read back to the
+    host, so a step can be part of a CUDA graph.
     """
 
     def __init__(self, parts: Sequence[Part], lr: float, warmup: int) -> None:
-        groups = [part.groups() for part in parts]
+        groups, self.gang = [part.groups() for part in parts], ALONE
         self.params: list[Tensor] = [p for both in groups for group in both for p in group["params"]]
         self._sizes = [sum(p.numel() for group in both for p in group["params"]) for both in groups]
         self._limits, self._lr, self._warmup = [part.clip for part in parts], lr, warmup
@@ -49,10 +51,10 @@ class GuardedAdamW:
     def step(self, loss: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Make a step that lowers the scalar `loss`; return whether it was made, and each part's norm before clipping:
         scalars on the device."""
-        flat = flat_gradient(loss, self.params)
+        flat, loss = self.gang.mean(flat_gradient(loss, self.params), loss)
         pieces = flat.split(self._sizes)
         norms = [torch.linalg.vector_norm(piece) for piece in pieces]
-        made = torch.isfinite(torch.stack(norms).sum()) & torch.isfinite(loss.detach())
+        made = torch.isfinite(torch.stack(norms).sum()) & torch.isfinite(loss)
         for piece, norm, limit in zip(pieces, norms, self._limits, strict=True):
             piece.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         for parameter, grad in zip(self.params, views(flat, self.params), strict=True):

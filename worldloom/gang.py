@@ -47,6 +47,13 @@ class Gang:
         """
         return part if self.size == 1 else cast(Tensor, _Whole.apply(part, self))  # type: ignore[no-untyped-call]
 
+    def average(self, part: Tensor) -> Tensor:
+        """Return the mean over all learners of an array of one shape everywhere, with gradient.
+
+        A loss of it is one of the whole batch: its gradient, too, is the mean of those that all learners have.
+        """
+        return part if self.size == 1 else cast(Tensor, _Average.apply(part, self))  # type: ignore[no-untyped-call]
+
     def mean(self, gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means over all learners of a flat gradient [P] and a scalar loss, in one collective call."""
         if self.size == 1:
@@ -68,6 +75,23 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.gang.share(gradients[0], 0) * ctx.gang.size, None
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, gang: Gang) -> Tensor:
+        ctx.gang = gang
+        return _averaged(part, gang)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _averaged(gradients[0], ctx.gang), None
+
+
+def _averaged(part: Tensor, gang: Gang) -> Tensor:
+    whole = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=gang.group)
+    return whole.div_(gang.size)
 
 
 ALONE = Gang()

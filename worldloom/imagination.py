@@ -29,6 +29,7 @@ class OpenLoop:
     predicted: Mapping[str, Array]  # [T, ...] by key
     true_rewards: Array  # [T - observed], of the imagined rows
     predicted_rewards: Array  # [T - observed]
+    reward: str = "reward"  # what both of them are, in words
 
     @property
     def steps(self) -> int:
@@ -44,7 +45,8 @@ def open_loop(
 
     obs: [T, *obs_shape] or a mapping, actions [T, A], rewards [T], aligned as rows (`worldloom.types`): row 0's
     action and reward are not read. observed: rows, at least 1 and fewer than T. seed: for the model's draws;
-    torch's own generator stays as it was. Raises ValueError for shorter sequences.
+    torch's own generator stays as it was. A model whose `predicts_signs` is true is compared with the rewards' signs.
+    Raises ValueError for shorter sequences.
     """
     steps = len(actions)
     if not 1 <= observed < steps:
@@ -67,12 +69,14 @@ def open_loop(
     if decoded[0] is not None:
         by_row = [split_obs(each) for each in decoded]
         predicted = {_key(name): _numbers(torch.cat([each[name] for each in by_row])) for name in by_row[0]}
+    true_rewards, signs = np.asarray(rewards, np.float32)[observed:], getattr(model, "predicts_signs", False)
     return OpenLoop(
         observed,
         {_key(name): _numbers(value) for name, value in parts.items()},
         predicted,
-        np.asarray(rewards, np.float32)[observed:],
+        np.sign(true_rewards) if signs else true_rewards,
         _numbers(imagined.rewards[:, 0, 0]),
+        "sign of reward" if signs else "reward",
     )
 
 

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from worldloom.arguments import check_act_state
 from worldloom.capture import Captured, Tensors
+from worldloom.gang import ALONE, Gang
 from worldloom.generators import restore_generator
 from worldloom.learner import Learner
+from worldloom.nets import autocast, flatten, load_flat
+from worldloom.observations import as_mapping
 from worldloom.staging import Columns
-from worldloom.types import Batch, Metrics, Precision
+from worldloom.tally import Tally
+from worldloom.types import ActState, Array, Batch, Metrics, ObsArray, Precision, split_obs
+
+
+class ImaginingUpdate:
+    """The parts that updates share: random numbers, metrics, the precision of products, and the gang of learners.
+
+    seed: of the generator, on the model's device.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.tally, self._dtype = Tally(), torch.float32
+        self.gang: Gang = ALONE
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.device, self._dtype)
 
 
 class ImaginingAgent:
     """An agent made of a world model, a behaviour that acts, and the update that trains both.
 
-    A family adds `act` with `_choose`, the windows and columns that it reads, and its acting weights;
+    A family adds `_choose` and `_fresh`, the windows and columns that it reads, and its acting tensors;
     `worldloom.types.Agent` describes the methods. learning: its `Update`, with `configure`, `state_dict` and
     `load_state_dict`. action_classes: the choices of each one-hot part of an action; () for continuous actions.
     """
@@ -38,9 +60,40 @@ class ImaginingAgent:
         self._act = Captured(self._choose, self.device, self.acting_generator)
         self._learner = Learner(learning, self.device)
 
+    # Acting
+
+    @torch.inference_mode()
+    def act(
+        self,
+        obs: ObsArray,
+        act_state: ActState | None,
+        is_first: Array,
+        explore: bool = True,  # noqa: ARG002 - the references sample in evaluation too
+    ) -> tuple[Array, ActState]:
+        """Return actions [E, A] for obs [E, *obs_shape], one-hot or drawn from the normal and not clipped, and the new
+        act_state. Raises ValueError for obs of other keys or shapes, or an act_state of another number of rows."""
+        shown = {name: torch.as_tensor(value) for name, value in as_mapping(obs).items()}
+        shown = self.world_model.as_mapping(shown, "act", 1)
+        state = self._previous(act_state, len(next(iter(shown.values()))))
+        found = self._act({**split_obs(shown), "is_first": torch.as_tensor(is_first), **state})
+        kept = {name: value.clone() for name, value in found.items()}  # the next call fills the same buffers
+        return kept["action"].cpu().numpy(), kept
+
     def _choose(self, given: Tensors) -> Tensors:
         """Return actions, and the act_state after them; runs on the device alone."""
         raise NotImplementedError
+
+    def _fresh(self, envs: int) -> dict[str, Tensor]:
+        """Return the act_state of environments that were never acted in."""
+        raise NotImplementedError
+
+    def _previous(self, act_state: ActState | None, envs: int) -> dict[str, Tensor]:
+        if act_state is None:
+            return self._fresh(envs)
+        check_act_state(act_state, envs)
+        return dict(act_state)
+
+    # Learning
 
     @property
     def updates(self) -> int:
@@ -68,6 +121,22 @@ class ImaginingAgent:
     def collect(self) -> Metrics:
         """Return means since the last call. Waits for the device. Raises FloatingPointError as `update`."""
         return self._learner.collect()
+
+    # Exchange
+
+    def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
+        """Return {}: acting makes nothing for replay to store. A family whose acting does has a method of its own."""
+        return {}
+
+    def _acting_tensors(self) -> list[Tensor]:
+        """Return what acting needs, and nothing else: parameters, and buffers that learning changes."""
+        raise NotImplementedError
+
+    def acting_weights(self) -> Array:
+        return flatten(self._acting_tensors())
+
+    def load_acting_weights(self, flat: Array) -> None:
+        load_flat(self._acting_tensors(), flat)
 
     def describe(self) -> dict[str, Any]:
         return {**self.world_model.describe(), "action_classes": list(self.action_classes)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from worldloom import functional as fn
 from worldloom import products
+from worldloom.gang import ALONE, Gang
 
 
 def compile_part(owner: Any, name: str) -> None:
@@ -145,14 +147,19 @@ def mlp_of_pair(network: nn.Sequential, z: Tensor, action: Tensor) -> Tensor:
 EPS = 1e-5  # eps of norms
 
 
-Statistics = list[tuple[Tensor, Tensor]]  # mean and unbiased variance [C] of a batch, one pair for each batch norm
+@dataclass(frozen=True)
+class Statistics:
+    """What batch norms saw in a batch, which is that of all learners of a gang together."""
+
+    gang: Gang = ALONE
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # mean and unbiased variance [C] of each norm
 
 
 class BatchNorm(nn.Module):
     """Batch norm over all but the channels of [N, C, h, w], then ReLU.
 
-    Learning passes a list, normalises with the batch's own statistics and leaves them in the list, so that a loss
-    changes no buffer; `move` does. Without a list the running statistics are used.
+    Learning passes `seen`, normalises with the batch's own statistics and leaves them there, so that a loss changes no
+    buffer; `move` does. Without it the running statistics are used.
     """
 
     running_mean: Tensor
@@ -168,10 +175,25 @@ class BatchNorm(nn.Module):
         if seen is None:
             mean, var = self.running_mean, self.running_var
             return F.relu(F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=EPS))
+        if seen.gang.size > 1:
+            return F.relu(self._normed_together(x, seen))
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         out = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=EPS)
-        seen.append((mean, var))  # with a momentum of 1 the batch's own, variance unbiased
+        seen.pairs.append((mean, var))  # with a momentum of 1 the batch's own, variance unbiased
         return F.relu(out)
+
+    def _normed_together(self, x: Tensor, seen: Statistics) -> Tensor:
+        """Return x normalised with the statistics of all learners' shares, which have one size.
+
+        The mean square is taken in float64, so that the mean's own can be taken off it.
+        """
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        mean, square = seen.gang.average(torch.stack([mean.double(), mean.double().square() + var])).unbind()
+        var, mean = (square - mean.square()).float(), mean.float()
+        count = seen.gang.size * x.numel() // x.shape[1]
+        seen.pairs.append((mean.detach(), var.detach() * (count / (count - 1))))
+        shift, scale = (value[:, None, None] for value in (mean, self.weight * (var + EPS).rsqrt()))
+        return ((x - shift) * scale + self.bias[:, None, None]).to(x.dtype)
 
     @torch.no_grad()
     def move(self, mean: Tensor, var: Tensor, rate: float, made: Tensor) -> None:

@@ -7,6 +7,7 @@ before. `normal_X`, `uniform_X` and `exponential_X` are noise of that standard d
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import logging
@@ -16,13 +17,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from worldloom.extras import how_to_install
 from worldloom.types import Agent, ObsShape, is_image
+
+M = TypeVar("M", bound=nn.Module)
 
 TORCH, ONNX = ".pt2", ".onnx"
 OPSET = 20  # of ONNX; onnxruntime reads it since 1.17
@@ -61,6 +64,58 @@ def example_obs(shape: ObsShape, envs: int, classes: Sequence[str] = ()) -> tupl
         kind = torch.uint8 if is_image(tuple(shapes[key])) else torch.int32 if key in classes else torch.float32
         examples[name] = torch.zeros(envs, *shapes[key], dtype=kind)
     return examples, names
+
+
+def without(model: M, *parts: str) -> M:
+    """Return a copy of a module on the CPU that lacks some parts, so that no file holds what it does not need."""
+    kept = copy.copy(model)
+    kept._modules = {name: None if name in parts else part for name, part in model._modules.items()}
+    return copy.deepcopy(kept).cpu()
+
+
+class Step(nn.Module):
+    """A step of acting with inputs and outputs by name.
+
+    step: a module from tensors to `action` and the state after; it takes `is_first`, observations as `obs/KEY`, the
+    state before, and noise. obs_names: input -> key. state: names. modes: noise that is not an input, by name.
+    """
+
+    def __init__(
+        self, step: nn.Module, obs_names: Mapping[str, str], state: Sequence[str], modes: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.step, self.obs_names, self.state, self.modes = step, dict(obs_names), tuple(state), dict(modes)
+
+    def forward(self, **given: Tensor) -> dict[str, Tensor]:
+        before = {f"obs/{key}": given[name] for name, key in self.obs_names.items()}
+        before |= {name: given[f"{name}_in"] for name in self.state}
+        after = self.step({**given, **before, **self.modes})
+        return {"action": after["action"].clone(), **{f"{name}_out": after[name] for name in self.state}}
+
+
+def step_program(
+    step: nn.Module,
+    obs_shape: ObsShape,
+    envs: int,
+    state: Mapping[str, Tensor],
+    noise: Mapping[str, Tensor],
+    sample: bool,
+) -> Program:
+    """Return a step of acting, as `Step` takes it, as a program.
+
+    state: the first one, zeros. noise: the numbers that give every distribution's mode; `sample` makes them inputs.
+    """
+    obs, obs_names = example_obs(obs_shape, envs)
+    before = {f"{name}_in": value.cpu() for name, value in state.items()}
+    inputs = {**obs, "is_first": torch.ones(envs, dtype=torch.bool), **before, **(noise if sample else {})}
+    apart = {name: value.clone() for name, value in inputs.items()}  # torch.export takes one tensor for one input
+    return Program(Step(step, obs_names, tuple(state), {} if sample else noise), apart)
+
+
+def refuse_plan(plan: bool | None, name: str) -> None:
+    """Raise ValueError for plan=True, for an agent of this name that acts without a search."""
+    if plan:
+        raise ValueError(f"export: plan is True, but {name} acts with its policy. Leave it out.")
 
 
 def export(

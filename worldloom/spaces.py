@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from torch import Tensor
 
 from worldloom.types import Array, ColumnSpec, ObsArray, ObsShape, is_image, join_obs, split_obs
 
@@ -80,10 +82,25 @@ class ObservationEntry:
         return vector
 
 
-def resize_image(image: Array, side: int) -> Array:
-    """Resize [C, H, W] uint8 to [C, side, side] uint8, bilinear with antialiasing."""
-    resized = F.interpolate(torch.from_numpy(image)[None].float(), (side, side), mode="bilinear", antialias=True)
-    return resized[0].round().clamp(0, 255).to(torch.uint8).numpy()
+def resize_image(image: Array, side: int, area: bool = False) -> Array:
+    """Resize [C, H, W] uint8 to [C, side, side] uint8: bilinear with antialiasing or, by `area`, to means of the pixels
+    that a new one covers, in proportion to how much of each it covers."""
+    pixels = torch.from_numpy(image).float()
+    if area:
+        rows, columns = (coverage(size, side) for size in image.shape[1:])
+        resized = rows @ pixels @ columns.mT
+    else:
+        resized = F.interpolate(pixels[None], (side, side), mode="bilinear", antialias=True)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+@functools.cache
+def coverage(size: int, side: int) -> Tensor:
+    """Return which share of each of `side` new pixels is covered by each of `size` old ones: [side, size]."""
+    edge, step = torch.arange(side, dtype=torch.float64).unsqueeze(1) * (size / side), size / side
+    pixel = torch.arange(size, dtype=torch.float64)
+    overlap = torch.minimum(edge + step, pixel + 1) - torch.maximum(edge, pixel)
+    return (overlap.clamp(min=0) / step).float()
 
 
 class ObservationCodec:

@@ -36,6 +36,7 @@ class Batch(TypedDict):
     is_first: NotRequired[Tensor]  # [B, T] bool, this row starts an episode
     terminated: NotRequired[Tensor]  # [B, T] bool, a true end: the value after it is zero
     truncated: NotRequired[Tensor]  # [B, T] bool, cut short: bootstrap from obs[:, t]
+    life_lost: NotRequired[Tensor]  # [B, T] bool, a life was lost in a game that goes on, where the environment says so
     task: NotRequired[Tensor]  # [B] or [B, T] integers, for multi-task models
     rows: NotRequired[Tensor]  # [B, T] int64, replay's row numbers, for writing columns back
 
@@ -101,6 +102,13 @@ class WindowSpec:
     context: int  # leading rows that give context and are not trained on
     crosses_episodes: bool  # whether a window may run over an is_first row
     online_queue: bool = False  # give every fresh stretch of `length` rows to a batch once, before drawing uniformly
+    # the share of a batch that comes from each of so many equal parts of the windows, the oldest first; () for uniform
+    recency: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        fits = all(0 <= share <= 1 for share in self.recency) and abs(sum(self.recency) - 1) < 1e-6
+        if self.recency and not fits:
+            raise ValueError(f"recency is {list(self.recency)}, expected shares in [0, 1] that sum to 1, or none.")
 
     @property
     def trained(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distributed.coordinator import train
-from tests.run_configs import dreamer_config, tiny_config
+from tests.run_configs import diamond_config, dreamer_config, storm_config, tiny_config
 from worldloom.files import read_msgpack
 from worldloom.manifest import newest_checkpoint
 from worldloom.report.page import read_metrics
@@ -19,16 +19,18 @@ from worldloom.runs.inline import InlineTrainer
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
 
 
+MAKERS = {"tdmpc2": tiny_config, "dreamerv3": dreamer_config, "storm": storm_config, "diamond": diamond_config}
+RATIOS = {"tdmpc2": 12, "dreamerv3": 8, "storm": 12, "diamond": 3.5}
+
+
 def config(family, steps=300, **runtime):
     parts = {
-        "train": TrainConfig(
-            total_steps=steps, learning_starts=100, train_ratio=12 if family == "tdmpc2" else 8, seed=5
-        ),
+        "train": TrainConfig(total_steps=steps, learning_starts=100, train_ratio=RATIOS[family], seed=5),
         "eval": EvalConfig(interval=100, episodes=3),
         "checkpoint": CheckpointConfig(interval=100, keep=9),
         "runtime": RuntimeConfig(**{"kind": "ray", "sync": True, "env_actors": 1, "learner_threads": 1, **runtime}),
     }
-    return tiny_config(**parts) if family == "tdmpc2" else dreamer_config(**parts)
+    return MAKERS[family](**parts)
 
 
 def inline(made, run_dir, resume=False):
@@ -96,6 +98,8 @@ def whole(tmp_path_factory):
         ("tdmpc2", 1),
         pytest.param("dreamerv3", 0, marks=pytest.mark.slow),
         ("dreamerv3", 1),
+        pytest.param("storm", 1, marks=pytest.mark.slow),
+        pytest.param("diamond", 1, marks=pytest.mark.slow),
     ],
 )
 def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, whole, tmp_path):
@@ -119,6 +123,10 @@ def test_lockstep_on_ray_is_bit_for_bit_the_in_process_trainer(family, actors, w
         pytest.param("inline", "ray", "dreamerv3", marks=pytest.mark.slow),
         pytest.param("ray", "inline", "tdmpc2", marks=pytest.mark.slow),
         ("ray", "inline", "dreamerv3"),
+        pytest.param("inline", "inline", "storm", marks=pytest.mark.slow),
+        pytest.param("inline", "inline", "diamond", marks=pytest.mark.slow),
+        pytest.param("ray", "ray", "storm", marks=pytest.mark.slow),
+        pytest.param("ray", "ray", "diamond", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(family, first, second, whole, tmp_path):

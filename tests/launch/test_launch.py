@@ -21,6 +21,7 @@ from launch.claim import Claim
 from launch.train import main
 from tests.run_configs import TINY_YAML, tiny_config
 from worldloom import load_agent
+from worldloom.envs.suites import AtariConfig
 from worldloom.manifest import newest_checkpoint, read_manifest, write_manifest
 from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint
 from worldloom.runs.inline import InlineTrainer
@@ -93,6 +94,15 @@ def test_published_protocols_are_those_of_the_paper_and_of_the_authors_code():
     assert of("dmc_vision", *head)[:3] == ("dreamerv3:size200m", 1, 256)
     assert of("atari100k") == ("dreamerv3:size200m", 4, 128, 0, True)
     assert of("atari100k", *head) == ("dreamerv3:size200m", 4, 256, 30, False)
+    storm = parse("--config", str(ROOT / "configs" / "storm_atari100k.yaml"))
+    assert (storm.algorithm, storm.env.action_repeat, storm.train.train_ratio) == ("storm:18m", 4, 1024)
+    assert (storm.train.total_steps, storm.train.learning_starts, storm.replay.recency) == (102_000, 1024, [])
+    assert storm.env.atari == AtariConfig(sticky=0.25, noops=0, resize="area", life_loss="mark", same_seed=True)
+    diamond = parse("--config", str(ROOT / "configs" / "diamond_atari100k.yaml"))
+    assert (diamond.algorithm, diamond.env.action_repeat, diamond.train.train_ratio) == ("diamond:atari", 4, 2432)
+    assert (diamond.train.total_steps, diamond.train.learning_starts) == (100_000, 5000)
+    assert diamond.env.atari == AtariConfig(least_noops=1, noops=30, resize="area", life_loss="end")
+    assert diamond.replay.recency == [0.1, 0.1, 0.1, 0.7]
     assert of("atari") == ("dreamerv3:size200m", 4, 32, 0, True)
     assert of("atari", *head) == ("dreamerv3:size200m", 4, 32, 30, True)
 

@@ -1,11 +1,13 @@
 """What a world model imagines, shown; and the page that a run ends with."""
 
 import base64
+import csv
 import io
 import json
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import imageio.v3 as imageio
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from tests.dreamerv3_models import tiny_agent
 from worldloom import create_world_model
+from worldloom.envs.suites import AtariConfig
 from worldloom.imagination import OpenLoop, open_loop
 from worldloom.report.origin import commit, origin
 from worldloom.report.page import read_metrics, write_report
@@ -162,6 +165,25 @@ def test_films_without_a_decoder_show_true_images_and_the_rewards_so_far():
     assert pure[0] == 0
 
 
+def test_a_single_imagined_reward_is_drawn_as_a_point():
+    loop = OpenLoop(5, {"obs": np.zeros((6, 3, 8, 8))}, {"obs": np.zeros((6, 3, 8, 8))}, np.ones(1), np.zeros(1))
+    below = plot(loop)[-180:].astype(int)  # beneath the images and the legend
+    assert (np.abs(below - [0x2A, 0x6F, 0xDB]).sum(-1) < 60).sum() > 10
+
+
+def test_rewards_of_a_model_that_knows_their_signs_are_compared_by_sign():
+    class Signs(Adder):
+        predicts_signs = True
+
+    loops = [
+        open_loop(model, np.zeros((4, 1), np.float32), np.zeros((4, 1), np.float32), np.array([0.0, 2, -7, 0]), 1)
+        for model in (Adder(), Signs())
+    ]
+    assert [loop.true_rewards.tolist() for loop in loops] == [[2, -7, 0], [1, -1, 0]]
+    assert [loop.reward for loop in loops] == ["reward", "sign of reward"]
+    assert create_world_model("diamond:tiny", obs_shape=(3, 16, 16), action_dim=2).predicts_signs
+
+
 def test_pictures_are_drawn_from_a_sequence_of_replay():
     model = tiny_agent().world_model
     buffer = ReplayBuffer(100, (3,), 2)
@@ -191,6 +213,35 @@ def test_published_curves_are_found_by_task_and_algorithm():
     assert pong.mean[-1] == pytest.approx(-5.0, abs=0.1)
     assert published_curve(subject("ALE/MsPacman-v5", "dreamer")).mean[-1] == pytest.approx(1521, abs=1)
     assert published_curve(subject("ALE/Pong-v5")) is None  # TD-MPC2's authors played none
+    sticky = AtariConfig(sticky=0.25)
+    found = published_curve(subject("ALE/KungFuMaster-v5", "storm:18m", atari=sticky))
+    assert (found.label, found.frames, found.seeds) == ("STORM, published (5 seeds)", (400_000,), 5)
+    assert published_curve(subject("ALE/Qbert-v5", "storm", atari=sticky)).mean == (pytest.approx(4523, abs=1),)
+    assert published_curve(subject("ALE/Qbert-v5", "storm")) is None  # without sticky actions it is another task
+    assert published_curve(subject("ALE/Boxing-v5", "diamond")).std == (pytest.approx(11.6, abs=0.05),)
+    assert published_curve(subject("ALE/Boxing-v5", "diamond", atari=sticky)) is None
+    assert published_curve(subject("ALE/Pong-v5", "dreamer", atari=sticky)).frames[-1] > 10**8
+
+
+def test_every_game_of_atari100k_has_the_scores_of_three_families():
+    games = {family: set() for family in ("dreamerv3", "storm", "diamond")}
+    for row in csv.DictReader((files("worldloom.report") / "published_scores.csv").read_text().splitlines()):
+        if row["suite"].startswith("atari100k"):
+            games[row["family"]].add(row["task"])
+    assert games["storm"] == games["diamond"] == games["dreamerv3"]
+    assert len(games["storm"]) == 26
+
+
+def test_the_score_of_trained_agents_is_a_band_that_a_long_run_is_drawn_with(tmp_path):
+    about = subject("ALE/Boxing-v5", "diamond", action_repeat=4)
+    fake_run(tmp_path, scale=300)  # 90,000 steps: 360,000 frames
+    page = write_report(tmp_path, about, "").read_text()
+    assert "<!-- DIAMOND, published (5 seeds) -->" in page
+    assert "of agents trained for 400,000 frames" in page
+    fake_run(tmp_path)
+    page = write_report(tmp_path, about, "").read_text()
+    assert "DIAMOND, published" not in page
+    assert "first point lies at 400,000 frames: 86.9" in page
     assert published_curve(subject("Pendulum-v1")) is None
 
 

@@ -12,13 +12,18 @@ from torch.testing import assert_close
 
 from launch.train import main
 from tests.run_configs import dreamer_config, tiny_config
-from worldloom import create_world_model, load_agent
+from worldloom import create_world_model, get_config, load_agent
+from worldloom.diamond import DiamondConfig, DiamondWorldModel
+from worldloom.diamond.actor_critic import ActorCritic
 from worldloom.dreamerv3 import DreamerV3Config, DreamerV3WorldModel
 from worldloom.dreamerv3.behaviour import Behaviour
+from worldloom.runs.agent_state import take_agent, write_agent
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
 from worldloom.runs.config import StartConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.start import keep_network, read_start, with_network_of
+from worldloom.storm import STORMConfig, STORMWorldModel
+from worldloom.storm.behaviour import Behaviour as STORMBehaviour
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, save_official
 from worldloom.tdmpc2.planner import Planner
 
@@ -117,12 +122,20 @@ def test_optimisers_and_counters_are_new(official):
 
 
 @pytest.mark.parametrize(
-    ("config", "model"), [(TDMPC2Config, TDMPC2WorldModel), (DreamerV3Config, DreamerV3WorldModel)]
+    ("config", "model"),
+    [
+        (TDMPC2Config, TDMPC2WorldModel),
+        (DreamerV3Config, DreamerV3WorldModel),
+        (STORMConfig, STORMWorldModel),
+        (DiamondConfig, DiamondWorldModel),
+    ],
 )
 def test_only_network_fields_shape_parameters(config, model):
+    shape = (3, 64, 64) if config is DiamondConfig else (3,)
+
     def shapes(**changed):
         with torch.device("meta"):
-            found = parameters_of(model((3,), 2, config(**changed)))
+            found = parameters_of(model(shape, 2, config(**changed)))
         return {name: value.shape for name, value in found.items()}
 
     plain, tried = shapes(), 0
@@ -133,13 +146,25 @@ def test_only_network_fields_shape_parameters(config, model):
             assert shapes(**{field.name: field.default * 2 if field.type == "int" else field.default / 2}) == plain
             tried += 1
     assert tried > 8
-    for name in ("latent_dim", "mlp_dim") if config is TDMPC2Config else ("deter", "value_layers"):
+    shaping = {
+        TDMPC2Config: ("latent_dim", "mlp_dim"),
+        DreamerV3Config: ("deter", "value_layers"),
+        STORMConfig: ("hidden", "agent_layers"),
+        DiamondConfig: ("context", "policy_lstm"),
+    }
+    for name in shaping[config]:
         assert shapes(**{name: 2 * getattr(config(), name)}) != plain
 
 
 def parameters_of(model):
     """Every parameter of a model and, where it has one, of its behaviour."""
-    behaviour = Behaviour(model, ()).state_dict() if isinstance(model, DreamerV3WorldModel) else {}
+    behaviour = {}
+    if isinstance(model, DreamerV3WorldModel):
+        behaviour = Behaviour(model, ()).state_dict()
+    if isinstance(model, STORMWorldModel):
+        behaviour = STORMBehaviour(model.config, model.action_dim, ()).state_dict()
+    if isinstance(model, DiamondWorldModel):
+        behaviour = ActorCritic(model.obs_shape, model.action_dim, model.config).state_dict()
     return {**model.state_dict(), **{f"behaviour.{name}": value for name, value in behaviour.items()}}
 
 
@@ -332,3 +357,26 @@ def test_dreamerv3_starts_with_its_world_model_and_behaviour(tmp_path):
         assert torch.equal(agent.behaviour.state_dict()[name], value), name
     network = {name: getattr(first.agent.config, name) for name in DreamerV3Config.network_fields}
     assert agent.config == DreamerV3Config(**network, batch_size=8, lr=1e-5)  # all else is this run's
+
+
+@pytest.mark.parametrize("algorithm", ["storm:tiny", "diamond:tiny"])
+def test_a_small_agent_starts_a_run_of_its_own_size(algorithm, tmp_path):
+    fields = {"batch_size": 2, "train_ratio": 1.0, "policy_lstm": 32} if "diamond" in algorithm else {"hidden": 64}
+    config = tiny_config("tests.environments:Screen-v0", algorithm=algorithm, agent=fields)
+    first = make_run_agent(config, probe_env(config), "cpu", 1)
+    for name, buffer in first.world_model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(0.5)
+    first_folder = tmp_path / "first"
+    write_agent(first_folder, take_agent(first))
+    started = dataclasses.replace(config, agent={}, start=StartConfig(checkpoint=str(first_folder / "agent")))
+    fitted = with_network_of(started, first.describe(), "it")
+    assert fitted.algorithm == algorithm
+    assert fitted.agent == {name: value for name, value in fields.items() if name in first.config.network_fields}
+    second = make_run_agent(fitted, probe_env(config), "cpu", 2)
+    assert second.config.batch_size == get_config(algorithm).batch_size
+    for mine, theirs in zip(
+        first.world_model.state_dict().values(), second.world_model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    assert np.array_equal(first.acting_weights(), second.acting_weights())

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from tests.storm_models import batch_of, fixture, fixture_batch, tiny_agent
 from worldloom import create_world_model, get_config
 from worldloom import functional as fn
+from worldloom.nets import Statistics
 from worldloom.optim import GuardedAdam
 from worldloom.storm import STORMConfig
 from worldloom.storm.behaviour import Behaviour
@@ -64,7 +65,7 @@ def update():
 
 def test_latents_and_predictions_are_the_authors(update):
     arrays, model, _ = update
-    log_q, z = model.see({"obs": arrays["obs"]}, arrays["noise_post"], [])
+    log_q, z = model.see({"obs": arrays["obs"]}, arrays["noise_post"], Statistics())
     near(log_q, arrays["post_logits"])
     near(z, arrays["latent"])  # a draw is 1 or 0, so this checks every choice
     tokens = model.token(z, F.one_hot(arrays["action"].long(), 6).float())
@@ -76,7 +77,7 @@ def test_latents_and_predictions_are_the_authors(update):
     near(model.reward(h), arrays["reward_logits"])
     near(model.expected(model.reward(h)), arrays["reward_decoded"])
     near(model.termination(h).squeeze(-1), arrays["termination_logits"])
-    near(model.decoder(z, [])["obs"][..., ::4, ::4], arrays["obs_hat"])
+    near(model.decoder(z, Statistics())["obs"][..., ::4, ::4], arrays["obs_hat"])
 
 
 def test_losses_and_the_norm_of_the_gradient_are_the_authors(update):
@@ -124,6 +125,20 @@ def test_running_statistics_move_a_tenth_of_the_way_to_the_batch(update):
 # Losses
 
 
+def test_a_lost_life_counts_as_an_end_in_an_episode_that_goes_on():
+    agent = tiny_agent()
+    batch, noise = batch_of(agent), draw_world_noise(agent.world_model, 4, 6)
+    lost = torch.zeros(4, 7, dtype=torch.bool)
+    lost[0, 2] = True
+    losses = [
+        world_losses(agent.world_model, {**batch, **flags}, noise).parts["termination_loss"].item()
+        for flags in ({}, {"life_lost": lost}, {"terminated": lost}, {"terminated": lost, "life_lost": lost})
+    ]
+    assert losses[0] != losses[1] == losses[2] == losses[3]
+    staged = agent.learning.stage({**batch, "life_lost": lost})
+    assert torch.equal(staged["life_lost"], lost)
+
+
 def test_gradients_of_each_loss_reach_what_they_should(update):
     _, model, found = update
     parts = ("encoder", "posterior", "stem", "transformer", "prior", "decoder", "reward", "termination")
@@ -162,7 +177,7 @@ def test_free_bits_are_taken_off_the_mean_of_the_batch(scale, floored):
 
 def row_kl(model, arrays):
     """The KL [4, 7] of every row that has one, from plain formulas."""
-    log_q, z = model.see({"obs": arrays["obs"]}, arrays["noise_post"], [])
+    log_q, z = model.see({"obs": arrays["obs"]}, arrays["noise_post"], Statistics())
     _, positions, allowed = segments(torch.zeros(4, 8, dtype=torch.bool))
     h = model.transformer(model.token(z, F.one_hot(arrays["action"].long(), 6).float()), positions, allowed)
     log_p = model.log_probs(model.prior(h))

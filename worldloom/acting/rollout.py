@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from worldloom.envs import Step, VectorEnv
-from worldloom.replay.chunk import Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
+from worldloom.replay.chunk import LIFE_LOST, Chunk, ChunkBuilder, ChunkInfo, ChunkKey, base_columns
 from worldloom.spaces import observation_columns
 from worldloom.types import Array, ColumnSpec, action_rows, split_obs
 
@@ -61,6 +61,7 @@ class Lane:
         self.env, self.acting = env, acting
         self._columns = {
             **base_columns(observation_columns(env.observation_space), env.action_dim),
+            **(LIFE_LOST if env.marks_lives else {}),
             **acting.columns,
         }
         self._all = np.arange(env.num_envs)
@@ -117,6 +118,7 @@ class Lane:
             "is_first": np.zeros(self.env.num_envs, bool),
             "terminated": step.terminated,
             "truncated": step.truncated & ~step.terminated,
+            "life_lost": step.life_lost,
         }
         ended = np.flatnonzero(step.terminated | step.truncated)
         if len(ended):

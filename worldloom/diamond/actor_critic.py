@@ -13,6 +13,7 @@ from worldloom.capture import Tensors
 from worldloom.diamond.config import DiamondConfig
 from worldloom.diamond.layers import LSTMCell, SmallResBlock, conv3
 from worldloom.diamond.reward_end import Memory
+from worldloom.gang import ALONE, Gang
 
 
 class ActorCritic(nn.Module):
@@ -66,11 +67,12 @@ class Imagined:
     rewards: Tensor  # [H, B], signs of the rewards of these moves
     ends: Tensor  # [H, B], 1 where the move ended the episode, else 0
 
-    def weights(self) -> Tensor:
-        """Return 1 [H, B] for steps that a lane takes before or when it ends, 0 for later ones, over their number."""
+    def weights(self, gang: Gang = ALONE) -> Tensor:
+        """Return 1 [H, B] for steps that a lane takes before or when it ends, 0 for later ones, over their number, or
+        its mean over all learners of a gang."""
         goes_on = 1 - self.ends
         alive = torch.cat([torch.ones_like(goes_on[:1]), goes_on[:-1].cumprod(0)])
-        return alive / alive.sum()
+        return alive / gang.average(alive.sum())
 
     def returns(self, next_values: Tensor, gamma: float, lam: float) -> Tensor:
         """Return the lambda returns [H, B], from the values [H, B] of the frames that the moves led to:
@@ -78,14 +80,16 @@ class Imagined:
         return fn.lambda_return(self.rewards, gamma * (1 - self.ends), next_values, lam)
 
 
-def behaviour_losses(model: ActorCritic, imagined: Imagined, config: DiamondConfig) -> tuple[Tensors, Tensors]:
+def behaviour_losses(
+    model: ActorCritic, imagined: Imagined, config: DiamondConfig, gang: Gang = ALONE
+) -> tuple[Tensors, Tensors]:
     """Return the losses of policy and critic, and scalars to log (Alonso et al. 2024, section 3.3).
 
     With weights w that sum to 1: policy_loss = sum w (-log pi(a) sg(R - V) - entropy_scale H(pi)), value_loss = sum w
     (V - sg(R))^2. Gradients flow through the LSTM and the encoder over all H steps.
     """
     hidden, _ = model.unroll(imagined.frames, imagined.memory)
-    values, log_probs, weight = model.value(hidden), model.log_probs(hidden[:-1]), imagined.weights()
+    values, log_probs, weight = model.value(hidden), model.log_probs(hidden[:-1]), imagined.weights(gang)
     returns = imagined.returns(values[1:].detach(), config.gamma, config.lam)
     advantage = (returns - values[:-1]).detach()
     entropy = -(log_probs.exp() * log_probs).sum(-1)

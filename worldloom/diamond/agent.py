@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from worldloom import functional as fn
-from worldloom.arguments import check_act_state
 from worldloom.capture import Tensors
+from worldloom.diamond.acting import ActStep, act_step
 from worldloom.diamond.actor_critic import ActorCritic
 from worldloom.diamond.learning import DiamondLearning
-from worldloom.diamond.rows import as_frames
 from worldloom.diamond.world_model import DiamondWorldModel
 from worldloom.imagining import ImaginingAgent
-from worldloom.nets import flatten, load_flat
+from worldloom.program import Program, refuse_plan, step_program
 from worldloom.types import ActState, Array, ColumnSpec, ObsArray, Precision, WindowSpec
 
 
@@ -27,7 +26,7 @@ class DiamondAgent(ImaginingAgent):
 
     random_warmup = True
     pretrain = True
-    columns: Mapping[str, ColumnSpec] = MappingProxyType({})
+    columns: Mapping[str, ColumnSpec] = {}
     default_precision: Precision = "float32"
     world_model: DiamondWorldModel
     behaviour: ActorCritic
@@ -47,37 +46,31 @@ class DiamondAgent(ImaginingAgent):
     def act(
         self, obs: ObsArray, act_state: ActState | None, is_first: Array, explore: bool = True
     ) -> tuple[Array, ActState]:
-        """Return one-hot actions [E, A] for obs [E, C, S, S], drawn from the policy, and the new act_state.
-
-        explore: an environment takes a uniform action instead, with chance `epsilon`. Raises ValueError for obs of
-        another shape, or an act_state of another number of rows.
-        """
+        """Return one-hot actions [E, A] for obs [E, C, S, S], drawn from the policy or, to explore, uniformly with
+        chance `epsilon`, and the new act_state. Raises ValueError for another shape or number of rows."""
         shown = self.world_model.check_image("act", obs, 1)
-        hidden, cell = self.behaviour.lstm.initial(len(shown))
-        act_state = act_state or {"hidden": hidden, "cell": cell}
-        check_act_state(act_state, len(shown))
-        found = self._act({"obs": shown, "is_first": torch.as_tensor(is_first), **act_state}, explore=explore)
-        kept = {name: found[name].clone() for name in ("hidden", "cell")}  # the next call fills the same buffers
-        return found["action"].cpu().numpy(), kept
+        given = {"obs/obs": shown, "is_first": torch.as_tensor(is_first), **self._previous(act_state, len(shown))}
+        kept = {name: value.clone() for name, value in self._act(given, explore=explore).items()}
+        return kept.pop("action").cpu().numpy(), kept
 
     def _choose(self, given: Tensors, explore: bool = True) -> Tensors:
         """Return the LSTM's state after these frames, and drawn actions; runs on the device alone."""
-        policy, kept = self.behaviour, (~given["is_first"]).float().unsqueeze(1)
-        features = policy.encode(as_frames(given["obs"]))
-        hidden, cell = policy.lstm(features, (given["hidden"] * kept, given["cell"] * kept))
-        probs = policy.log_probs(hidden).exp()
+        rows, generator = len(given["hidden"]), self.acting_generator
+        noise = {"uniform_explore": torch.ones(rows, 1, device=self.device)}
         if explore:
-            coin = torch.rand(len(probs), 1, generator=self.acting_generator, device=self.device)
-            probs = torch.where(coin < self.config.epsilon, 1 / self.world_model.action_dim, probs)
-        noise = fn.exponential_noise(probs.shape, self.acting_generator, self.device)
-        return {"hidden": hidden, "cell": cell, "action": fn.draw_one_hot(probs, noise)}
+            noise["uniform_explore"] = torch.rand(rows, 1, generator=generator, device=self.device)
+        noise["exponential_action"] = fn.exponential_noise((rows, self.world_model.action_dim), generator, self.device)
+        return act_step(self.behaviour, {**given, **noise}, self.config.epsilon)
 
-    def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
-        """Return {}: acting makes nothing for replay to store."""
-        return {}
+    def _fresh(self, envs: int) -> dict[str, Tensor]:
+        return dict(zip(("hidden", "cell"), self.behaviour.lstm.initial(envs), strict=True))
 
-    def acting_weights(self) -> Array:
-        return flatten(list(self.behaviour.parameters()))
+    def _acting_tensors(self) -> list[Tensor]:
+        return list(self.behaviour.parameters())
 
-    def load_acting_weights(self, flat: Array) -> None:
-        load_flat(list(self.behaviour.parameters()), flat)
+    def acting_program(self, envs: int, sample: bool, plan: bool | None = None) -> Program:
+        """Return acting as a function of tensors, for `worldloom.export`. Raises ValueError for plan=True."""
+        refuse_plan(plan, "DIAMOND")
+        step, size = ActStep(self.behaviour, self.config.epsilon), self.world_model.action_dim
+        noise = {"uniform_explore": torch.ones(envs, 1), "exponential_action": torch.ones(envs, size)}
+        return step_program(step, self.world_model.obs_shape, envs, self._fresh(envs), noise, sample)

@@ -82,6 +82,13 @@ class DiamondConfig:
     clip_policy: float = 100.0  # limit of the gradient's norm
     train_ratio: float = 2432.0  # replayed steps per environment step
 
+    # What trained weights fit: the shapes of parameters, and what the networks compute with them
+    network_fields = (
+        "context", "cond", "channels", "levels", "depth", "sigma_data", "sigma_offset", "reward_cond",
+        "reward_channels", "reward_levels", "reward_depth", "reward_lstm", "policy_channels", "policy_levels",
+        "policy_lstm",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         for name in ("channels", "reward_channels", "policy_channels"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,9 +17,10 @@ from worldloom.diamond.denoiser import DenoisingNoise
 from worldloom.diamond.reward_end import ENDS, REWARDS
 from worldloom.diamond.rows import Rows
 from worldloom.diamond.world_model import DiamondWorldModel, Dream
+from worldloom.gang import Gang
 from worldloom.generators import restore_generator
-from worldloom.nets import autocast, compile_part
-from worldloom.tally import Tally
+from worldloom.imagining import ImaginingUpdate
+from worldloom.nets import compile_part
 from worldloom.types import Batch, Precision
 
 ROWS = ("obs", "actions", "rewards", "is_first", "terminated", "truncated", "continues")  # that an update reads
@@ -37,20 +37,22 @@ class ImaginationNoise:
     end: Tensor  # [H, B, 2] standard exponential
 
 
-class DiamondLearning:
+class DiamondLearning(ImaginingUpdate):
     """DIAMOND's update: its losses, its optimiser and the generator of its random numbers."""
 
     def __init__(self, model: DiamondWorldModel, behaviour: ActorCritic, seed: int) -> None:
-        c = model.config
-        self.model, self.behaviour, self.tally = model, behaviour, Tally()
-        self.generator = torch.Generator(model.device).manual_seed(seed)
+        super().__init__(model, seed)
+        self.model, self.behaviour, c = model, behaviour, model.config
         parts = [
             Part(model.denoiser, c.clip_denoiser, c.decay),
             Part(model.reward_end, c.clip_reward, c.decay),
             Part(behaviour, c.clip_policy, 0.0),
         ]
         self.optimizer = GuardedAdamW(parts, c.lr, c.warmup)
-        self._dtype = torch.float32
+
+    def join(self, gang: Gang) -> None:
+        """Make updates together with the other learners of a gang from now on."""
+        self.gang = self.optimizer.gang = gang
 
     def configure(self, precision: Precision, compiled: bool) -> None:
         """Set the precision of matrix products and convolutions and, if `compiled`, compile the three networks."""
@@ -59,9 +61,6 @@ class DiamondLearning:
             compile_part(self.model.denoiser, "raw")
             compile_part(self.model.reward_end, "features")
             compile_part(self.behaviour, "encode")
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.model.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for another number of rows or shape."""
@@ -83,25 +82,28 @@ class DiamondLearning:
         return {}
 
     def draw_noise(self, batch: int) -> tuple[DenoisingNoise, ImaginationNoise]:
-        """Draw all random numbers of an update of B = batch windows."""
+        """Draw the random numbers of an update of B = batch windows: this learner's share of the whole batch's."""
         model, generator, horizon = self.model, self.generator, self.model.config.horizon
-        denoising = model.denoiser.draw_noise(batch, generator)
-        rows = torch.rand(batch, generator=generator, device=model.device)
-        frame = model.denoiser.draw_frame_noise((horizon,), batch, generator)
-        shapes = [(horizon, batch, count) for count in (model.action_dim, REWARDS, ENDS)]
-        drawn = (fn.exponential_noise(shape, generator, model.device) for shape in shapes)
-        return denoising, ImaginationNoise(rows, frame, *drawn)
+        share, whole = self.gang.share, batch * self.gang.size
+        denoising = model.denoiser.draw_noise(whole, generator)
+        wide = (share(x, 1) for x in (denoising.level, denoising.offset, denoising.pixels))
+        rows = torch.rand(whole, generator=generator, device=model.device)
+        frame = model.denoiser.draw_frame_noise((horizon,), whole, generator)
+        shapes = [(horizon, whole, count) for count in (model.action_dim, REWARDS, ENDS)]
+        drawn = (share(fn.exponential_noise(shape, generator, model.device), 1) for shape in shapes)
+        imagination = ImaginationNoise(share(rows, 0), share(frame, 2), *drawn)
+        return DenoisingNoise(share(denoising.rows, 0), *wide), imagination
 
     def loss(self, rows: Rows, denoising: DenoisingNoise, imagination: ImaginationNoise) -> tuple[Tensor, Tensors]:
         """Return the sum to minimise and scalars to log. The three parts share no parameters, so that the gradient of
         the sum holds the gradient of each part's own loss."""
         c = self.model.config
         with self._autocast():
-            losses = self.model.losses(rows, denoising)
+            losses = self.model.losses(rows, denoising, self.gang)
         with self._autocast():
             imagined = self.imagine(rows, imagination)
         with self._autocast():
-            behaviour, logged = behaviour_losses(self.behaviour, imagined, c)
+            behaviour, logged = behaviour_losses(self.behaviour, imagined, c, self.gang)
         loss = torch.stack([*losses.values(), behaviour["policy_loss"], c.value_scale * behaviour["value_loss"]]).sum()
         return loss, {**losses, **behaviour, **logged}
 

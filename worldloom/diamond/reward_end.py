@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from worldloom import functional as fn
 from worldloom.diamond.config import DiamondConfig
 from worldloom.diamond.layers import Halving, LSTMCell, ResBlocks, conv3
+from worldloom.gang import ALONE, Gang
 
 REWARDS, ENDS = 3, 2  # classes: a reward's sign -1, 0 or 1; the episode goes on or ends
 Memory = tuple[Tensor, Tensor]  # hidden and cell state of an LSTM, [B, D] each
@@ -36,10 +37,11 @@ class Outcome:
         sign = fn.draw_one_hot(self.reward.softmax(-1), reward_noise)
         return sign[..., 2] - sign[..., 0], fn.draw_one_hot(self.end.softmax(-1), end_noise)[..., 1]
 
-    def losses(self, rewards: Tensor, ends: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, rewards: Tensor, ends: Tensor, real: Tensor, gang: Gang = ALONE) -> tuple[Tensor, Tensor]:
         """Return the cross-entropies of the reward's sign and of the end, scalars: means over the moves that are real,
-        0 if none is. rewards, ends, real: [...] each."""
-        weight = real.float() / real.sum().clamp(min=1)
+        0 if none is. rewards, ends, real: [...] each; gang: of learners that share a batch, whose losses then have the
+        mean over all real moves as their own mean."""
+        weight = real.float() / gang.average(real.sum().float()).clamp(min=1 / gang.size)
         signs, choices = fn.one_hot(rewards.sign().long() + 1, REWARDS), fn.one_hot(ends.long(), ENDS)
         reward_loss = (weight * fn.soft_cross_entropy(self.reward, signs.float())).sum()
         return reward_loss, (weight * fn.soft_cross_entropy(self.end, choices.float())).sum()

@@ -16,6 +16,7 @@ from worldloom.diamond.config import DiamondConfig
 from worldloom.diamond.denoiser import Denoiser, DenoisingNoise
 from worldloom.diamond.reward_end import Memory, RewardEnd
 from worldloom.diamond.rows import Rows, as_frames
+from worldloom.gang import ALONE, Gang
 from worldloom.pretrained import save_model
 from worldloom.types import Batch, LatentState, ObsShape, Trajectory, is_image
 
@@ -46,6 +47,8 @@ class DiamondWorldModel(nn.Module):
     reads; `memory` holds the last n frames, the n - 1 actions between them and the LSTM's cell state. `predict` draws a
     frame from torch's own generator. Raises ValueError for other observations and sides that cannot be halved.
     """
+
+    predicts_signs = True  # of rewards
 
     def __init__(
         self,
@@ -132,12 +135,13 @@ class DiamondWorldModel(nn.Module):
         sizes = {"family": "diamond", "obs_shape": list(self.obs_shape), "action_dim": self.action_dim}
         return {**sizes, "episode_length": self.episode_length, "config": dataclasses.asdict(self.config)}
 
-    def losses(self, rows: Rows, noise: DenoisingNoise) -> dict[str, Tensor]:
-        """Return the losses of both parts, scalars: the denoiser takes some rows of each window, the other all."""
+    def losses(self, rows: Rows, noise: DenoisingNoise, gang: Gang = ALONE) -> dict[str, Tensor]:
+        """Return the losses of both parts, scalars: the denoiser takes some rows of each window, the other all.
+        gang: as `Outcome.losses` takes it."""
         denoised = rows.draw_stretch(noise.rows, self.config.denoised_rows)
         first = rows.is_first[:, 1:]
         outcome = self.reward_end.outcome(self.reward_end.unroll(rows.frames, rows.actions[:, 1:], first)[0])
-        reward_loss, end_loss = outcome.losses(rows.rewards[:, 1:], rows.terminated[:, 1:], ~first)
+        reward_loss, end_loss = outcome.losses(rows.rewards[:, 1:], rows.terminated[:, 1:], ~first, gang)
         denoising_loss = self.denoiser.loss(*denoised, noise)
         return {"denoising_loss": denoising_loss, "reward_loss": reward_loss, "end_loss": end_loss}
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from worldloom.arguments import check_act_state
 from worldloom.capture import Tensors
 from worldloom.dreamerv3.acting import ActNoise, Before, act_step, acting_program
 from worldloom.dreamerv3.behaviour import Behaviour
@@ -17,10 +16,8 @@ from worldloom.dreamerv3.learning import DreamerV3Learning, obs_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
 from worldloom.imagining import ImaginingAgent
-from worldloom.nets import flatten, load_flat
-from worldloom.observations import as_mapping
-from worldloom.program import Program
-from worldloom.types import ActState, Array, ColumnSpec, ObsArray, Precision, WindowSpec, split_obs
+from worldloom.program import Program, refuse_plan
+from worldloom.types import ActState, Array, ColumnSpec, Precision, WindowSpec
 
 
 class DreamerV3Agent(ImaginingAgent):
@@ -72,25 +69,6 @@ class DreamerV3Agent(ImaginingAgent):
 
     # Acting
 
-    @torch.inference_mode()
-    def act(
-        self,
-        obs: ObsArray,
-        act_state: ActState | None,
-        is_first: Array,
-        explore: bool = True,  # noqa: ARG002 - the reference samples in evaluation too
-    ) -> tuple[Array, ActState]:
-        """Return actions [E, A] for obs [E, *obs_shape], one-hot or drawn from the normal and not clipped, and the new
-        act_state. Raises ValueError for obs of other keys or shapes, or an act_state of another number of rows."""
-        shown = {name: torch.as_tensor(value) for name, value in as_mapping(obs).items()}
-        shown = self.world_model.as_mapping(shown, "act", 1)
-        envs = len(next(iter(shown.values())))
-        state = self._previous(act_state, envs)
-        first = torch.as_tensor(is_first)
-        found = self._act({**split_obs(shown), "is_first": first, **state})
-        kept = {name: value.clone() for name, value in found.items()}  # the next call fills the same buffers
-        return kept["action"].cpu().numpy(), kept
-
     def _choose(self, given: Tensors) -> Tensors:
         """Return the posterior state after these observations, and a drawn action; runs on the device alone."""
         model, policy, first = self.world_model, self.behaviour.policy, given["is_first"]
@@ -101,13 +79,10 @@ class DreamerV3Agent(ImaginingAgent):
         state, action = act_step(model.encoder, model.rssm, policy, obs, before, noise)
         return {"deter": state.deter, "stoch": state.stoch, "action": action}
 
-    def _previous(self, act_state: ActState | None, envs: int) -> dict[str, Tensor]:
-        if act_state is None:
-            state = self.world_model.rssm.initial(envs)
-            action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
-            return {"deter": state.deter, "stoch": state.stoch, "action": action}
-        check_act_state(act_state, envs)
-        return dict(act_state)
+    def _fresh(self, envs: int) -> dict[str, Tensor]:
+        state = self.world_model.rssm.initial(envs)
+        action = torch.zeros(envs, self.world_model.action_dim, device=self.device)
+        return {"deter": state.deter, "stoch": state.stoch, "action": action}
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
         """Return the latents [E, ...] of the rows just acted on, as replay stores them; {} if it stores none."""
@@ -118,19 +93,12 @@ class DreamerV3Agent(ImaginingAgent):
 
     # Exchange
 
-    def _acting_parameters(self) -> list[Tensor]:
+    def _acting_tensors(self) -> list[Tensor]:
         modules: list[nn.Module] = [self.world_model.encoder, self.world_model.rssm, self.behaviour.policy]
         return [parameter.detach() for module in modules for parameter in module.parameters()]
-
-    def acting_weights(self) -> Array:
-        return flatten(self._acting_parameters())
-
-    def load_acting_weights(self, flat: Array) -> None:
-        load_flat(self._acting_parameters(), flat)
 
     def acting_program(self, envs: int, sample: bool, plan: bool | None = None) -> Program:
         """Return acting as a function of tensors, for `worldloom.export`. Raises ValueError for plan=True: the policy
         acts without a search."""
-        if plan:
-            raise ValueError("export: plan is True, but DreamerV3 acts with its policy. Leave it out.")
+        refuse_plan(plan, "DreamerV3")
         return acting_program(self.world_model, self.behaviour.policy, envs, sample)

@@ -19,6 +19,7 @@ class Environment:
 
     observation_space: images uint8 (C, H, W), vectors float32, class indices; or a Dict of these. action_space: Box in
     [-1, 1] of shape (A,), or Discrete and MultiDiscrete, whose actions are given one-hot (see `worldloom.spaces`).
+    marks_lives: whether `life_lost` is set after each step, from the entry of that name in its info.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class Environment:
         episode_length: int | None = None,
         frame_stack: int = 1,
         image_size: int | None = None,
+        marks_lives: bool = False,
     ) -> None:
         if action_repeat < 1:
             raise ValueError(f"env.action_repeat is {action_repeat}, expected at least 1.")
         self._env, self._repeat = env, action_repeat
+        self.marks_lives, self.life_lost = marks_lives, False
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._actions = ActionCodec(self.name, env.action_space)
         self._observations = ObservationCodec(self.name, env.observation_space, frame_stack, image_size)
@@ -49,12 +52,13 @@ class Environment:
         """Repeat `action` [A] and sum the rewards; return (obs, reward, terminated, truncated)."""
         native, total, terminated, truncated = self._actions.native(action), 0.0, False, False
         for _ in range(self._repeat):
-            obs, reward, terminated, truncated, _ = self._env.step(native)
+            obs, reward, terminated, truncated, info = self._env.step(native)
             total += float(reward)
             if terminated or truncated:
                 break
         if not abs(total) <= LARGEST:  # NaN is not
             raise ValueError(f"{self.name} gave reward {total}, expected a finite number. Check its reward function.")
+        self.life_lost = self.marks_lives and bool(info["life_lost"])
         return self._observations(obs), total, bool(terminated), bool(truncated)
 
     def step_once(self) -> None:

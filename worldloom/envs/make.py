@@ -32,7 +32,8 @@ def make_environment(
         if env_id.startswith("ALE/"):  # make_atari repeats the actions
             game = make_atari(env_id, atari or AtariConfig(), action_repeat, render_mode)
             length = (atari or AtariConfig()).max_frames // action_repeat
-            return Environment(game, episode_length=length, frame_stack=frame_stack, image_size=image_size)
+            marks = atari is not None and atari.life_loss == "mark"
+            return Environment(game, 1, length, frame_stack, image_size, marks)
         if env_id.startswith("dm_control/"):
             task = make_dm_control(env_id, dmc or DMCConfig(), render_mode)
             length = math.ceil(DM_CONTROL_STEPS / action_repeat)

@@ -6,7 +6,7 @@ import ctypes.util
 import os
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import gymnasium
@@ -26,24 +26,43 @@ class AtariConfig:
     Args:
         image_size: side of the square image
         grayscale: one channel instead of three
+        resize: bilinear (with antialiasing), or area, the mean of the pixels that a new one covers
         sticky: probability that a frame repeats the previous action
         noops: largest number of no-ops after a reset; the number is drawn at random
+        least_noops: smallest number of no-ops after a reset
         full_actions: all 18 actions instead of those that have an effect in the game
         max_frames: frames after which an episode is cut
+        life_loss: in training, a lost life ends an episode, and the next one goes on with the same game (end), is told
+            to an agent that learns from it, within one episode (mark), or is nothing of its own (ignore); evaluations
+            play whole games
+        same_seed: in training, start every game of an environment from one seed
     """
 
     image_size: int = 64
     grayscale: bool = False
+    resize: Literal["bilinear", "area"] = "bilinear"
     sticky: float = 0.0
     noops: int = 30
+    least_noops: int = 0
     full_actions: bool = False
     max_frames: int = 108_000
+    life_loss: Literal["ignore", "mark", "end"] = "ignore"
+    same_seed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sticky < 1:
             raise ValueError(f"env.atari.sticky is {self.sticky}, expected a probability in [0, 1).")
         if self.image_size < 1 or self.noops < 0:
             raise ValueError(f"env.atari: image_size={self.image_size}, noops={self.noops}, expected at least 1 and 0.")
+        if not 0 <= self.least_noops <= self.noops:
+            allowed = f"from 0 to env.atari.noops={self.noops}"
+            raise ValueError(f"env.atari.least_noops is {self.least_noops}, expected a number {allowed}.")
+        if self.max_frames < 1:
+            raise ValueError(f"env.atari.max_frames is {self.max_frames}, expected at least 1.")
+
+    def for_evaluation(self) -> AtariConfig:
+        """Return these settings for whole games that start from seeds of their own."""
+        return replace(self, life_loss="ignore", same_seed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,28 +87,38 @@ class DMCConfig:
 class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Repeats actions, takes the pixel-wise maximum of the last two frames, resizes it; starts with random no-ops.
 
-    The two frames never come from different episodes. `terminated` is the game's own end; the frame limit truncates.
+    The two frames never come from different games. `terminated` is the game's own end; the frame limit truncates. A
+    life counts as lost at the end of the step in which that happened: `info["life_lost"]`. Where it ends the episode,
+    the next `reset` changes nothing and gives the same image again.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], config: AtariConfig, repeat: int) -> None:
         super().__init__(env)
         self._config, self._repeat = config, repeat
         self._frames: deque[Array] = deque(maxlen=2)
-        self._count = 0
+        self._count = self._lives = 0
+        self._goes_on = False  # whether the game does, although its episode ended
+        self._seed: int | None = None
         side, channels = config.image_size, 1 if config.grayscale else 3
         self.observation_space = spaces.Box(0, 255, (channels, side, side), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        if self._goes_on:
+            self._goes_on = False
+            return self._image(), {}
+        if self._config.same_seed:
+            seed = self._seed = seed if self._seed is None else self._seed
         frame, info = self.env.reset(seed=seed, options=options)
         self._frames.clear()
         self._frames.append(frame)
         self._count = 0
-        for _ in range(int(self.np_random.integers(self._config.noops + 1))):
+        for _ in range(int(self.np_random.integers(self._config.least_noops, self._config.noops + 1))):
             frame, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
                 frame, info = self.env.reset()
             self._frames.clear()
             self._frames.append(frame)
+        self._lives = int(info.get("lives", 0))
         return self._image(), info
 
     def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
@@ -103,13 +132,17 @@ class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
             truncated = truncated or self._count >= self._config.max_frames
             if terminated or truncated:
                 break
-        return self._image(), total, bool(terminated), bool(truncated and not terminated), info
+        lives = int(info.get("lives", 0))
+        lost, self._lives = lives < self._lives, lives
+        if lost and self._config.life_loss == "end":
+            self._goes_on, terminated = not terminated and not truncated, True
+        return self._image(), total, bool(terminated), bool(truncated and not terminated), {**info, "life_lost": lost}
 
     def _image(self) -> Array:
-        """Return the image [C, side, side] uint8, resized bilinearly with antialiasing."""
+        """Return the image [C, side, side] uint8."""
         frame = np.maximum.reduce(list(self._frames))
         planes = np.moveaxis(frame if frame.ndim == 3 else frame[..., None], -1, 0)
-        return resize_image(np.ascontiguousarray(planes), self._config.image_size)
+        return resize_image(np.ascontiguousarray(planes), self._config.image_size, self._config.resize == "area")
 
 
 def make_atari(

@@ -50,6 +50,7 @@ class Step:
     terminated: Array  # [E] bool
     truncated: Array  # [E] bool
     failed: Array  # [E] bool: the step raised an error; the environment was rebuilt, its episode ends before the step
+    life_lost: Array  # [E] bool: a life was lost in a game that goes on; only of environments that mark lives
 
     @property
     def is_first(self) -> Array:
@@ -92,6 +93,11 @@ class VectorEnv:
         return self._envs[0].action_classes
 
     @property
+    def marks_lives(self) -> bool:
+        """Whether lost lives are marked, in `Step.life_lost`."""
+        return self._envs[0].marks_lives
+
+    @property
     def action_dim(self) -> int:
         return self._envs[0].action_dim
 
@@ -123,11 +129,12 @@ class VectorEnv:
         obs: list[ObsArray] = []
         final_obs: list[ObsArray] = []
         rewards = np.zeros(self.num_envs, np.float32)
-        terminated, truncated, failed = np.zeros((3, self.num_envs), bool)
+        terminated, truncated, failed, lost = np.zeros((4, self.num_envs), bool)
         for i, env in enumerate(self._envs):
             arrived: ObsArray | None = None
             try:
                 arrived, rewards[i], terminated[i], truncated[i] = guarded(env.step, actions[i])
+                lost[i] = env.life_lost and not terminated[i]
             except FAILURES as error:
                 self._rebuild(i, error)
                 failed[i] = True
@@ -136,7 +143,7 @@ class VectorEnv:
             else:
                 obs.append(arrived)
             final_obs.append(obs[-1] if arrived is None else arrived)
-        return Step(_stack(obs), _stack(final_obs), rewards, terminated, truncated, failed)
+        return Step(_stack(obs), _stack(final_obs), rewards, terminated, truncated, failed, lost)
 
     def render(self) -> Array:
         """Return the first environment's frame [H, W, 3] uint8."""

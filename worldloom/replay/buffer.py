@@ -39,7 +39,7 @@ class Acceptance:
 
 
 class ReplayBuffer:
-    """Keeps the last `capacity` rows, and draws windows of consecutive rows uniformly from them.
+    """Keeps the last `capacity` rows, and draws windows of consecutive rows from them, as `windows` says.
 
     capacity: rows. obs_shape, obs_dtype: of one observation, or mappings of them; obs_dtype None takes uint8 for
     images (three axes) and float32 for vectors. windows: length, context and whether they may cross is_first rows; by
@@ -214,21 +214,21 @@ class ReplayBuffer:
             for name, column in ring.columns.items()
         }
         batch["continues"] = (~batch["terminated"]).astype(np.float32)
-        age = (ring.rows - 1 - positions) % self.capacity
-        batch["rows"] = ring.rows - 1 - age
+        batch["rows"] = ring.rows - 1 - (ring.rows - 1 - positions) % self.capacity  # the newest row less its age
         return batch
 
     def _draw_starts(self, batch_size: int, length: int, rng: np.random.Generator | None) -> Array:
-        """Draw ring positions [B]: windows that were never drawn first, each once, then uniformly."""
+        """Draw ring positions [B]: windows that were never drawn first, each once, then uniformly or by age."""
         rng = rng or self._rng
         if length != self.windows.length:
-            return rng.choice(self._starts_of(length), batch_size)
+            return self._ring.index.pick(rng, self._starts_of(length), batch_size)
         fresh: list[int] = []
         while self._ring.fresh and len(fresh) < batch_size:
             start = self._ring.fresh.popleft()
             if start >= self._ring.rows - self.capacity:
                 fresh.append(start % self.capacity)
-        return np.concatenate([np.array(fresh, np.int64), self._ring.index.draw(rng, batch_size - len(fresh))])
+        drawn = self._ring.index.draw(rng, batch_size - len(fresh), self._ring.oldest % self.capacity)
+        return np.concatenate([np.array(fresh, np.int64), drawn])
 
     def draw_sequence(self, longest: int, rng: np.random.Generator | None = None) -> dict[str, Array] | None:
         """Draw columns [T, ...] of one sequence within an episode, of `longest` rows or, if no episode has so many, of

@@ -12,6 +12,7 @@ import numpy as np
 from worldloom.types import Array, ColumnSpec, is_image, split_obs
 
 FLAGS = ("is_first", "terminated", "truncated")
+LIFE_LOST = {"life_lost": ColumnSpec((), "bool")}  # a further column, of environments that mark lost lives
 
 
 class ChunkKey(NamedTuple):

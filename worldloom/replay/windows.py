@@ -1,4 +1,4 @@
-"""The rows of replay that may start a window: updated row by row, drawn uniformly in constant time."""
+"""The rows of replay that may start a window: updated row by row, drawn uniformly in constant time, or by age."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class WindowIndex:
         self._starts = np.empty(capacity, np.int64)
         self._slot = np.full(capacity, -1, np.int64)
         self.count = 0
+        self._by_age: Array | None = None  # positions of all starts, oldest first, since they last changed
 
     def add(self, positions: Array) -> None:
         """Add ring positions [n], each of which now starts a complete window."""
@@ -26,6 +27,7 @@ class WindowIndex:
         self._starts[slots] = positions
         self._slot[positions] = slots
         self.count += len(positions)
+        self._by_age = None
 
     def remove(self, positions: Array) -> None:
         """Remove ring positions [n] that are about to be overwritten; the last starts move into the free slots."""
@@ -33,6 +35,7 @@ class WindowIndex:
         holes = holes[holes >= 0]
         if not len(holes):
             return
+        self._by_age = None
         self._slot[positions] = -1
         left = self.count - len(holes)
         tail = self._starts[left : self.count]
@@ -41,9 +44,33 @@ class WindowIndex:
         self._slot[movers] = holes
         self.count = left
 
-    def draw(self, rng: np.random.Generator, batch_size: int) -> Array:
-        """Draw ring positions [B], uniformly and with replacement."""
-        return self._starts[rng.integers(self.count, size=batch_size)]
+    def draw(self, rng: np.random.Generator, batch_size: int, oldest: int) -> Array:
+        """Draw ring positions [B] with replacement, uniformly or as the spec's `recency` says.
+
+        oldest: ring position of the oldest row.
+        """
+        if not self.spec.recency:
+            return self._starts[rng.integers(self.count, size=batch_size)]
+        if self._by_age is None:
+            starts = np.flatnonzero(self._slot >= 0)
+            self._by_age = np.roll(starts, -int(np.searchsorted(starts, oldest)))
+        return self.pick(rng, self._by_age, batch_size)
+
+    def pick(self, rng: np.random.Generator, starts: Array, count: int) -> Array:
+        """Draw `count` of the starts, oldest first, with replacement: uniformly, or by shares, the spec's `recency`.
+
+        Each share is the chance of one of so many parts of equal size, within which draws are uniform. A part without
+        starts, while there are fewer than parts, gives its share to the others.
+        """
+        parts = len(self.spec.recency)
+        if not parts:
+            return rng.choice(starts, count)
+        cuts = np.arange(parts + 1) * len(starts) // parts
+        held = np.diff(cuts) > 0
+        shares = np.where(held, self.spec.recency, 0.0)
+        shares = shares if shares.any() else held.astype(np.float64)
+        part = rng.choice(parts, count, p=shares / shares.sum())
+        return starts[rng.integers(cuts[part], cuts[part + 1])]
 
     def holds(self, positions: Array) -> Array:
         """Return flags [n]: whether these ring positions start a complete window."""
@@ -59,6 +86,7 @@ class WindowIndex:
     def clear(self) -> None:
         self._slot[:] = -1
         self.count = 0
+        self._by_age = None
 
 
 class Stream:

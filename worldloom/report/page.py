@@ -146,6 +146,11 @@ def returns_section(lines: Sequence[Mapping[str, float]], subject: Subject) -> S
     reached = 1.25 * max([line["env_steps"] * repeat for line in lines], default=0)
     if curve is None:
         text += " The authors report no curve for this task."
+    elif len(curve.frames) == 1 and curve.frames[0] <= reached:
+        middle, spread = curve.mean[0], curve.std[0]
+        axis.axhspan(middle - spread, middle + spread, color=PUBLISHED, alpha=0.12, lw=0)
+        axis.axhline(middle, color=PUBLISHED, lw=1.6, ls="--", label=curve.label)
+        text += f" Published: mean and deviation over seeds of agents trained for {curve.frames[0]:,} frames."
     elif sum(x <= reached for x in curve.frames) < 2:
         first = next(i for i, x in enumerate(curve.frames) if x > 0)
         text += f" The authors' first point lies at {curve.frames[first]:,} frames: {curve.mean[first]:,.1f}."

@@ -120,7 +120,7 @@ def figure_of(loop: OpenLoop, title: str = "") -> Any:
     from matplotlib.figure import Figure
 
     images = image_keys(loop)
-    lines = [("reward", np.arange(loop.observed, loop.steps), loop.true_rewards, loop.predicted_rewards)]
+    lines = [(loop.reward, np.arange(loop.observed, loop.steps), loop.true_rewards, loop.predicted_rewards)]
     lines += [(label, np.arange(loop.steps), true, guess) for label, true, guess in _numbers(loop)]
     heights = [2.6] * len(images) + [1.5] * len(lines)
     figure = Figure(figsize=(9, sum(heights) + 0.5 + 0.4 * bool(title)), dpi=100, layout="constrained")
@@ -129,8 +129,9 @@ def figure_of(loop: OpenLoop, title: str = "") -> Any:
         _show_strip(axis, loop, key)
     for axis, (label, steps, true, guess) in zip(axes[len(images) :], lines, strict=True):
         axis.axvspan(-0.5, loop.observed - 0.5, color="#e8f3ec", lw=0)
-        axis.plot(steps, true, color=TRUE, lw=1.6, label="true")
-        axis.plot(steps, guess, color=PREDICTED, lw=1.6, ls="--", label="predicted")
+        point = "o" if len(steps) == 1 else None  # a line of one point would not be seen
+        axis.plot(steps, true, color=TRUE, lw=1.6, marker=point, label="true")
+        axis.plot(steps, guess, color=PREDICTED, lw=1.6, ls="--", marker=point, fillstyle="none", label="predicted")
         axis.set_xlim(-0.5, loop.steps - 0.5)
         low, high = axis.get_ylim()
         room = max(0.1 * max(abs(low), abs(high), 0.1) - (high - low), 0) / 2  # do not magnify rounding errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -21,7 +22,7 @@ from worldloom.envs import Environment, EnvironmentFailed, VectorEnv, make_env, 
 from worldloom.envs.vector import guarded
 from worldloom.families import build_config, create_agent
 from worldloom.replay.buffer import ReplayBuffer
-from worldloom.replay.chunk import base_columns
+from worldloom.replay.chunk import LIFE_LOST, base_columns
 from worldloom.report.subject import Subject
 from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
 from worldloom.runs.config import EnvConfig, RunConfig, TrainConfig
@@ -43,6 +44,7 @@ class EnvSpec:
     action_space: Any  # as `worldloom.spaces.ActionCodec` gives it
     action_dim: int
     episode_length: int | None  # agent steps; None if there is no limit
+    marks_lives: bool = False  # whether its rows say where a life was lost
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def probe_env(config: RunConfig) -> EnvSpec:
     env = make_environment(c.id, c.action_repeat, None, c.atari, c.dmc, c.frame_stack, c.image_size)
     try:
         _try_out(env)
-        return EnvSpec(env.observation_space, env.action_space, env.action_dim, env.episode_length)
+        return EnvSpec(env.observation_space, env.action_space, env.action_dim, env.episode_length, env.marks_lives)
     finally:
         env.close()
 
@@ -108,6 +110,8 @@ def make_run_agent(config: RunConfig, env: EnvSpec, device: str, seed: int) -> A
 def _check_contract(agent: Agent, env: EnvSpec) -> None:
     """Check the agent against the contract, so that an error in its family shows before the training starts."""
     check_agent(agent, observation_shape(env.observation_space), env.action_dim)
+    if env.marks_lives and not getattr(agent, "reads_lost_lives", False):
+        raise ValueError("it does not learn from lost lives, but env.atari.life_loss is mark. Set it to end or ignore.")
     columns = observation_columns(env.observation_space)
     nothing = join_obs({name: np.zeros((1, *column.shape), column.dtype) for name, column in columns.items()})
     check_acting(agent, nothing, env.action_dim, action_classes(env.action_space))
@@ -177,7 +181,7 @@ class RunEvaluation:
 
     def __init__(self, config: RunConfig, agent: Player) -> None:
         self._config, self._agent = config, agent
-        self._envs = EnvFactory(config.env)
+        self._envs = EnvFactory(config.env.for_evaluation())
         self._evaluator: Evaluator | None = None
 
     def play(self, seconds: float = float("inf")) -> Evaluation | None:
@@ -223,7 +227,13 @@ def agent_spec(agent: Agent) -> AgentSpec:
 
 def replay_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
     """Return every column of a replay row."""
-    return {**base_columns(observation_columns(env.observation_space), env.action_dim), **spec.columns}
+    base = base_columns(observation_columns(env.observation_space), env.action_dim)
+    return {**base, **further_columns(env, spec)}
+
+
+def further_columns(env: EnvSpec, spec: AgentSpec) -> dict[str, ColumnSpec]:
+    """Return the columns of a replay row that depend on environment and agent."""
+    return {**(LIFE_LOST if env.marks_lives else {}), **spec.columns}
 
 
 def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0) -> ReplayBuffer:
@@ -236,6 +246,11 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
             f"{windows.length} rows, {windows.length - 1} steps. Lower env.action_repeat, or the field of agent that "
             "sets the length of its windows."
         )
+    if windows.online_queue and config.replay.recency:
+        raise ValueError(
+            f"replay.recency is {config.replay.recency}, but {config.algorithm} takes every fresh window once before "
+            "it draws any other. Leave replay.recency empty."
+        )
     _check_rows_of_a_stream(config, windows.length)
     observations = observation_columns(env.observation_space)
     return ReplayBuffer(
@@ -243,8 +258,8 @@ def make_replay(config: RunConfig, env: EnvSpec, spec: AgentSpec, shard: int = 0
         join_obs({name: column.shape for name, column in observations.items()}),
         env.action_dim,
         obs_dtype=join_obs({name: column.dtype for name, column in observations.items()}),
-        windows=spec.windows,
-        columns=spec.columns,
+        windows=dataclasses.replace(windows, recency=tuple(config.replay.recency)),
+        columns=further_columns(env, spec),
         seed=config.train.seed + shard,
     )
 

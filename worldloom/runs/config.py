@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from worldloom.envs.suites import AtariConfig, DMCConfig
@@ -41,6 +41,10 @@ class EnvConfig:
         _require(self.action_repeat >= 1, "env.action_repeat", self.action_repeat, "at least 1")
         _require(self.frame_stack >= 1, "env.frame_stack", self.frame_stack, "at least 1")
 
+    def for_evaluation(self) -> EnvConfig:
+        """Return the environment in which agents are judged: that of training, less what only training does."""
+        return replace(self, atari=self.atari.for_evaluation())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
@@ -49,14 +53,19 @@ class ReplayConfig:
     Args:
         capacity: rows kept in all shards together; new rows replace the oldest
         shards: replay actors that share the rows; each env actor writes to one, so there may be at most one per actor
+        recency: shares of each batch that come from equal parts of the windows of a shard by age, the oldest first, as
+            [0.1, 0.1, 0.1, 0.7]; [] draws uniformly
     """
 
     capacity: int = 1_000_000
     shards: int = 1
+    recency: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(self.shards >= 1, "replay.shards", self.shards, "at least 1")
         _require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1 row")
+        fits = all(0 <= share <= 1 for share in self.recency) and abs(sum(self.recency) - 1) < 1e-6
+        _require(not self.recency or fits, "replay.recency", self.recency, "shares in [0, 1] that sum to 1, or []")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,8 @@ FROM_SPACES = (OBS_CLASSES, ACTION_CLASSES)  # options that follow from the envi
 
 def _preset_of(name: str, family: Family, fields: Mapping[str, Any]) -> str | None:
     """Return the preset of the size that these fields describe, None if they are of a size of one's own."""
-    fitting = [size for size, known in family.sizes.items() if known.items() <= fields.items()]
+    shapes = {size: {name: known[name] for name in known if name in fields} for size, known in family.sizes.items()}
+    fitting = [size for size, known in shapes.items() if known and known.items() <= fields.items()]
     return f"{name}:{fitting[0]}" if len(fitting) == 1 else None
 
 

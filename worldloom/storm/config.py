@@ -76,7 +76,7 @@ class STORMConfig:
     acting_context: int = 16  # steps that acting remembers
     context: int = 8  # C, steps that an imagined episode remembers of the real one
     imagination_length: int = 16  # H, imagined steps from each start
-    imagination_starts: int = 1024  # N, starts per update, or all trained rows where they are fewer
+    imagination_starts: int = 1024  # N, starts per update: equally many of each window, at most all its trained rows
     discount: float = 0.985  # gamma
     lam: float = 0.95  # lambda of the returns
     returns: Literal["paper", "published"] = "paper"  # "published": as the authors' code mixes values into them
@@ -93,6 +93,12 @@ class STORMConfig:
     world_eps: float = 1e-8  # added to the root of the squared gradients of the world model
     agent_eps: float = 1e-5  # added to the root of the squared gradients of policy and critic
     train_ratio: float = 1024.0  # replayed steps per environment step
+
+    # What trained weights fit: the shapes of parameters, and what the networks compute with them
+    network_fields = (
+        "hidden", "layers", "heads", "max_length", "stem_channels", "stoch", "classes", "unimix", "units",
+        "vector_layers", "agent_layers", "bins", "act_on",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,18 +11,19 @@ from torch import Tensor
 
 from worldloom.actor_critic import RunningRange
 from worldloom.capture import Tensors
+from worldloom.gang import Gang
 from worldloom.generators import restore_generator
-from worldloom.nets import autocast, compile_part
+from worldloom.imagining import ImaginingUpdate
+from worldloom.nets import compile_part
 from worldloom.observations import as_mapping
 from worldloom.optim import GuardedAdam, load_optimizer, move_towards
 from worldloom.storm.behaviour import Behaviour, Imagined, agent_losses, lambda_returns
 from worldloom.storm.losses import WorldLosses, WorldNoise, draw_world_noise, world_losses
 from worldloom.storm.transformer import Cache, contexts, segments
 from worldloom.storm.world_model import STORMWorldModel
-from worldloom.tally import Tally
 from worldloom.types import Batch, Precision
 
-ROWS = ("actions", "rewards", "is_first", "terminated")  # what an update reads of a batch besides obs
+ROWS = ("actions", "rewards", "is_first", "terminated", "life_lost")  # what an update reads of a batch besides obs
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,44 @@ class ImaginationNoise:
     """Holds all random numbers of an imagination from N starts."""
 
     posterior: Tensor  # [B, T + 1, S, K] standard exponential, for the real rows
-    order: Tensor  # [B T] uniform: the starts are the trained rows with the N smallest
-    prior: Tensor  # [H + 1, N, S, K] standard exponential
+    order: Tensor  # [B, T] uniform: the starts are the N / B trained rows of each window with the smallest
+    prior: Tensor  # [H + 1, N, S, K] standard exponential, one window's starts after the other's
     policy: Tensor  # [H, N, A], as the policy draws it
 
+    def chosen(self) -> Tensor:
+        """Return the starts, N indices into B T trained rows."""
+        windows, steps = self.order.shape
+        places = self.order.argsort(1)[:, : self.prior.shape[1] // windows]
+        return (places + steps * torch.arange(windows, device=places.device).unsqueeze(1)).flatten()
 
-class STORMLearning:
+
+class STORMLearning(ImaginingUpdate):
     """STORM's update: its losses, its two optimisers and the generator of its random numbers."""
 
     def __init__(self, model: STORMWorldModel, behaviour: Behaviour, seed: int) -> None:
-        c, device = model.config, model.bins.device
-        self.model, self.behaviour, self.tally = model, behaviour, Tally()
-        self.generator = torch.Generator(device).manual_seed(seed)
+        super().__init__(model, seed)
+        self.model, self.behaviour, c = model, behaviour, model.config
         world = [{"params": list(model.parameters())}]
         agent = [{"params": [*behaviour.policy.parameters(), *behaviour.value.parameters()]}]
         self.world_optimizer = GuardedAdam(world, c.world_lr, c.world_eps, c.world_clip)
         self.agent_optimizer = GuardedAdam(agent, c.agent_lr, c.agent_eps, c.agent_clip)
         self.world_losses, self.agent_losses = world_losses, agent_losses  # `configure` may compile them
-        self._dtype = torch.float32
+
+    def join(self, gang: Gang) -> None:
+        """Make updates together with the other learners of a gang from now on.
+
+        The world model's losses are not compiled any more, since their statistics are exchanged on the way.
+        """
+        self.gang = self.world_optimizer.gang = self.agent_optimizer.gang = gang
+        if gang.size > 1:
+            self.world_losses = world_losses
 
     def configure(self, precision: Precision, compiled: bool) -> None:
         """Set the precision of matrix products and, if `compiled`, compile the losses and what is imagined."""
         self._dtype = getattr(torch, precision)
         if compiled:
-            for name in ("world_losses", "agent_losses", "_roll_out"):
+            for name in ("world_losses", "agent_losses", "_roll_out")[self.gang.size > 1 :]:
                 compile_part(self, name)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.model.bins.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for other keys, shapes or lengths."""
@@ -72,7 +82,8 @@ class STORMLearning:
         obs = {name.removeprefix("obs/"): value for name, value in given.items() if name.startswith("obs/")}
         batch = cast(Batch, {**{name: given[name] for name in ROWS if name in given}, "obs": obs})
         size, steps = batch["actions"].shape[0], batch["actions"].shape[1] - 1
-        world, norm, made = self.update_world(batch, draw_world_noise(self.model, size, steps, self.generator))
+        noise = draw_world_noise(self.model, size, steps, self.generator, self.gang)
+        world, norm, made = self.update_world(batch, noise)
         agent, made = self.update_agent(batch, self.draw_noise(size, steps), made)
         self.tally.add({"loss": world.total, **world.parts, "grad_norm": norm, **agent}, made)
         return {}
@@ -80,7 +91,7 @@ class STORMLearning:
     def update_world(self, batch: Batch, noise: WorldNoise) -> tuple[WorldLosses, Tensor, Tensor]:
         """Make a step of the world model; return its losses, the norm of its gradient, and whether it was made."""
         with self._autocast():
-            found = self.world_losses(self.model, batch, noise)
+            found = self.world_losses(self.model, batch, noise, self.gang)
         made, norm = self.world_optimizer.step(found.total)
         self.model.move_statistics(found.seen, made)
         return found, norm, made
@@ -93,7 +104,7 @@ class STORMLearning:
             lambda_returns(imagined.rewards, imagined.continues, values, c.lam, c.returns == "published")
             for values in (imagined.values, imagined.slow_values)
         )
-        low, high = behaviour.range.after(own)
+        low, high = behaviour.range.after(self.gang.gather(own))
         scale = RunningRange.scale_of(low, high)
         with self._autocast():
             losses, logged = self.agent_losses(
@@ -106,14 +117,16 @@ class STORMLearning:
         return {**losses, **logged, "agent_grad_norm": norm}, made
 
     def draw_noise(self, batch: int, steps: int) -> ImaginationNoise:
-        """Draw all random numbers of an imagination from a batch of windows with `steps` trained rows."""
-        model, generator, device = self.model, self.generator, self.model.bins.device
-        length, count = model.config.imagination_length, min(model.config.imagination_starts, batch * steps)
+        """Draw all random numbers of an imagination from a batch of windows with `steps` trained rows; this learner's
+        share of those for the whole batch."""
+        model, generator, device, share = self.model, self.generator, self.device, self.gang.share
+        length, whole = model.config.imagination_length, batch * self.gang.size
+        count = whole * min(-(-model.config.imagination_starts // whole), steps)
         return ImaginationNoise(
-            model.draw_noise(batch, steps + 1, generator=generator),
-            torch.rand(batch * steps, generator=generator, device=device),
-            model.draw_noise(length + 1, count, generator=generator),
-            self.behaviour.policy.draw_noise((length, count), generator, device),
+            share(model.draw_noise(whole, steps + 1, generator=generator), 0),
+            share(torch.rand(whole, steps, generator=generator, device=device), 0),
+            share(model.draw_noise(length + 1, count, generator=generator), 1),
+            share(self.behaviour.policy.draw_noise((length, count), generator, device), 1),
         )
 
     @torch.no_grad()
@@ -129,7 +142,7 @@ class STORMLearning:
         with self._autocast():
             _, z = model.see(obs, noise.posterior)
             tokens = model.token(z[:, :-1], actions, first)
-            chosen = noise.order.argsort()[: noise.prior.shape[1]]
+            chosen = noise.chosen()
             own, padding = contexts(tokens, segments(first)[0], chosen, c.context)
             cache = Cache(model.transformer, own, padding, c.imagination_length)
             start = z[:, 1:].flatten(0, 1)[chosen]

@@ -6,6 +6,7 @@ and the action that led to row t, and h_t, read from tokens up to t, predicts ro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -117,7 +118,7 @@ class STORMNetworks(nn.Module):
     def move_statistics(self, seen: Statistics, made: Tensor) -> None:
         """Move the running statistics of all batch norms towards what they saw; see `BatchNorm.move`."""
         modules = [*self.encoder.modules(), *self.decoder.modules()]
-        for norm, found in zip([m for m in modules if isinstance(m, BatchNorm)], seen, strict=True):
+        for norm, found in zip([m for m in modules if isinstance(m, BatchNorm)], seen.pairs, strict=True):
             norm.move(*found, self.config.norm_rate, made)
 
     def draw_noise(self, *lead: int, generator: Generator | None = None) -> Tensor:
@@ -133,6 +134,9 @@ class STORMNetworks(nn.Module):
         for other lengths, and as `as_mapping` and `read_steps`."""
         obs = self.as_mapping(batch["obs"], "batch['obs']", 2)
         steps, most = read_steps(batch, obs, self.action_dim), self.config.max_length + 1
+        if "life_lost" in batch:  # counts as an end, though the episode goes on
+            ends = torch.maximum(steps.terminated, batch["life_lost"].float())
+            steps = dataclasses.replace(steps, terminated=ends)
         if not 3 <= steps.rewards.shape[1] <= most:
             found = f"the batch has {steps.rewards.shape[1]} rows"
             raise ValueError(f"{found}, expected 3 to {most}: those of agent.max_length and the one before them.")

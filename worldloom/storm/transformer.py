@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
+from worldloom.gang import Gang
 
 NORM_EPS = 1e-6
 HIDDEN = -1e9  # score of what must not be seen; finite, so that a row that sees nothing has no NaN
@@ -26,6 +27,10 @@ class Dropped:
     weights: Tensor | None = None  # [B, heads, T, T], of attention
     mixed: Tensor | None = None  # [B, T, D], of attention's output
     fed: Tensor | None = None  # [B, T, D], of the feed-forward layers' output
+
+    def share(self, gang: Gang) -> Dropped:
+        """Return a learner's part of it."""
+        return Dropped(*(None if x is None else gang.share(x, 0) for x in (self.weights, self.mixed, self.fed)))
 
 
 NOTHING = Dropped()

@@ -93,7 +93,7 @@ class STORMWorldModel(STORMNetworks):
 
     def update_targets(self) -> None:
         """Move the running statistics of batch norms towards those of the last `compute_loss`."""
-        if self._seen:
+        if self._seen is not None:
             self.move_statistics(self._seen, torch.ones((), dtype=torch.bool, device=self.bins.device))
         self._seen = None
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from worldloom.capture import Tensors
-from worldloom.program import Program, example_obs
+from worldloom.program import Program, example_obs, without
 from worldloom.tdmpc2.networks import two_heads
 from worldloom.tdmpc2.pixels import as_shifts
 from worldloom.tdmpc2.planner import Planner, PlanNoise, gumbel
@@ -58,13 +56,6 @@ def see(model: TDMPC2WorldModel, given: Tensors) -> tuple[Tensor, Tensor | None]
     numbers [E] of a multi-task model."""
     uniform, task = given.get("uniform_shift"), model.task_numbers(given.get("task"), len(given["obs"]))
     return model.latent(given["obs"], task, None if uniform is None else as_shifts(uniform)), task
-
-
-def without(model: TDMPC2WorldModel, *parts: str) -> TDMPC2WorldModel:
-    """Return a copy of the model on the CPU that lacks some parts, so that no file holds what it does not need."""
-    kept = copy.copy(model)
-    kept._modules = {name: None if name in parts else part for name, part in model._modules.items()}
-    return copy.deepcopy(kept).cpu()
 
 
 def policy_program(model: TDMPC2WorldModel, envs: int, sample: bool) -> Program:
