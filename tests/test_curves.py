@@ -61,6 +61,18 @@ def test_the_table_gives_the_difference_in_published_standard_deviations(trained
     assert "977.0" in capsys.readouterr().out
 
 
+def test_a_single_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(curves, "train", lambda argv: asked.append(argv) or 3)
+    monkeypatch.setattr(curves, "read_results", lambda out, metric: [])
+    monkeypatch.setattr(curves, "write", lambda results, out: (out / "table.md").write_text(""))
+    assert curves.main(["--tasks", "cup-catch", "--seeds", "4", "--out", str(tmp_path)]) == 3
+    (argv,) = asked
+    assert argv[argv.index("--run-dir") + 1] == str(tmp_path / "ball_in_cup-catch-seed-4")
+    assert argv[argv.index("--resume") + 1] == "auto"
+    assert argv[argv.index("--env.id") + 1] == "dm_control/ball_in_cup-catch-v0"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -86,7 +98,7 @@ def wait_for(pattern, folder, process, seconds=400.0):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("algorithm", "fields"), [("tdmpc2:1m", TINY_AGENT), ("dreamerv3:size1m", TINY_DREAMER)])
-def test_real_runs_are_interrupted_go_on_and_more_seeds_join(algorithm, fields, tmp_path):
+def test_a_real_run_is_interrupted_goes_on_and_is_kept(algorithm, fields, tmp_path):
     small = {
         "--env.num_envs": 1, "--train.learning_starts": 100, "--train.train_ratio": 24, "--train.compile": "false",
         "--train.device": "cpu", "--eval.episodes": 1, "--checkpoint.interval": 100, "--replay.capacity": 5000,
@@ -105,8 +117,8 @@ def test_real_runs_are_interrupted_go_on_and_more_seeds_join(algorithm, fields, 
     subprocess.run([*command, "--seeds", "1"], cwd=ROOT, check=True)
     assert json.loads(summary.read_text())["env_steps"] == 1000
     complete = summary.read_text()
-    subprocess.run([*command, "--seeds", "1,2"], cwd=ROOT, check=True)
+    subprocess.run([*command, "--seeds", "1"], cwd=ROOT, check=True)
     assert summary.read_text() == complete
     row = (tmp_path / "table.md").read_text().splitlines()[-1]
-    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1, 2 | 2,000 | ")
+    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1 | 2,000 | ")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
