@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint bench docs pictures clean help
+.PHONY: train demo test test-slow lint bench docs pictures clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,6 +15,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 train: $(VENV)/.installed  ## train TD-MPC2 on Pendulum-v1 through Ray and say how well it does
 	$(BIN)/python -m launch.train --config configs/tdmpc2_pendulum.yaml $(ARGS)
+
+demo: $(VENV)/.installed  ## train DreamerV3 on images of Catch and film what it imagines: docs/pictures/catch.gif
+	$(BIN)/python docs/pictures/make.py --only catch.gif $(ARGS)
 
 test: $(VENV)/.installed  ## run the test suite (without the slow learning tests), in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
@@ -30,7 +33,7 @@ lint: $(VENV)/.installed  ## ruff and mypy --strict
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 
-pictures: $(VENV)/.installed  ## train two agents and make the pictures of README and documentation from them
+pictures: $(VENV)/.installed  ## train three agents and make the pictures of README and documentation from them
 	$(BIN)/python docs/pictures/make.py
 
 bench: $(VENV)/.installed  ## measured comparisons: replay and runtime

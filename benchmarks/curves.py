@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.sweep import main as sweep
+from launch.train import main as train
 from worldloom.families import resolve
 from worldloom.report.compared import EVALUATION, TRAINING, ComparedRun, read_compared
 from worldloom.report.page import OWN, PUBLISHED, axes
@@ -121,7 +123,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for place in places[len(results) :]:
         place.set_visible(False)
     for place, result in zip(places, results, strict=False):
-        place.set_title(result.task.removeprefix("dm_control/").removesuffix("-v0"), fontsize=10)
+        place.set_title(short(result.task), fontsize=10)
         if result.published:
             shown = [i for i, x in enumerate(result.published.frames) if x <= 1.25 * max(result.reached, 1)]
             x, mean, std = (np.array([part[i] for i in shown], float) for part in curve_parts(result.published))
@@ -136,6 +138,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
     handles = dict(zip(*reversed(places[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), fontsize=9, frameon=False, loc="outside lower left", ncols=2)
     figure.savefig(path)
+
+
+def short(task: str) -> str:
+    return task.removeprefix("dm_control/").removesuffix("-v0")
 
 
 def curve_parts(curve: Curve) -> tuple[tuple[float, ...], ...]:
@@ -172,7 +178,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, then write; further arguments go to launch.sweep."""
+    """Train, then write; further arguments go to launch.sweep, or to launch.train for a single run."""
     o, more = parse(argv)
     ended = 0
     if not o.table:
@@ -183,10 +189,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--train.total_steps": str(o.steps),
             "--eval.interval": str(max(o.steps // 2, 1)),
             "--runtime.kind": "inline",
-            "--sweep-dir": str(o.out),
-            "--parallel": o.parallel,
         }
-        ended = sweep(["--config", o.preset, *(word for pair in fields.items() for word in pair), *more])
+        words = ["--config", o.preset, *(word for pair in fields.items() for word in pair)]
+        if len(o.tasks) == 1 and re.fullmatch(r"\d+", o.seeds):  # one run is no sweep
+            run_dir = o.out / f"{short(o.tasks[0])}-seed-{o.seeds}"
+            ended = train([*words, "--run-dir", str(run_dir), "--resume", "auto", *more])
+        else:
+            ended = sweep([*words, "--sweep-dir", str(o.out), "--parallel", o.parallel, *more])
     results = read_results(o.out, METRICS[o.family])
     write(results, o.out)
     print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, curves.csv, curves.svg")

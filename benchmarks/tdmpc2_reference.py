@@ -33,11 +33,12 @@ class Settings(SimpleNamespace):
         return getattr(self, key, default)
 
 
-def copy_for(device: str, size: int, checkout: Path) -> Path:
+def copy_for(device: str, size: int, checkout: Path, environments: bool = False) -> Path:
     """The checkout's code with another device in it; Adam's capturable form exists on CUDA only."""
     folder = Path(tempfile.mkdtemp()) / "tdmpc2"
     draw = "torch.randperm(self.cfg.num_q, device=out.device)"
-    shutil.copytree(checkout / "tdmpc2", folder, ignore=shutil.ignore_patterns("envs"))
+    ignored = None if environments else shutil.ignore_patterns("envs")
+    shutil.copytree(checkout / "tdmpc2", folder, ignore=ignored)
     for path in folder.rglob("*.py"):
         text = path.read_text().replace("cuda:0", device)
         if size == 1:

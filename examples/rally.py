@@ -1,7 +1,7 @@
 """Rally: keep a bouncing ball in the air. A small task to judge an imagined future by: a frame alone hides the ball's
 direction, moves shift the paddle, hits and misses are rewarded, and a miss ends the episode.
 
-Train it on a CPU: python -m launch.train --algorithm diamond:tiny --env.id examples.rally:Rally --runtime.kind inline
+Train it on a CPU: python -m launch.train --config configs/diamond_rally.yaml
 """
 
 from __future__ import annotations

@@ -1,10 +1,19 @@
 """The command that draws learning curves over the published ones."""
 
 import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import curves
+from tests.run_configs import TINY_AGENT, TINY_DREAMER
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -52,6 +61,18 @@ def test_the_table_gives_the_difference_in_published_standard_deviations(trained
     assert "977.0" in capsys.readouterr().out
 
 
+def test_a_single_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(curves, "train", lambda argv: asked.append(argv) or 3)
+    monkeypatch.setattr(curves, "read_results", lambda out, metric: [])
+    monkeypatch.setattr(curves, "write", lambda results, out: (out / "table.md").write_text(""))
+    assert curves.main(["--tasks", "cup-catch", "--seeds", "4", "--out", str(tmp_path)]) == 3
+    (argv,) = asked
+    assert argv[argv.index("--run-dir") + 1] == str(tmp_path / "ball_in_cup-catch-seed-4")
+    assert argv[argv.index("--resume") + 1] == "auto"
+    assert argv[argv.index("--env.id") + 1] == "dm_control/ball_in_cup-catch-v0"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -63,3 +84,41 @@ def test_wrong_requests_are_refused_with_what_there_is(words, said, capsys):
     with pytest.raises(SystemExit):
         curves.main(words)
     assert said in capsys.readouterr().err
+
+
+def wait_for(pattern, folder, process, seconds=400.0):
+    """Wait until a file of that name is there, while the process lives."""
+    ends = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends, f"no {pattern} in {folder}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("algorithm", "fields"), [("tdmpc2:1m", TINY_AGENT), ("dreamerv3:size1m", TINY_DREAMER)])
+def test_a_real_run_is_interrupted_goes_on_and_is_kept(algorithm, fields, tmp_path):
+    small = {
+        "--env.num_envs": 1, "--train.learning_starts": 100, "--train.train_ratio": 24, "--train.compile": "false",
+        "--train.device": "cpu", "--eval.episodes": 1, "--checkpoint.interval": 100, "--replay.capacity": 5000,
+    }  # fmt: skip
+    small |= {f"--agent.{name}": value for name, value in fields.items()}
+    words = ["--algorithm", algorithm, "--tasks", "cartpole-swingup", "--steps", "1000", "--out", str(tmp_path)]
+    words += [str(word) for pair in small.items() for word in pair]
+    command = [sys.executable, "-m", "benchmarks.curves", *words]
+    first = subprocess.Popen([*command, "--seeds", "1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for("*/checkpoints/step-*/manifest.json", tmp_path, first)
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=300)[0].decode()
+    assert first.returncode not in (0, None), said
+    (summary,) = tmp_path.glob("*/summary.json")
+    assert json.loads(summary.read_text())["status"] == "interrupted"
+    subprocess.run([*command, "--seeds", "1"], cwd=ROOT, check=True)
+    assert json.loads(summary.read_text())["env_steps"] == 1000
+    complete = summary.read_text()
+    subprocess.run([*command, "--seeds", "1"], cwd=ROOT, check=True)
+    assert summary.read_text() == complete
+    row = (tmp_path / "table.md").read_text().splitlines()[-1]
+    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1 | 2,000 | ")
+    assert "<svg" in (tmp_path / "curves.svg").read_text()

@@ -1,6 +1,10 @@
-"""That agents learn: a tiny task here, the published presets in the slow tests."""
+"""That agents learn: a tiny task here, the presets of small tasks in the slow tests.
 
-import dataclasses
+The quick tests of learning are this one and those that end in "beats chance": TD-MPC2 and DreamerV3 in
+`test_testing.py`, STORM and DIAMOND in their folders. Each takes a fixed seed and one thread, so that it gives the same
+numbers again.
+"""
+
 import json
 
 import pytest
@@ -29,6 +33,11 @@ def test_tdmpc2_learns_to_copy_its_observation(tmp_path):
     assert summary["eval_return_mean"] > 15  # of 20; acting at random gives 6.7
 
 
+def preset_of(name, *more):
+    parser = run_parser("test", "")
+    return run_config(parser, parser.parse_args(["--config", f"configs/{name}.yaml", *more]))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
@@ -42,11 +51,48 @@ def test_tdmpc2_learns_to_copy_its_observation(tmp_path):
     ],
 )
 def test_presets_learn_their_tasks(no_cluster, tmp_path, kind, preset, enough):
-    parser = run_parser("test", "")
-    config = run_config(parser, parser.parse_args(["--config", f"configs/{preset}.yaml"]))
-    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, kind=kind))
+    config = preset_of(preset, "--runtime.kind", kind)
     if kind == "inline":
         InlineTrainer(config, tmp_path).train()
     else:
         train(config, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["eval_return_mean"] >= enough
+
+
+IMAGES = [
+    ("dreamerv3_catch", 4.5),  # of 5; acting at random gives -1.2
+    ("storm_catch", 3.0),
+    ("diamond_rally", 3.0),  # of 14; acting at random gives -0.4
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4800)
+@pytest.mark.parametrize(("preset", "enough"), IMAGES, ids=[name for name, _ in IMAGES])
+def test_presets_learn_their_tasks_from_images(tmp_path, preset, enough):
+    summary = InlineTrainer(preset_of(preset, "--runtime.kind", "inline"), tmp_path).train()
+    assert summary["eval_return_mean"] >= enough
+
+
+SHORT = {
+    "env.num_envs": "2", "train.total_steps": "80", "train.learning_starts": "64", "train.train_ratio": "24",
+    "train.compile": "false", "runtime.kind": "inline", "runtime.learner_threads": "1", "eval.interval": "72",
+    "eval.episodes": "1", "checkpoint.interval": "72", "log.interval": "40",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [  # the pages' commands start the first two, with other sizes
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dreamerv3_catch", "storm_catch")),
+        "diamond_rally",
+    ],
+)
+def test_presets_of_images_start_learn_and_resume(tmp_path, preset):
+    """A slip in a preset must not be found after half an hour."""
+    words = [word for name, value in SHORT.items() for word in (f"--{name}", value)]
+    InlineTrainer(preset_of(preset, *words), tmp_path).train()
+    longer = preset_of(preset, *words, "--train.total_steps", "92")
+    summary = InlineTrainer(longer, tmp_path, resume=True).train()
+    assert (summary["status"], summary["env_steps"]) == ("completed", 92)
+    assert summary["updates"] >= 2

@@ -1,7 +1,8 @@
-"""Makes the pictures of the README and of these pages: make pictures, or python docs/pictures/make.py
+"""Makes the pictures of the README and of these pages: make pictures, or python docs/pictures/make.py [--only PICTURE]
 
-It trains what `make train` trains and a short DreamerV3 on CartPole, unless these runs are there already. From them it
-draws learning_curve.svg, imagination.gif and, if there is a Chromium, report.png.
+It trains what `make train` trains, a short DreamerV3 on CartPole and one on Catch, unless these runs are there already.
+From them it draws learning_curve.svg, imagination.gif, catch.gif (true beside imagined: `make demo`) and, if there is a
+Chromium, report.png. Further arguments, such as --train.total_steps 500, go to the training.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
+import imageio.v3 as imageio
+import numpy as np
+from PIL import Image
+
 from launch.arguments import run_config, run_parser
+from launch.imagine import FRAMES_PER_SECOND
 from worldloom.report.page import read_metrics, returns_section
 from worldloom.runs.build import subject_of
 
@@ -26,16 +33,43 @@ SHORT = "--runtime inline --train.total_steps 2_500 --eval.interval 0 --checkpoi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=CHECKOUT / "runs" / "pictures", help="folder of the two runs")
-    runs = parser.parse_args().runs.resolve()
-    pendulum, cartpole = runs / "pendulum", runs / "cartpole"
-    train(pendulum, "tdmpc2_pendulum.yaml")
-    train(cartpole, "dreamerv3_cartpole.yaml", *SHORT.split())
-    draw_learning_curve(pendulum, PICTURES / "learning_curve.svg")
-    film = PICTURES / "imagination.gif"
-    run("launch.imagine", "--run-dir", str(cartpole), "--out", str(film), "--steps", "40")
-    take_screenshot(pendulum / "report.html", PICTURES / "report.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=CHECKOUT / "runs" / "pictures", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=PICTURES, help="folder of the pictures")
+    parser.add_argument("--only", choices=MAKERS, help="one of the pictures; default: all")
+    options, more = parser.parse_known_args()
+    for name in [options.only] if options.only else MAKERS:
+        MAKERS[name](options.runs.resolve(), options.out.resolve() / name, more)
+
+
+def make_learning_curve(runs: Path, out: Path, more: Sequence[str]) -> None:
+    train(runs / "pendulum", "tdmpc2_pendulum.yaml", *more)
+    draw_learning_curve(runs / "pendulum", out)
+
+
+def make_imagination(runs: Path, out: Path, more: Sequence[str]) -> None:
+    train(runs / "cartpole", "dreamerv3_cartpole.yaml", *SHORT.split(), *more)
+    run("launch.imagine", "--run-dir", str(runs / "cartpole"), "--out", str(out), "--steps", "40")
+
+
+def make_catch(runs: Path, out: Path, more: Sequence[str]) -> None:
+    """Film an episode of Catch: 5 frames that the model sees, and 40 that it imagines from the true actions."""
+    train(runs / "catch", "dreamerv3_catch.yaml", "--runtime", "inline", *more)
+    run("launch.imagine", "--run-dir", str(runs / "catch"), "--out", str(out), "--steps", "45", "--observed", "5")
+    shrink(out)
+
+
+def shrink(film: Path, colours: int = 32) -> None:
+    """Draw a film with few colours, the same in all frames: half as many bytes."""
+    frames = [Image.fromarray(frame) for frame in imageio.imread(film)]
+    together = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[::4]])).quantize(colours)
+    small = [frame.quantize(palette=together, dither=Image.Dither.NONE) for frame in frames]
+    small[0].save(film, save_all=True, append_images=small[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+
+
+def make_report(runs: Path, out: Path, more: Sequence[str]) -> None:
+    train(runs / "pendulum", "tdmpc2_pendulum.yaml", *more)
+    take_screenshot(runs / "pendulum" / "report.html", out)
 
 
 def train(run_dir: Path, preset: str, *overrides: str) -> None:
@@ -67,6 +101,13 @@ def take_screenshot(page: Path, out: Path, width: int = 1100, height: int = 1000
         subprocess.run([browser, *quiet, *options, page.as_uri()], check=True, capture_output=True, timeout=120)
     print(out)
 
+
+MAKERS = {
+    "learning_curve.svg": make_learning_curve,
+    "imagination.gif": make_imagination,
+    "catch.gif": make_catch,
+    "report.png": make_report,
+}
 
 if __name__ == "__main__":
     main()

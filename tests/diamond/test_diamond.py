@@ -36,6 +36,16 @@ def test_the_tiny_preset_holds_what_is_asked_of_a_family():
     assert not [line for line in check_family("diamond:tiny", IMAGE, CHOICE) if line.wrong]
 
 
+def test_diamond_learns_a_task_of_two_states():
+    fields = {
+        "cond": 8, "channels": 8, "levels": 1, "reward_cond": 8, "reward_channels": 8, "reward_levels": 1,
+        "reward_lstm": 16, "policy_lstm": 16, "horizon": 2, "sampler_steps": 1, "warmup": 20, "lr": 5e-3, "gamma": 0.2,
+    }  # fmt: skip
+    image = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    found = check_family("diamond:tiny", image, spaces.Discrete(2), updates=150, **fields)
+    assert found[-1].name == "beats chance"
+
+
 def test_the_atari_preset_has_the_published_settings():
     config = get_config("diamond")
     assert config == get_config("diamond:atari") == DiamondConfig()

@@ -1,0 +1,328 @@
+"""Learning beside the authors' code: python -m benchmarks.beside --tdmpc2 DIR --python PYTHON, or --dreamerv3 DIR
+
+Trains TD-MPC2 (size 1) or DreamerV3 (size1m) on a task of DeepMind Control from states with our code and with the
+authors' (DIR holds nicklashansen/tdmpc2 or danijar/dreamerv3), with the same settings, one run after the other on the
+same cores of this machine, and writes into the folder OUT: returns.csv, curves.svg and table.md. Theirs runs in a
+Python of its own; tdmpc2_training.py and dreamerv3_training.py say what it needs. A run that is complete is kept when
+the command is given again; one that was cut short starts anew. Returns are those of training episodes, with the noise
+of exploration, for these cost nothing. Arguments that it does not know go to our configuration, not to theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.arguments import run_config, run_parser
+from worldloom.replay.chunk import ChunkInfo
+from worldloom.report.page import OWN, PUBLISHED, axes
+from worldloom.runs.inline import InlineTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS, AUTHORS = "ours", "authors"
+COLOURS = {OURS: OWN, AUTHORS: PUBLISHED}
+REPEAT = 2  # frames that each agent step repeats its action for, as both papers
+RETURNS, DONE, LOG = "returns.csv", "done.json", "log.txt"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides of a comparison share. batch, length: of DreamerV3's windows; TD-MPC2 has its own."""
+
+    task: str
+    steps: int
+    threads: int
+    train_ratio: float
+    batch: int
+    length: int
+
+
+def tdmpc2_ours(_: Settings) -> list[str]:
+    return ["--config", str(ROOT / "configs" / "tdmpc2_dmc.yaml"), "--algorithm", "tdmpc2:1m"]
+
+
+def tdmpc2_theirs(settings: Settings, seed: int) -> dict[str, Any]:
+    return {"task": settings.task, "size": 1, "steps": settings.steps, "seed": seed, "more": {}}
+
+
+def dreamerv3_ours(settings: Settings) -> list[str]:
+    fields = {
+        "--algorithm": "dreamerv3:size1m",
+        "--agent.batch_size": settings.batch,
+        "--agent.batch_length": settings.length,
+        "--env.num_envs": 1,
+        "--train.train_ratio": settings.train_ratio,
+        "--train.learning_starts": settings.batch * settings.length + settings.length,  # where theirs has its windows
+        "--train.compile": "true",
+    }
+    preset = ["--config", str(ROOT / "configs" / "dreamerv3_dmc_proprio.yaml")]
+    return [*preset, *(str(word) for pair in fields.items() for word in pair)]
+
+
+def dreamerv3_theirs(settings: Settings, seed: int) -> dict[str, Any]:
+    flags = {
+        "--configs": "dmc_proprio",  # which is size1m
+        "--task": "dmc_" + settings.task.replace("-", "_"),
+        "--seed": seed,
+        "--env.dmc.repeat": REPEAT,
+        "--batch_size": settings.batch,
+        "--batch_length": settings.length,
+        "--report_length": settings.length,
+        "--replay.size": "5e5",
+        "--run.envs": 1,
+        "--run.steps": settings.steps,
+        "--run.train_ratio": settings.train_ratio,
+        "--run.log_every": 30,
+        "--run.report_every": "1e9",
+        "--run.save_every": "1e9",
+        "--run.usage.nvsmi": "False",
+        "--jax.platform": "cpu",
+        "--jax.compute_dtype": "float32",
+        "--jax.prealloc": "False",
+        "--logger.outputs": "jsonl",
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    return {"repeat": REPEAT, "flags": words}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One algorithm: its name in the table, our arguments, the program for the authors' code and its options."""
+
+    name: str
+    ours: Callable[[Settings], list[str]]
+    program: str
+    theirs: Callable[[Settings, int], dict[str, Any]]
+
+
+COMPARISONS = {
+    "tdmpc2": Comparison("TD-MPC2 1m", tdmpc2_ours, "tdmpc2_training.py", tdmpc2_theirs),
+    "dreamerv3": Comparison("DreamerV3 size1m", dreamerv3_ours, "dreamerv3_training.py", dreamerv3_theirs),
+}
+
+
+def train_ours(what: Comparison, settings: Settings, seed: int, folder: Path, more: Sequence[str]) -> None:
+    """Train in this process; note the return of each training episode."""
+    fields = {
+        "--env.id": f"dm_control/{settings.task.replace('cup-', 'ball_in_cup-')}-v0",
+        "--train.total_steps": settings.steps,
+        "--train.seed": seed,
+        "--train.device": "cpu",
+        "--runtime.kind": "inline",
+        "--runtime.learner_threads": settings.threads,
+        "--eval.interval": 0,
+        "--eval.episodes": 1,
+        "--checkpoint.interval": 0,
+        "--log.to": "[]",
+    }
+    parser = run_parser("benchmarks.beside", "")
+    words = [*what.ours(settings), *(str(word) for pair in fields.items() for word in pair), *more]
+    trainer = InlineTrainer(run_config(parser, parser.parse_args(words)), folder / "run")
+    recorder = trainer.run.recorder
+    record = recorder.chunk
+
+    def noting(info: ChunkInfo, newest_version: int) -> None:
+        record(info, newest_version)
+        with (folder / RETURNS).open("a") as file:
+            file.writelines(f"{trainer.run.limiter.env_steps},{value}\n" for value in info.returns)
+
+    recorder.chunk = noting  # type: ignore[method-assign]
+    if trainer.train()["status"] != "completed":
+        raise KeyboardInterrupt
+
+
+def train_theirs(what: Comparison, settings: Settings, seed: int, folder: Path, o: argparse.Namespace) -> None:
+    """Run the authors' code in its Python. Raises RuntimeError, with its last words, if it fails."""
+    folder = folder.resolve()
+    options = {"threads": settings.threads, "out": str(folder / RETURNS), "logdir": str(folder / "logdir")}
+    options |= what.theirs(settings, seed)
+    command = [o.python, str(ROOT / "benchmarks" / what.program), str(o.checkout.resolve()), json.dumps(options)]
+    with (folder / LOG).open("w") as log:
+        ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if ended:
+        last = (folder / LOG).read_text().splitlines()[-12:]
+        raise RuntimeError(f"the authors' code ended with {ended}; {folder / LOG} ends:\n" + "\n".join(last))
+
+
+def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more: Sequence[str]) -> None:
+    """Train every seed on both sides that is not complete; seeds first, so that both sides grow together."""
+    for seed in o.seeds:
+        for side in (AUTHORS, OURS):
+            folder = o.out / f"{side}-{seed}"
+            if (folder / DONE).is_file():
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            print(f"{side}, seed {seed}: training", flush=True)
+            begun = time.monotonic()
+            if side == OURS:
+                train_ours(what, settings, seed, folder, more)
+            else:
+                train_theirs(what, settings, seed, folder, o)
+            seconds = time.monotonic() - begun
+            (folder / DONE).write_text(json.dumps({"seconds": round(seconds, 1)}) + "\n")
+            print(f"{side}, seed {seed}: {seconds / 60:.1f} minutes", flush=True)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The training episodes of one run: agent steps at their ends, and their returns. seconds: None while it runs."""
+
+    side: str
+    seed: int
+    steps: list[int]
+    returns: list[float]
+    seconds: float | None
+
+
+def read_curves(out: Path) -> list[Curve]:
+    """Read what has been trained so far; a run without an ended episode is left out."""
+    curves = []
+    for side in (OURS, AUTHORS):
+        for folder in sorted(out.glob(f"{side}-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+            if not (folder / RETURNS).is_file():
+                continue
+            with (folder / RETURNS).open() as file:
+                rows = [(int(steps), float(value)) for steps, value in csv.reader(file)]
+            seconds = json.loads((folder / DONE).read_text())["seconds"] if (folder / DONE).is_file() else None
+            if rows:
+                steps, returns = (list(column) for column in zip(*rows, strict=True))
+                curves.append(Curve(side, int(folder.name.rpartition("-")[2]), steps, returns, seconds))
+    return curves
+
+
+def spread(curves: Sequence[Curve]) -> tuple[Any, Any, Any]:
+    """Return steps, and the mean and the sample standard deviation over seeds there: where every run has been."""
+    low, high = max(curve.steps[0] for curve in curves), min(curve.steps[-1] for curve in curves)
+    steps = np.array(sorted({at for curve in curves for at in curve.steps if low <= at <= high}), float)
+    values = np.array([np.interp(steps, curve.steps, curve.returns) for curve in curves])
+    return steps, values.mean(0), values.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(steps)
+
+
+def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
+    """Draw each side's mean and standard deviation over seeds, and each seed as a thin line."""
+    figure, (axis,) = axes(1, 1, 7.2, 3.6)
+    for side in (OURS, AUTHORS):
+        same = [curve for curve in curves if curve.side == side]
+        if not same:
+            continue
+        steps, mean, std = spread(same)
+        axis.fill_between(steps, mean - std, mean + std, color=COLOURS[side], alpha=0.15, lw=0)
+        axis.plot(steps, mean, color=COLOURS[side], lw=2, label=f"{side}: mean ± std of {len(same)} seeds")
+        for curve in same:
+            axis.plot(curve.steps, curve.returns, color=COLOURS[side], lw=0.7, alpha=0.7)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("agent steps")
+    axis.set_ylabel("return of training episodes")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=9, frameon=False, loc="best")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def averages(curve: Curve, last: int = 5) -> tuple[float, float]:
+    """Return the mean return of all episodes, and of the last ones."""
+    return float(np.mean(curve.returns)), float(np.mean(curve.returns[-last:]))
+
+
+HEADER = ("code", "seed", "agent steps", "episodes", "mean return", "mean of the last 5", "minutes")
+
+
+def table(curves: Sequence[Curve]) -> str:
+    """Return the table of all runs, and beneath it how far the sides are apart, beside how far seeds are."""
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for curve in curves:
+        means = [f"{value:.1f}" for value in averages(curve)]
+        minutes = f"{curve.seconds / 60:.1f}" if curve.seconds is not None else "not finished"
+        counts = [f"{curve.steps[-1]:,}", str(len(curve.returns))]
+        lines.append([curve.side, str(curve.seed), *counts, *means, minutes])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    sides = {side: [averages(curve) for curve in curves if curve.side == side] for side in (OURS, AUTHORS)}
+    if not all(sides.values()):
+        return text
+    for place, name in enumerate(("mean return", "mean of the last 5")):
+        ours, theirs = ([means[place] for means in sides[side]] for side in (OURS, AUTHORS))
+        text += (
+            f"\n{name.capitalize()}: ours minus theirs {np.mean(ours) - np.mean(theirs):+.1f}; between seeds of one"
+            f" side at most {max(np.ptp(ours), np.ptp(theirs)):.1f}.\n"
+        )
+    return text
+
+
+def write(what: Comparison, settings: Settings, out: Path, argv: Sequence[str]) -> None:
+    """Write returns.csv, curves.svg and table.md."""
+    curves = read_curves(out)
+    with (out / RETURNS).open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("code", "seed", "agent_steps", "return"))
+        for curve in curves:
+            points = zip(curve.steps, curve.returns, strict=True)
+            rows.writerows((curve.side, curve.seed, at, round(value, 2)) for at, value in points)
+    if curves:
+        draw(curves, f"{what.name} on {settings.task}", out / "curves.svg")
+    machine = f"{platform.machine()}, {settings.threads} threads, our torch {torch.__version__}"
+    text = f"{what.name} on {settings.task}, {settings.steps:,} agent steps ({REPEAT * settings.steps:,} frames)."
+    command = f"`python -m benchmarks.beside {' '.join(argv)}`"
+    (out / "table.md").write_text(f"{text} {machine}. {command}\n\n{table(curves)}")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.beside", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    for family, repository in (("tdmpc2", "nicklashansen/tdmpc2"), ("dreamerv3", "danijar/dreamerv3")):
+        which.add_argument(f"--{family}", type=Path, metavar="DIR", help=f"a checkout of {repository}")
+    parser.add_argument("--python", default=sys.executable, help="the Python that runs the authors' code")
+    parser.add_argument("--task", default="cartpole-swingup", help="of DeepMind Control, by the authors' name")
+    parser.add_argument("--steps", type=int, default=10_000, help="agent steps of each run")
+    parser.add_argument("--seeds", default="1,2", help="comma-separated")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each run")
+    parser.add_argument("--train-ratio", type=float, default=512.0, help="DreamerV3's")
+    parser.add_argument("--batch", type=int, default=16, help="DreamerV3's windows in a batch")
+    parser.add_argument("--length", type=int, default=64, help="steps of each of DreamerV3's windows")
+    parser.add_argument("--out", type=Path, help="folder; default: runs/beside-FAMILY-TASK")
+    parser.add_argument("--table", action="store_true", help="train nothing: write what there is")
+    o, more = parser.parse_known_args(argv)
+    o.family = "tdmpc2" if o.tdmpc2 else "dreamerv3"
+    o.checkout = o.tdmpc2 or o.dreamerv3
+    if not o.table and not (o.checkout / o.family).is_dir():
+        parser.error(f"{o.checkout} has no folder {o.family}, expected a checkout of the authors' repository.")
+    o.seeds = [int(seed) for seed in o.seeds.split(",")]
+    o.out = o.out or Path("runs") / f"beside-{o.family}-{o.task}"
+    return o, more
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is left, then write."""
+    argv = sys.argv[1:] if argv is None else argv
+    o, more = parse(argv)
+    what = COMPARISONS[o.family]
+    settings = Settings(o.task, o.steps, o.threads, o.train_ratio, o.batch, o.length)
+    o.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if not o.table:
+            train_all(what, settings, o, more)
+    except RuntimeError as error:
+        print(f"benchmarks.beside: {error}", file=sys.stderr)
+        return 1
+    finally:
+        write(what, settings, o.out, argv)
+    print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, returns.csv, curves.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
