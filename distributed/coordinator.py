@@ -71,6 +71,8 @@ class Coordinator:
         parts.serving.start()
         parts.learning.publish()
         state.run.recorder.say(state.shares.describe(self._owns_cluster))
+        if learners := parts.learning.describe():
+            state.run.recorder.say(learners)
         parts.collecting.start()
 
     def _restore(self, checkpoint: Path) -> int:
@@ -129,8 +131,9 @@ class Coordinator:
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         parts, recorder = self.parts, self.run.recorder
         if stop.requested:  # every actor ends after its current step
-            for actor in [parts.learning.learner, *(c.handle for c in parts.collecting.collectors)]:
-                actor.interrupt.remote()
+            parts.learning.ranks.interrupt()
+            for collector in parts.collecting.collectors:
+                collector.handle.interrupt.remote()
         parts.settle(collects=True)
         parts.save()
         if self.run.unsaved:

@@ -95,10 +95,13 @@ class Shards:
         if accepted.chunks + accepted.duplicates >= self.accepted[shard].chunks + self.accepted[shard].duplicates:
             self.accepted[shard] = accepted
 
-    def sample(self, batches: int) -> tuple[Any, int]:
-        """Return a reference to so many batches, and their shard."""
+    def sample(self, batches: int, learners: int = 1) -> tuple[list[Any], int]:
+        """Return references to so many batches, one to each learner's part of all of them, and their shard."""
         shard = self.draw()
-        return self.handles[shard].sample.remote(batches), shard
+        handle = self.handles[shard]
+        if learners == 1:
+            return [handle.sample.remote(batches)], shard
+        return handle.sample_shares.options(num_returns=learners).remote(batches, learners), shard
 
     def draw(self) -> int:
         """Draw the shard that the next batches come from."""
