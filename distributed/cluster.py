@@ -158,8 +158,8 @@ def _share_gpus(config: RunConfig, gpus: float, own_server: bool) -> tuple[float
     if gpus < learners + own_server:
         server = ", and the acting server another (runtime.acting_server: actor)" if own_server else ""
         raise RuntimeError(
-            f"runtime.learners is {learners}, each on a GPU of its own{server}, but the cluster has {gpus:g} free GPUs. "
-            "Lower runtime.learners; or set train.device to cuda:0, which has all of them share one, or to cpu."
+            f"runtime.learners is {learners}, each on a GPU of its own{server}, but {gpus:g} GPUs of the cluster are "
+            "free. Lower runtime.learners; or set train.device to cuda:0, which has all of them share one, or to cpu."
         )
     return 1.0, float(own_server)
 

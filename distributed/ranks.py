@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Ranks:
         with self._all_or_none():
             about: list[About] = self._ask("about")
             self.nodes = [each.node for each in about]
-            self._check_versions(about)
+            check_versions(about)
             own_gpus = state.shares.gpus >= 1 and all(each.cuda for each in about)
             self.backend = "nccl" if own_gpus else "gloo"
             host, port = state.launcher.wait(self.handles[0].host.remote(), self.names[0])
@@ -164,14 +164,6 @@ class Ranks:
     def _ask(self, method: str, *args: Any) -> list[Any]:
         asked = [getattr(handle, method).remote(*args) for handle in self.handles]
         return self._state.launcher.all(asked, self.names, START_SECONDS)
-
-    def _check_versions(self, about: list[About]) -> None:
-        if len({each.torch for each in about}) > 1:
-            found = ", ".join(f"{each.torch} on node {each.node[:8]}" for each in about)
-            raise RuntimeError(
-                f"the learners have different versions of torch ({found}), which do not compute the same numbers. "
-                "Install one version on all nodes."
-            )
 
     # Working together
 
@@ -212,3 +204,13 @@ class Ranks:
     def different(self, receipts: list[Receipt | None]) -> str | None:
         """Return the name of the first learner whose receipt is not rank 0's, None if all agree."""
         return next((name for name, each in zip(self.names, receipts, strict=True) if each != receipts[0]), None)
+
+
+def check_versions(about: Sequence[About]) -> None:
+    """Raise RuntimeError unless all learners have one version of torch."""
+    if len({each.torch for each in about}) > 1:
+        found = ", ".join(f"{each.torch} on node {each.node[:8]}" for each in about)
+        raise RuntimeError(
+            f"the learners have different versions of torch ({found}), which do not compute the same numbers. "
+            "Install one version on all nodes."
+        )
