@@ -61,7 +61,7 @@ class Coordinator:
         parts.learning.start()
         batches = parts.learning.updates_per_task() * state.limits.updates_in_flight
         check_object_store(parts.learning.node, parts.learning.batch_bytes(), batches)
-        parts.replay.start(state.spec, parts.learning.node, state.watch)
+        parts.replay.start(state.spec, parts.learning.ranks.nodes, state.watch)
         rows_lost = self._restore(checkpoint) if checkpoint else 0
         gauges = RayGauges(self._home.root.name)
         state.run = Run(self.config, self._home, state.env, state.spec, checkpoint, [gauges])

@@ -43,7 +43,7 @@ class Ranks:
 
     @property
     def names(self) -> list[str]:
-        return ["learner"] if self.size <= 1 else [f"learner/{rank}" for rank in range(self.size)]
+        return ["learner"][: self.size] if self.size <= 1 else [f"learner/{rank}" for rank in range(self.size)]
 
     def lost(self) -> bool:
         """Return whether one of them died, or broke off."""

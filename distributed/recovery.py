@@ -93,7 +93,7 @@ class Recovery:
         lost = parts.inserting.discard(dead)
         for shard in dead:
             before = parts.replay.accepted[shard].steps
-            run.recorder.rows_lost(parts.replay.restart(shard, parts.learning.node, checkpoint))
+            run.recorder.rows_lost(parts.replay.restart(shard, parts.learning.ranks.nodes, checkpoint))
             gone = before - parts.replay.accepted[shard].steps
             run.recorder.counters["env_steps_discarded"] += gone
             lost += gone
