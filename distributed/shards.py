@@ -50,14 +50,9 @@ class Shards:
         self._spec, self._watch = spec, watch
         for shard, handle in enumerate(self.handles):
             if handle is None:
-                self._launch(shard, self._near(shard, nodes))
+                self._launch(shard, near(shard, nodes))
         for shard, opened in enumerate([self._open(shard) for shard in range(len(self.handles))]):
             self._opened(shard, opened)
-
-    @staticmethod
-    def _near(shard: int, nodes: Sequence[str]) -> NodeAffinitySchedulingStrategy:
-        distinct = list(dict.fromkeys(nodes))
-        return NodeAffinitySchedulingStrategy(distinct[shard % len(distinct)], soft=True)
 
     def _launch(self, shard: int, where: Any) -> None:
         self.handles[shard] = self._launcher.start(ReplayActor, self.name(shard), shard, threads=THREADS, where=where)
@@ -166,8 +161,14 @@ class Shards:
         self._watch.forget(self.name(shard))
         self._launcher.end(self.handles[shard])
         spread = len(self.handles) > 1 and self._config.runtime.learners == 1
-        self._launch(shard, "SPREAD" if spread else self._near(shard, nodes))
+        self._launch(shard, "SPREAD" if spread else near(shard, nodes))
         self._opened(shard, self._open(shard))
         if checkpoint is None:
             self.accepted[shard] = NOTHING
         return self._loaded(shard, self.handles[shard].load.remote(checkpoint)) if checkpoint else 0
+
+
+def near(shard: int, nodes: Sequence[str]) -> NodeAffinitySchedulingStrategy:
+    """Return where a shard goes that is to be near the learners: on their nodes in turn."""
+    distinct = list(dict.fromkeys(nodes))
+    return NodeAffinitySchedulingStrategy(distinct[shard % len(distinct)], soft=True)
