@@ -114,13 +114,13 @@ class Launcher:
         return list(ready)
 
     def all(self, references: Sequence[Any], names: Sequence[str], seconds: float = float("inf")) -> list[Any]:
-        """Return the results of several actors. Raises the first error of any, without waiting for the others; and
-        RuntimeError after `seconds`."""
+        """Return the results of actors that need one another. Raises the first error of any, without waiting for the
+        others, and ActorLost after `seconds`."""
         left, who, begun = list(references), ", ".join(names), time.monotonic()
         while left:
             ready = self.first(left, who, begun + seconds - time.monotonic())
             if not ready:
-                raise RuntimeError(f"{who} were not ready within {seconds:.0f} s, all together.")
+                raise ActorLost(f"{who}: some gave no answer within {seconds:.0f} s.")
             for reference in ready:
                 left.remove(reference)
                 result_of(reference, names[references.index(reference)])

@@ -20,7 +20,7 @@ from distributed.state import State
 from worldloom.runs.build import AgentSpec
 from worldloom.runs.learners import check_share, divisors
 
-PLACE_SECONDS = 10.0  # for several learners to find a place, before fewer of them are tried
+PLACE_SECONDS = 30.0  # for several learners to find a place, before fewer of them are tried
 
 
 class Ranks:
@@ -91,13 +91,16 @@ class Ranks:
         return next((size for size in reversed(fitting) if self._reserve(size, PLACE_SECONDS)), 0)
 
     def _reserve(self, size: int, seconds: float) -> bool:
-        """Reserve resources for so many: on one node if one is large enough, else on as few as possible."""
+        """Reserve resources for so many: on one node if one is large enough, else on as few as possible.
+
+        What no node has at all is not waited for; what is in use may come free, as that of an actor that has just died.
+        """
         needs = self._needs()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        on_one = any(all(node.get(name, 0.0) >= size * each for name, each in needs.items()) for node in nodes)
-        if on_one and self._placed(size, "STRICT_PACK", PLACE_SECONDS if len(nodes) > 1 else seconds):
+        room = [min(int(node.get(name, 0.0) / each + 1e-6) for name, each in needs.items()) for node in nodes]
+        if max(room) >= size and self._placed(size, "STRICT_PACK", PLACE_SECONDS if len(nodes) > 1 else seconds):
             return True
-        return len(nodes) > 1 and self._placed(size, "PACK", seconds)
+        return len(nodes) > 1 and sum(room) >= size and self._placed(size, "PACK", seconds)
 
     def _placed(self, size: int, strategy: str, seconds: float) -> bool:
         group, begun = placement_group([self._needs()] * size, strategy=strategy), time.monotonic()

@@ -11,12 +11,12 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
 from worldloom.gang import ALONE, Gang
 from worldloom.runs.learners import fingerprint, parameters_of
 
-JOIN_SECONDS = 60.0  # for all learners to find each other
+_store: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not among the names that torch exports
+JOIN_SECONDS = 60.0  # for a learner to find the store at which all meet
 
 
 class GangBroken(RuntimeError):
@@ -66,25 +66,24 @@ class Member:
 
     def host(self) -> tuple[str, int]:
         """Open the store at which all learners meet, on a port that is free; return its address."""
-        self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        return str(ray.util.get_node_ip_address()), int(self._store.port)
+        address = str(ray.util.get_node_ip_address())
+        self._store = _store(address, 0, is_master=True, wait_for_workers=False)
+        return address, int(self._store.port)
 
     def join(self, seat: Seat) -> None:
-        """Meet the others. Raises GangBroken, with this learner's name, if that takes over JOIN_SECONDS."""
+        """Meet the others. Raises GangBroken, with this learner's name, if it cannot."""
         _use_interface_of(str(ray.util.get_node_ip_address()))
-        join_within = datetime.timedelta(seconds=JOIN_SECONDS)
         try:
-            store = TCPStore(seat.host, seat.port, is_master=False, timeout=join_within)
+            store = _store(seat.host, seat.port, is_master=False, timeout=datetime.timedelta(seconds=JOIN_SECONDS))
             dist.init_process_group(
                 seat.backend,
                 store=store,
                 rank=seat.rank,
                 world_size=seat.size,
-                timeout=join_within,
+                timeout=datetime.timedelta(seconds=seat.seconds),
                 device_id=torch.device("cuda", 0) if seat.backend == "nccl" else None,
             )
             dist.barrier()
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seat.seconds))
         except RuntimeError as error:
             raise GangBroken(
                 f"learner/{seat.rank} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}"
