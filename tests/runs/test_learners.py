@@ -1,9 +1,12 @@
 """What several learners need of a configuration and of an agent, and the hash that compares them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from gymnasium.spaces import Box
 
+from benchmarks.learners import efficiency, paper_table, reduce_seconds
 from tests.run_configs import tiny_config
 from worldloom import create_agent
 from worldloom.gang import Gang
@@ -65,3 +68,11 @@ def test_the_hash_covers_every_parameter_and_buffer_of_an_agent():
             assert fingerprint(parameters_of(agent)) != known
             value.copy_(kept)
     assert fingerprint(parameters_of(agent)) == known
+
+
+def test_the_page_has_the_arithmetic_of_the_benchmark():
+    assert reduce_seconds(12e6, 4, 25e9) == pytest.approx(2.88e-3)  # 2 x 3 / 4 x 48 MB / 25 GB/s
+    assert efficiency(12e6, 0.029, 4, 25e9) == pytest.approx(7.25 / (7.25 + 2.88))
+    assert efficiency(200e6, 0.129, 1, 25e9) == 1.0
+    page = (Path(__file__).parents[2] / "docs" / "tutorials" / "learners.md").read_text()
+    assert "\n".join(paper_table()) in page
