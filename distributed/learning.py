@@ -201,7 +201,7 @@ class Learning:
         if self._picture is None:
             run = self._state.run
             sequence = self._replay.draw_sequence(PICTURE_ROWS, run.limiter.env_steps)
-            self._picture = self.learner.picture.remote(sequence, run.title())
+            self._picture = self.ranks.picture(sequence, run.title())
 
     def finish_picture(self) -> None:
         """Wait for the picture that is being drawn."""

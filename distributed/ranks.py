@@ -122,7 +122,12 @@ class Ranks:
         shares = self._state.shares
         threads = {"acting": batching(self._state.config).clients, "saving": 1, "control": 1}
         return self._state.launcher.start(
-            LearnerActor, name, cpus=shares.cpus, gpus=shares.gpus, threads=threads, where=where, any_order=any_order
+            *(LearnerActor, name, name),
+            cpus=shares.cpus,
+            gpus=shares.gpus,
+            threads=threads,
+            where=where,
+            any_order=any_order,
         )
 
     def _start_alone(self) -> AgentSpec:
@@ -190,6 +195,12 @@ class Ranks:
         ranks = zip(self.handles, shares, strict=True)
         return [handle.update_share.options(num_returns=3).remote([share]) for handle, share in ranks]
 
+    def picture(self, sequence: Any, title: str) -> Any:
+        """Have the first draw what its model imagines of a sequence, a reference; return a reference to the picture."""
+        if self.size == 1:
+            return self.handles[0].picture.remote(sequence, title)
+        return self.handles[0].picture_of.remote([sequence], title)
+
     def interrupt(self) -> None:
         """Have one alone end its task after the update that it makes; several finish theirs, which are short, since
         they would end after different ones."""
@@ -200,8 +211,8 @@ class Ranks:
         """Raise RuntimeError unless the parameters of all are equal, bit for bit."""
         if self.size > 1 and (other := self.different(self._ask("receipt"))):
             raise RuntimeError(
-                f"{other} has other parameters than learner/0 before the first update. All nodes of learners need the "
-                "same versions and the same files of the run."
+                f"{other} has other parameters than learner/0 at the start. All nodes of learners need the same versions, "
+                "and the same files of the run."
             )
 
     def different(self, receipts: list[Receipt | None]) -> str | None:

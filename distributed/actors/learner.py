@@ -49,10 +49,10 @@ def _copy(batch: dict[str, Array]) -> Batch:
 class LearnerActor(Process):
     """Holds the Agent on its device and updates it from batches; on request it acts for env actors too."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "learner") -> None:
         super().__init__()
         self.pulse_clock.preparing = True
-        self._member = Member()
+        self._member = Member(name)
 
     def about(self) -> About:
         return self._member.about()
@@ -81,8 +81,7 @@ class LearnerActor(Process):
         return agent_spec(self._agent)
 
     def __repr__(self) -> str:
-        gang = self._member.gang
-        return "learner" if gang.size == 1 else f"learner/{gang.rank}"
+        return self._member.name
 
     def serve(self, batching: Batching, incarnation: int) -> None:
         """Start to act for env actors, with the published weights."""
@@ -177,6 +176,10 @@ class LearnerActor(Process):
     @timed
     def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
         return sequence_picture(self._agent.world_model, sequence, title)
+
+    def picture_of(self, sequence: list[Any], title: str) -> Array | None:
+        """Draw `picture`; the sequence is a reference in a list, see `update_share`."""
+        return self.picture(ray.get(sequence[0]), title)
 
     @timed
     def snapshot(self) -> float:

@@ -56,7 +56,8 @@ class Receipt:
 class Member:
     """A learner's membership in a gang; alone until it joins one."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.gang, self.captures = ALONE, True  # whether updates can be CUDA graphs: gloo exchanges on the host
         self._store: Any = None  # rank 0's, which the process keeps alive
 
@@ -71,7 +72,7 @@ class Member:
         return address, int(self._store.port)
 
     def join(self, seat: Seat) -> None:
-        """Meet the others. Raises GangBroken, with this learner's name, if it cannot."""
+        """Meet the others. Raises GangBroken if this learner cannot."""
         _use_interface_of(str(ray.util.get_node_ip_address()))
         try:
             store = _store(seat.host, seat.port, is_master=False, timeout=datetime.timedelta(seconds=JOIN_SECONDS))
@@ -86,7 +87,7 @@ class Member:
             dist.barrier()
         except RuntimeError as error:
             raise GangBroken(
-                f"learner/{seat.rank} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}"
+                f"{self.name} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}"
             ) from error
         self.gang, self.captures = Gang(seat.rank, seat.size), seat.backend == "nccl"
 
@@ -99,7 +100,7 @@ class Member:
     def explain(self, error: RuntimeError) -> RuntimeError:
         """Return an exchange's failure as GangBroken, with this learner's name; other errors as they are."""
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            return GangBroken(f"learner/{self.gang.rank} could not exchange with the others: {error}")
+            return GangBroken(f"{self.name} could not exchange with the others: {error}")
         return error
 
 

@@ -287,6 +287,22 @@ def go_on_in_turn(made, run_dir):
     assert train(made, run_dir)["status"] == "completed"
 
 
+# GPUs
+
+
+@clustered
+@pytest.mark.gpu
+@pytest.mark.parametrize(("device", "gpus", "backend"), [("cuda", 2, "nccl"), ("cuda:0", 1, "gloo")])
+def test_learners_on_gpus_make_equal_updates(device, gpus, backend, coordinator, tmp_path):
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    steps = TrainConfig(total_steps=700, learning_starts=100, train_ratio=12, device=device, compile=False)
+    made = coordinator(several(train=steps))
+    assert made.parts.learning.ranks.backend == backend
+    summary = finish(made, tmp_path)
+    assert_equal_learners(made, summary["updates"])
+
+
 # Several machines
 
 
