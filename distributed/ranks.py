@@ -211,8 +211,8 @@ class Ranks:
         """Raise RuntimeError unless the parameters of all are equal, bit for bit."""
         if self.size > 1 and (other := self.different(self._ask("receipt"))):
             raise RuntimeError(
-                f"{other} has other parameters than learner/0 at the start. All nodes of learners need the same versions, "
-                "and the same files of the run."
+                f"{other} has other parameters than learner/0 at the start. All nodes of learners need the same "
+                "versions, and the same files of the run."
             )
 
     def different(self, receipts: list[Receipt | None]) -> str | None:
