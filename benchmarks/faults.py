@@ -2,7 +2,8 @@
 
 A tiny TD-MPC2 on Pendulum-v1, on a local Ray of its own. Env actor, learner and replay are killed (SIGKILL) and frozen
 (SIGSTOP). The time is taken until the part that was lost delivers again: a chunk of the new env actor, an update of the
-new learner, a step accepted by the new replay. A frozen part is replaced after 5 s here (runtime.silence_timeout and
+new learner, a step accepted by the new replay. With --learners 2 each of them is lost alone, then all at once, and rank
+0 in a checkpoint. A frozen part is replaced after 5 s here (runtime.silence_timeout and
 collect_timeout; the defaults are 60 and 300 s). While an env actor is frozen, the other one should go on: the time is
 taken until it collects at 80 % of its rate before, over one second. Learner and replay have no others: collecting waits
 for them by the train ratio, and because chunks on their way are bounded. At the end the invariants are checked
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -73,8 +74,8 @@ class Row:
 class Drill:
     """Kills and freezes parts of a running coordinator, one after the other, and times their return."""
 
-    def __init__(self, coordinator: Coordinator, rounds: int) -> None:
-        self._coordinator, self._rounds = coordinator, rounds
+    def __init__(self, coordinator: Coordinator, rounds: int, learners: int) -> None:
+        self._coordinator, self._rounds, self._learners = coordinator, rounds, learners
         self._steps: Counter[int] = Counter()  # by env actor
         self._begin = coordinator.parts.inserting.begin
         coordinator.parts.inserting.begin = self._count
@@ -91,19 +92,38 @@ class Drill:
             time.sleep(0.05)
         for _ in range(self._rounds):
             for how in (signal.SIGKILL, signal.SIGSTOP):
-                self._lose(how, "env actor", lambda: c.parts.collecting.collectors[1].handle, self._actor_delivers)
-                self._lose(how, "learner", lambda: c.parts.learning.learner, self._updates_grow)
-                self._lose(how, "replay", lambda: c.parts.replay.handles[0], self._steps_grow)
+                self._lose(how, "env actor", lambda: [c.parts.collecting.collectors[1].handle], self._actor_delivers)
+                self._lose_learners(how)
+                self._lose(how, "replay", lambda: [c.parts.replay.handles[0]], self._steps_grow)
         self.done.set()
 
+    def _lose_learners(self, how: signal.Signals) -> None:
+        ranks = self._coordinator.parts.learning.ranks
+        if self._learners == 1:
+            self._lose(how, "learner", lambda: ranks.handles, self._updates_grow)
+            return
+        for rank in range(self._learners):
+            self._lose(how, f"learner/{rank}", lambda rank=rank: [ranks.handles[rank]], self._updates_grow)  # type: ignore[misc]
+        self._lose(how, f"all {self._learners} learners", lambda: ranks.handles, self._updates_grow)
+        self._lose(how, "learner/0 in a checkpoint", lambda: ranks.handles[:1], self._updates_grow, in_checkpoint=True)
+
     def _lose(
-        self, how: signal.Signals, name: str, handle: Callable[[], Any], delivering: Callable[[], Callable[[], bool]]
+        self,
+        how: signal.Signals,
+        name: str,
+        handles: Callable[[], Sequence[Any]],
+        delivering: Callable[[], Callable[[], bool]],
+        in_checkpoint: bool = False,
     ) -> None:
         recovered, restarts = delivering(), self._coordinator.run.recorder.counters
-        before, at, pid = restarts["actor_restarts"], self._steps_done(), ray.get(handle().pid.remote())
+        before, at = restarts["actor_restarts"], self._steps_done()
+        pids = ray.get([handle.pid.remote() for handle in handles()])
         frozen = how == signal.SIGSTOP
         rate = self._rate() if frozen else 0.0
-        os.kill(pid, how)
+        while in_checkpoint and self._coordinator.parts.checkpoints.saving is None:
+            time.sleep(0.001)
+        for pid in pids:
+            os.kill(pid, how)
         begun, seen = time.monotonic(), []
         while restarts["actor_restarts"] == before or not recovered():
             seen.append((time.monotonic() - begun, self._steps[0]))
@@ -170,13 +190,17 @@ def longest_pause(seen: list[tuple[float, int]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="kills and freezes of each part")
-    rounds = parser.parse_args().rounds
-    config = replace(CONFIG, train=replace(CONFIG.train, total_steps=4_000 + 8_000 * rounds))
+    parser.add_argument("--learners", type=int, default=1, help="runtime.learners")
+    options = parser.parse_args()
+    rounds, learners = options.rounds, options.learners
+    losses = 8_000 if learners == 1 else 12_000 + 4_000 * learners
+    config = replace(CONFIG, train=replace(CONFIG.train, total_steps=4_000 + losses * rounds))
+    config = replace(config, runtime=replace(config.runtime, learners=learners))
     with tempfile.TemporaryDirectory() as folder:
         coordinator = Coordinator(config, Path(folder) / "drill")
         try:
             coordinator.start(resume=False)
-            drill = Drill(coordinator, rounds)
+            drill = Drill(coordinator, rounds, learners)
             threading.Thread(target=drill.run, daemon=True).start()
             summary = coordinator.train()
         finally:
@@ -189,7 +213,7 @@ def main() -> None:
     for row in drill.rows:
         others = " | ".join(["", ""] if row.others is None else [f"{each:.1f}" for each in row.others])
         print(f"| {row.what} | {row.step:,} | {row.seconds:.1f} | {others} |")
-    counted = ("env_steps", "updates", "actor_restarts", "env_steps_discarded", "updates_lost")
+    counted = ("env_steps", "updates", "actor_restarts", "learner_restarts", "env_steps_discarded", "updates_lost")
     print("\n" + ", ".join(f"{name} {summary[name]:,}" for name in counted))
     print("all losses made" if drill.done.is_set() else "the run ended before all losses were made")
     print("invariants: " + ("hold" if not broken else "; ".join(broken)))

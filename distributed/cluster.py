@@ -31,18 +31,19 @@ OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: chunks and batches in fl
 class Shares:
     """Logical resources and threads of each process."""
 
-    cpus: float  # of the learner and of each env actor; replay and coordinator ask for none
-    gpus: float  # of the learner
+    cpus: float  # of each learner and of each env actor; replay and coordinator ask for none
+    gpus: float  # of each learner
     server_gpus: float  # of an acting server in an actor of its own
     learner_threads: int
     processes: int  # that ask for `cpus` each
+    learners: int = 1
 
     def describe(self, own: bool) -> str:
         """Return a sentence that compares what is asked for with what the cluster has; own: this run started it."""
         if own:  # its logical CPUs are at least one for each process
             gpus = ray.cluster_resources().get("GPU", 0.0)
             return f"this machine: {os.cpu_count()} CPUs and {gpus:g} GPUs for {self.processes} processes"
-        total, gpus = ray.cluster_resources(), self.gpus + self.server_gpus
+        total, gpus = ray.cluster_resources(), self.gpus * self.learners + self.server_gpus
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
         return (
             f"cluster: {nodes} node(s) with {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; asked "
@@ -100,7 +101,7 @@ def _connect(config: RunConfig, namespace: str, run: str) -> bool:
     with sigterm_blocked():
         ray.init(
             address="local",  # never another cluster that happens to run here
-            num_cpus=max(os.cpu_count() or 1, 1 + config.runtime.env_actors),
+            num_cpus=max(os.cpu_count() or 1, config.runtime.learners + config.runtime.env_actors),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
@@ -121,12 +122,12 @@ def _set_private_token() -> None:
 
 
 def share(config: RunConfig) -> Shares:
-    """Fit the learner and env actors into what the cluster has free, with fractions of CPUs where it is small.
+    """Fit learners and env actors into what the cluster has free, with fractions of CPUs where it is small.
 
     Raises RuntimeError if no CPU comes free, or a GPU was asked for that the cluster lacks.
     """
     own_server = config.runtime.acting_server == "actor" and config.runtime.acting != "local"
-    processes = 1 + config.runtime.env_actors + int(own_server)
+    processes = config.runtime.learners + config.runtime.env_actors + int(own_server)
     deadline = time.monotonic() + FREE_CPU_SECONDS
     if cpus_for(processes, free_cpus_by_node()) <= 0:
         print(f"waiting for free CPUs in the cluster: {processes} processes need some", flush=True)
@@ -137,18 +138,30 @@ def share(config: RunConfig) -> Shares:
                 "Wait for other jobs to end, or add nodes."
             )
         time.sleep(0.2)
-    wants_gpu = config.train.device.startswith("cuda")
-    gpus = float(ray.available_resources().get("GPU", 0.0))
-    if wants_gpu and gpus < 1:
-        raise RuntimeError(
-            f"train.device is {config.train.device!r}, but the cluster has {gpus:g} free GPUs. Use auto or cpu."
-        )
-    takes_gpu = wants_gpu or (config.train.device == "auto" and gpus >= 1)
-    learner, server = 0.0, 0.0
-    if takes_gpu:
-        learner, server = (1.0, float(own_server)) if gpus >= 2 or not own_server else (0.5, 0.5)
+    learner, server = _share_gpus(config, float(ray.available_resources().get("GPU", 0.0)), own_server)
     threads = config.runtime.learner_threads or learner_threads(config)
-    return Shares(cpus, learner, server, threads, processes)
+    return Shares(cpus, learner, server, threads, processes, config.runtime.learners)
+
+
+def _share_gpus(config: RunConfig, gpus: float, own_server: bool) -> tuple[float, float]:
+    """Return the GPUs of each learner and of an acting server in an actor of its own, of `gpus` that are free."""
+    device, learners = config.train.device, config.runtime.learners
+    if device.startswith("cuda") and gpus < 1:
+        raise RuntimeError(f"train.device is {device!r}, but the cluster has {gpus:g} free GPUs. Use auto or cpu.")
+    if device == "cpu" or gpus < 1:
+        return 0.0, 0.0
+    if learners == 1:
+        return (1.0, float(own_server)) if gpus >= 2 or not own_server else (0.5, 0.5)
+    if device.startswith("cuda:"):  # one for all, which Ray counts in hundredths
+        part = math.floor(100 / (learners + own_server)) / 100
+        return part, part * own_server
+    if gpus < learners + own_server:
+        server = ", and the acting server another (runtime.acting_server: actor)" if own_server else ""
+        raise RuntimeError(
+            f"runtime.learners is {learners}, each on a GPU of its own{server}, but {gpus:g} GPUs of the cluster are "
+            "free. Lower runtime.learners; or set train.device to cuda:0, which has all of them share one, or to cpu."
+        )
+    return 1.0, float(own_server)
 
 
 def cpus_for(processes: int, free: Sequence[float]) -> float:
@@ -172,5 +185,5 @@ def check_object_store(node: str, batch_bytes: int, batches: int) -> None:
 
 
 def learner_threads(config: RunConfig) -> int:
-    """Return the number of this machine's cores that env actors leave, at least one."""
-    return max((os.cpu_count() or 1) - max(config.runtime.env_actors, 1), 1)
+    """Return each learner's share of this machine's cores that env actors leave, at least one."""
+    return max(((os.cpu_count() or 1) - max(config.runtime.env_actors, 1)) // config.runtime.learners, 1)

@@ -61,7 +61,7 @@ class Coordinator:
         parts.learning.start()
         batches = parts.learning.updates_per_task() * state.limits.updates_in_flight
         check_object_store(parts.learning.node, parts.learning.batch_bytes(), batches)
-        parts.replay.start(state.spec, parts.learning.node, state.watch)
+        parts.replay.start(state.spec, parts.learning.ranks.nodes, state.watch)
         rows_lost = self._restore(checkpoint) if checkpoint else 0
         gauges = RayGauges(self._home.root.name)
         state.run = Run(self.config, self._home, state.env, state.spec, checkpoint, [gauges])
@@ -71,6 +71,8 @@ class Coordinator:
         parts.serving.start()
         parts.learning.publish()
         state.run.recorder.say(state.shares.describe(self._owns_cluster))
+        if learners := parts.learning.describe():
+            state.run.recorder.say(learners)
         parts.collecting.start()
 
     def _restore(self, checkpoint: Path) -> int:
@@ -129,8 +131,9 @@ class Coordinator:
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         parts, recorder = self.parts, self.run.recorder
         if stop.requested:  # every actor ends after its current step
-            for actor in [parts.learning.learner, *(c.handle for c in parts.collecting.collectors)]:
-                actor.interrupt.remote()
+            parts.learning.ranks.interrupt()
+            for collector in parts.collecting.collectors:
+                collector.handle.interrupt.remote()
         parts.settle(collects=True)
         parts.save()
         if self.run.unsaved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from distributed.actors.member import GangBroken
 from worldloom.acting.rollout import ActingLost
 
 START_SECONDS = 180.0  # for an actor to come up
@@ -28,6 +29,10 @@ FAILURES = (RayTaskError, ObjectLostError, *DEATHS)
 
 class ActorLost(RuntimeError):
     """The learner, replay or the acting server died; the coordinator starts it again."""
+
+
+class WorkLost(ActorLost):
+    """What an actor was to work on went with another; it lives, and did nothing."""
 
 
 class Launcher:
@@ -93,16 +98,33 @@ class Launcher:
 
     def _ready(self, reference: Any, seconds: float, who: str) -> bool:
         """Wait until a reference is ready, for `seconds` at most."""
+        return bool(self.first([reference], who, seconds))
+
+    def first(self, references: Sequence[Any], who: str, seconds: float = float("inf")) -> list[Any]:
+        """Wait until one of these references is ready, for `seconds` at most; return those that are."""
         begun, said = time.monotonic(), False
-        while not ray.wait([reference], timeout=1.0)[0]:
+        while not (ready := ray.wait(list(references), timeout=1.0)[0]):
             waited = time.monotonic() - begun
             if waited > seconds:
-                return False
+                return []
             if waited > NAMED_SECONDS and not said:
                 said = True
                 self.say(f"waiting for {who} ({waited:.0f} s so far)")
             self.between()
-        return True
+        return list(ready)
+
+    def all(self, references: Sequence[Any], names: Sequence[str], seconds: float = float("inf")) -> list[Any]:
+        """Return the results of actors that need one another. Raises the first error of any, without waiting for the
+        others, and ActorLost after `seconds`."""
+        left, who, begun = list(references), ", ".join(names), time.monotonic()
+        while left:
+            ready = self.first(left, who, begun + seconds - time.monotonic())
+            if not ready:
+                raise ActorLost(f"{who}: some gave no answer within {seconds:.0f} s.")
+            for reference in ready:
+                left.remove(reference)
+                result_of(reference, names[references.index(reference)])
+        return [ray.get(reference) for reference in references]
 
 
 def result_of(reference: Any, who: str) -> Any:
@@ -119,9 +141,12 @@ def reason(error: Exception, who: str) -> Exception:
     A task that could not get something from a dead actor raises what is both a RayTaskError and a death.
     """
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, GangBroken):
+        return ActorLost(f"{cause}.")
     if isinstance(cause, (ObjectLostError, ActingLost, *DEATHS)):
-        lost = "what it was to work on was lost" if cause is not error or isinstance(cause, ObjectLostError) else "died"
-        return ActorLost(f"{who}: {lost} ({type(cause).__name__}).")
+        if cause is not error or isinstance(cause, ObjectLostError):
+            return WorkLost(f"{who}: what it was to work on was lost ({type(cause).__name__}).")
+        return ActorLost(f"{who}: died ({type(cause).__name__}).")
     return cause
 
 

@@ -1,70 +1,99 @@
-"""The learner as the coordinator sees it: updates under way, weights, pictures."""
+"""The learner, or several, as the coordinator sees it: updates under way, weights, pictures."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distributed.acting import batching
-from distributed.actors.learner import LearnerActor
-from distributed.launcher import ActorLost, result_of
+from distributed.actors.learner import UpdateResult
+from distributed.launcher import ActorLost, WorkLost, result_of
+from distributed.ranks import Ranks
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.replay.chunk import row_bytes
 from worldloom.report.pictures import PICTURE_ROWS
-from worldloom.runs.build import AgentSpec, replay_columns
+from worldloom.runs.build import replay_columns
+from worldloom.types import Metrics
 
 TASK_BYTES = 4 * 2**20  # the batches of one task together hold about this much
+STRAGGLER_SECONDS = 5.0  # for the other learners to fail as one did, before all are started again
 
 
 @dataclass
 class Task:
-    """Several updates under way at the learner."""
+    """Several updates under way at the learners. Of each: references to what `LearnerActor.update` returns."""
 
-    result: Any  # references to what `LearnerActor.update` returns
-    written: Any
-    weights: Any
+    results: Sequence[Any]
+    written: Sequence[Any]
+    weights: Sequence[Any]
     updates: int
     shard: int  # that the batches came from
+    outcomes: dict[int, UpdateResult | Exception] = field(default_factory=dict)  # by rank, of those that are ready
+
+    @property
+    def waited_for(self) -> list[Any]:
+        return [reference for rank, reference in enumerate(self.results) if rank not in self.outcomes]
+
+    @property
+    def failed(self) -> bool:
+        return any(isinstance(outcome, Exception) for outcome in self.outcomes.values())
+
+    def note(self, ready: Collection[Any], names: Sequence[str]) -> None:
+        """Take in the results that are ready."""
+        for rank, reference in enumerate(self.results):
+            if rank not in self.outcomes and reference in ready:
+                try:
+                    self.outcomes[rank] = result_of(reference, names[rank])
+                except Exception as error:
+                    self.outcomes[rank] = error
 
 
 class Learning:
-    """Keeps the learner supplied with batches, takes in its results, and publishes weights."""
+    """Keeps the learners supplied with batches, takes in their results, and publishes weights."""
 
     def __init__(self, state: State, replay: Shards) -> None:
         self._state, self._replay = state, replay
-        self.learner: Any = None
-        self.node = ""  # its id
+        self.ranks = Ranks(state)
         self.tasks: deque[Task] = deque()
         self._writes: list[Any] = []  # references to write-backs under way
         self._picture: Any = None  # a reference to the picture that is being drawn
         self._batch_bytes = 0  # once the learner is up
 
+    @property
+    def learner(self) -> Any:
+        """The learner that publishes weights and writes checkpoints: the only one, or rank 0 of several."""
+        return self.ranks.handles[0]
+
+    @property
+    def node(self) -> str:
+        """The id of that learner's node."""
+        return self.ranks.nodes[0]
+
     def start(self) -> None:
-        """Start the learner, and wait until it has built its agent; tasks of an earlier one are forgotten."""
+        """Start the learners, and wait until they have built their agents; tasks of earlier ones are forgotten."""
         state = self._state
-        state.watch.forget("learner")
         self.tasks.clear()
         self._picture = None
-        threads = {"acting": batching(state.config).clients, "saving": 1, "control": 1}
-        shares, start = state.shares, state.launcher.start
-        # in any order, since the heartbeat must not wait for a batch that a frozen replay owes
-        self.learner = start(
-            LearnerActor, "learner", cpus=shares.cpus, gpus=shares.gpus, threads=threads, any_order=True
-        )
-        opened = self.learner.open.remote(state.config, state.env, shares.learner_threads, state.version)
-        spec: AgentSpec = state.launcher.wait(opened, "the learner")
-        state.spec, self.node = spec, state.launcher.wait(self.learner.node.remote(), "the learner")
+        state.spec = spec = self.ranks.start()
         self._batch_bytes = spec.batch_size * spec.windows.length * row_bytes(replay_columns(state.env, spec))
-        state.watch.follow("learner", self.learner, state.config.runtime.learner_timeout)
 
     def load(self, checkpoint: Path) -> int:
         """Restore the agent; return the number of updates that it has made."""
-        updates: int = self._state.launcher.result(self.learner.load.remote(checkpoint), "learner")
-        return updates
+        return self.ranks.load(checkpoint)
+
+    def describe(self) -> str | None:
+        """Return a sentence that says what several learners exchange; None of one alone."""
+        spec, ranks = self._state.spec, self.ranks
+        if ranks.size == 1:
+            return None
+        nodes, share = len(set(ranks.nodes)), spec.batch_size // ranks.size
+        return (
+            f"{ranks.size} learners on {nodes} node{'s'[: nodes > 1]}: each learns from {share} of {spec.batch_size} "
+            f"windows, and every update adds up {4 * spec.parameters / 2**20:,.1f} MiB of gradients ({ranks.backend})"
+        )
 
     def rescue(self, run_dir: Path) -> Path | None:
         """Have the learner save its agent alone; see `rescue_agent`."""
@@ -74,23 +103,23 @@ class Learning:
     def publish(self) -> None:
         """Have the learner publish its weights, for the next to act."""
         state = self._state
-        state.weights = self.learner.publish.remote()
+        state.weights = self.ranks.publish()
         state.version = state.launcher.result(state.weights, "the learner").version
         state.run.recorder.published(state.version)
         if state.own_server:
             state.launcher.result(state.server.load.remote(state.weights), "the acting server")
 
     def dispatch(self) -> None:
-        """Keep the learner supplied with tasks, never with more updates than are due."""
+        """Keep the learners supplied with tasks, never with more updates than are due."""
         limits = self._state.limits
         while len(self.tasks) < limits.updates_in_flight:
             due = self._state.run.limiter.updates_due() - sum(task.updates for task in self.tasks)
             updates = min(due, self.updates_per_task())
             if updates <= 0:
                 return
-            batches, shard = self._replay.sample(updates)
-            result, written, weights = self.learner.update.options(num_returns=3).remote(batches)
-            self.tasks.append(Task(result, written, weights, updates, shard))
+            shares, shard = self._replay.sample(updates, self.ranks.size)
+            results, written, weights = zip(*self.ranks.update(shares), strict=True)
+            self.tasks.append(Task(results, written, weights, updates, shard))
 
     def updates_per_task(self) -> int:
         """Updates in one task: several where batches are small, so that calls cost little compared with learning."""
@@ -102,7 +131,7 @@ class Learning:
 
     def pending(self) -> list[Any]:
         picture = [] if self._picture is None else [self._picture]
-        return [*(task.result for task in self.tasks), *self._writes, *picture]
+        return [*(result for task in self.tasks for result in task.waited_for), *self._writes, *picture]
 
     @property
     def to_settle(self) -> bool:
@@ -117,7 +146,9 @@ class Learning:
         if self._picture is not None and self._picture in ready:
             picture, self._picture = self._picture, None
             self._state.run.recorder.picture(result_of(picture, "learner"))
-        while self.tasks and self.tasks[0].result in ready:
+        for task in self.tasks:
+            task.note(ready, self.ranks.names)
+        while self.tasks and (self.tasks[0].failed or not self.tasks[0].waited_for):
             self.take_oldest()
 
     def abandon(self) -> None:
@@ -132,26 +163,55 @@ class Learning:
     def take_oldest(self, write_back: bool = True) -> None:
         """Take in the oldest task. Raises ActorLost."""
         state, task = self._state, self.tasks.popleft()
-        result = state.launcher.result(task.result, "learner")
+        results = self._results(task)
+        result, seconds = results[0], max(each.seconds for each in results)
         state.run.limiter.updates += result.updates
-        state.run.recorder.updated(result.metrics, result.updates, result.seconds, result.publish_seconds)
+        metrics = _means([each.metrics for each in results])
+        state.run.recorder.updated(metrics, result.updates, seconds, result.publish_seconds)
         if result.published is not None:
-            state.weights, state.version = task.weights, result.published
+            state.weights, state.version = task.weights[0], result.published
             state.run.recorder.published(state.version)
             if state.own_server:
                 state.server.load.remote(state.weights)
         if state.spec.columns and write_back:
-            self._writes.append(self._replay.write_back(task.shard, task.written))
+            self._writes += [self._replay.write_back(task.shard, written) for written in task.written]
+
+    def _results(self, task: Task) -> list[UpdateResult]:
+        """Wait for the results of all learners. Raises what one of them raised, or ActorLost; what leaves them at
+        different updates breaks them as a gang."""
+        ranks, launcher = self.ranks, self._state.launcher
+        while left := task.waited_for:
+            seconds = STRAGGLER_SECONDS if task.failed else float("inf")
+            if not (ready := launcher.first(left, ranks.names[0], seconds)):
+                break
+            task.note(ready, ranks.names)
+        errors = [outcome for outcome in task.outcomes.values() if isinstance(outcome, Exception)]
+        if errors:
+            ranks.broken = len(errors) < ranks.size or not all(isinstance(error, WorkLost) for error in errors)
+            raise next((error for error in errors if not isinstance(error, ActorLost)), errors[0])
+        made = [task.outcomes[rank] for rank in range(len(task.results))]
+        results = [outcome for outcome in made if isinstance(outcome, UpdateResult)]
+        if other := ranks.different([result.receipt for result in results]):
+            ranks.broken = True
+            raise ActorLost(f"{other} differs from learner/0 after the same updates: {results[0].receipt}.")
+        return results
 
     def draw_picture(self) -> None:
         """Have the learner draw what the world model imagines; the picture is recorded once it is there."""
         if self._picture is None:
             run = self._state.run
             sequence = self._replay.draw_sequence(PICTURE_ROWS, run.limiter.env_steps)
-            self._picture = self.learner.picture.remote(sequence, run.title())
+            self._picture = self.ranks.picture(sequence, run.title())
 
     def finish_picture(self) -> None:
         """Wait for the picture that is being drawn."""
         if self._picture is not None:
             self._state.launcher.result(self._picture, "learner")
             self.take([self._picture])
+
+
+def _means(found: Sequence[Metrics]) -> Metrics:
+    """Return means over the learners, which all have the same metrics."""
+    if len(found) == 1:
+        return found[0]
+    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}

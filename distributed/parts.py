@@ -120,7 +120,8 @@ class Parts:
         """End all actors of the run."""
         launcher, collecting = self.state.launcher, self.collecting
         self.serving.end()
-        for actor in [self.learning.learner, *self.replay.handles, *(c.handle for c in collecting.collectors)]:
+        self.learning.ranks.end()
+        for actor in [*self.replay.handles, *(c.handle for c in collecting.collectors)]:
             if actor is not None:
                 launcher.end(actor)
         if collecting.own is not None:

@@ -37,12 +37,14 @@ class Recovery:
         checkpoint = newest_checkpoint(root) if checkpoint_folders(root) else None
         source = checkpoint.name if checkpoint else "the beginning"
         done = []
-        if not alive(parts.learning.learner):
-            done.append(f"learner died; started again from {source}, {self._learner(checkpoint)} updates lost")
+        if parts.learning.ranks.lost():
+            done.append(self._learners(checkpoint, source))
         if dead := parts.replay.dead():
             discarded = self._replay(dead, checkpoint)
             names = ", ".join(parts.replay.name(shard) for shard in dead)
             done.append(f"{names} died; started again from {source}, {discarded} steps discarded")
+            if parts.learning.ranks.broken:  # some learned from what others did not get any more
+                done.append(self._learners(checkpoint, source))
         if self._state.own_server and not alive(self._state.server):
             parts.serving.restart()
             done.append("the acting server died; started again, all acting states are reset")
@@ -61,11 +63,13 @@ class Recovery:
                 f"intact; go on with: {self._state.run.resume_command()}"
             ) from lost
 
-    def _learner(self, checkpoint: Path | None) -> int:
-        """Return the updates that are lost. They are not made up for: the limiter counts what was delivered."""
+    def _learners(self, checkpoint: Path | None, source: str) -> str:
+        """Start all again; return a sentence with the updates that are lost. They are not made up for: the limiter
+        counts what was delivered."""
         learning, run = self._parts.learning, self._state.run
         served_there = self._state.server is not None and not self._state.own_server
-        self._state.launcher.end(learning.learner)
+        before = learning.ranks.size
+        learning.ranks.end()
         learning.start()
         done = learning.load(checkpoint) if checkpoint else 0
         lost: int = run.limiter.updates - done - run.recorder.counters["updates_lost"]
@@ -74,7 +78,10 @@ class Recovery:
             self._parts.serving.start()
         if self._state.server is None or served_there or alive(self._state.server):
             learning.publish()
-        return lost
+        run.recorder.counters["learner_restarts"] += 1
+        if before == 1:
+            return f"learner died; started again from {source}, {lost} updates lost"
+        return f"{before} learners ended; {learning.ranks.size} started again from {source}, {lost} updates lost"
 
     def _replay(self, dead: list[int], checkpoint: Path | None) -> int:
         """Start new episodes in the env actors of these shards, since the rows that open ones had are gone. Return
@@ -86,7 +93,7 @@ class Recovery:
         lost = parts.inserting.discard(dead)
         for shard in dead:
             before = parts.replay.accepted[shard].steps
-            run.recorder.rows_lost(parts.replay.restart(shard, parts.learning.node, checkpoint))
+            run.recorder.rows_lost(parts.replay.restart(shard, parts.learning.ranks.nodes, checkpoint))
             gone = before - parts.replay.accepted[shard].steps
             run.recorder.counters["env_steps_discarded"] += gone
             lost += gone
@@ -109,7 +116,7 @@ class Recovery:
                 collector.handle.interrupt.remote()
             if collector.leaving and collector.task is None:
                 collecting.move(collector)
-        if leaving := draining & {self._parts.learning.node, *self._parts.replay.nodes} - self._saved_for:
+        if leaving := draining & {*self._parts.learning.ranks.nodes, *self._parts.replay.nodes} - self._saved_for:
             self._saved_for |= leaving
             self._state.run.recorder.say("a node of the learner or replay is about to go: saving")
             self._parts.checkpoints.due = True

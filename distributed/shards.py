@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,18 @@ class Shards:
 
     def launch(self) -> None:
         """Start the processes while the learner starts, unless its node decides where they go: see `start`."""
-        if len(self.handles) > 1 or sum(node["Alive"] for node in ray.nodes()) == 1:
+        spread = len(self.handles) > 1 and self._config.runtime.learners == 1
+        if spread or sum(node["Alive"] for node in ray.nodes()) == 1:
             for shard in range(len(self.handles)):
                 self._launch(shard, "SPREAD")
 
-    def start(self, spec: AgentSpec, node: str, watch: Watch) -> None:
-        """Start all of them; a single one on the learner's node, where its batches need no copy between machines."""
+    def start(self, spec: AgentSpec, nodes: Sequence[str], watch: Watch) -> None:
+        """Start all of them; a single one on the node of the first learner, where its batches need no copy between
+        machines, and those of several learners on their nodes in turn. nodes: ids of the learners' nodes."""
         self._spec, self._watch = spec, watch
         for shard, handle in enumerate(self.handles):
             if handle is None:
-                self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True))
+                self._launch(shard, near(shard, nodes))
         for shard, opened in enumerate([self._open(shard) for shard in range(len(self.handles))]):
             self._opened(shard, opened)
 
@@ -95,10 +97,13 @@ class Shards:
         if accepted.chunks + accepted.duplicates >= self.accepted[shard].chunks + self.accepted[shard].duplicates:
             self.accepted[shard] = accepted
 
-    def sample(self, batches: int) -> tuple[Any, int]:
-        """Return a reference to so many batches, and their shard."""
+    def sample(self, batches: int, learners: int = 1) -> tuple[list[Any], int]:
+        """Return references to so many batches, one to each learner's part of all of them, and their shard."""
         shard = self.draw()
-        return self.handles[shard].sample.remote(batches), shard
+        handle = self.handles[shard]
+        if learners == 1:
+            return [handle.sample.remote(batches)], shard
+        return handle.sample_shares.options(num_returns=learners).remote(batches, learners), shard
 
     def draw(self) -> int:
         """Draw the shard that the next batches come from."""
@@ -151,13 +156,19 @@ class Shards:
     def dead(self) -> list[int]:
         return [shard for shard, handle in enumerate(self.handles) if not alive(handle)]
 
-    def restart(self, shard: int, node: str, checkpoint: Path | None) -> int:
+    def restart(self, shard: int, nodes: Sequence[str], checkpoint: Path | None) -> int:
         """Start a shard again from the checkpoint, or empty; return how many rows are lost with damaged files."""
         self._watch.forget(self.name(shard))
         self._launcher.end(self.handles[shard])
-        alone = len(self.handles) == 1
-        self._launch(shard, NodeAffinitySchedulingStrategy(node, soft=True) if alone else "SPREAD")
+        spread = len(self.handles) > 1 and self._config.runtime.learners == 1
+        self._launch(shard, "SPREAD" if spread else near(shard, nodes))
         self._opened(shard, self._open(shard))
         if checkpoint is None:
             self.accepted[shard] = NOTHING
         return self._loaded(shard, self.handles[shard].load.remote(checkpoint)) if checkpoint else 0
+
+
+def near(shard: int, nodes: Sequence[str]) -> NodeAffinitySchedulingStrategy:
+    """Return where a shard goes that is to be near the learners: on their nodes in turn."""
+    distinct = list(dict.fromkeys(nodes))
+    return NodeAffinitySchedulingStrategy(distinct[shard % len(distinct)], soft=True)

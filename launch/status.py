@@ -75,6 +75,7 @@ FIGURES = [
     ("object store used", "plasma/used_fraction", "{:.0%}"),
     ("checkpoint pause", "checkpoint/paused_seconds", "{:.3f} s of learning"),
     ("actor restarts", "count/actor_restarts", "{:g}"),
+    ("learner restarts", "count/learner_restarts", "{:g}"),
     ("steps discarded", "count/env_steps_discarded", "{:g}"),
     ("updates lost", "count/updates_lost", "{:g}"),
     ("rows lost", "count/rows_lost", "{:g}"),

@@ -95,3 +95,9 @@ def test_learners_together_do_what_one_does(name, together):
             scale = value.abs().max().clamp(min=1e-8)
             squares = 2 if key.endswith(("/square", "/exp_avg_sq")) else 1
             assert (value - same[key]).abs().max() <= squares * bound * scale, key
+
+
+def test_a_share_is_never_uneven():
+    assert Gang(2, 4).share(torch.arange(8), 0).tolist() == [4, 5]
+    with pytest.raises(ValueError, match=r"axis 0 of \(2,\) does not divide among 4 learners"):
+        Gang(2, 4).share(torch.arange(2), 0)

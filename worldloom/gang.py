@@ -28,7 +28,9 @@ class Gang:
     group: Any = None
 
     def share(self, whole: Tensor, dim: int) -> Tensor:
-        """Return this learner's part of an array for the whole batch, whose length in `dim` is a multiple of `size`."""
+        """Return this learner's part of an array for the whole batch. Raises ValueError unless `size` divides `dim`."""
+        if whole.shape[dim] % self.size:
+            raise ValueError(f"share: axis {dim} of {tuple(whole.shape)} does not divide among {self.size} learners.")
         return whole if self.size == 1 else whole.chunk(self.size, dim)[self.rank]
 
     def gather(self, part: Tensor) -> Tensor:

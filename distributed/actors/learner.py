@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 
 from distributed.acting import Batching, make_server
+from distributed.actors.member import About, Member, Receipt, Seat
 from distributed.actors.pulse import Process, timed
 from distributed.actors.replay import Batches, WrittenColumns
 from worldloom.acting.rollout import Acted
@@ -21,6 +23,7 @@ from worldloom.report.pictures import sequence_picture
 from worldloom.runs.agent_state import copy_agent, load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.build import AgentSpec, EnvSpec, agent_spec, choose_device, make_run_agent
 from worldloom.runs.config import RunConfig
+from worldloom.runs.learners import join
 from worldloom.types import Array, Batch, FreshColumns, ObsArray, Weights
 
 PREPARING = 3  # updates in which compilation and the recording of CUDA graphs happen
@@ -35,6 +38,7 @@ class UpdateResult:
     seconds: float  # of learning
     publish_seconds: float
     published: int | None  # version of the weights published at the end, if any
+    receipt: Receipt | None = None  # of a learner that is one of several
 
 
 def _copy(batch: dict[str, Array]) -> Batch:
@@ -45,23 +49,39 @@ def _copy(batch: dict[str, Array]) -> Batch:
 class LearnerActor(Process):
     """Holds the Agent on its device and updates it from batches; on request it acts for env actors too."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "learner") -> None:
         super().__init__()
         self.pulse_clock.preparing = True
+        self._member = Member(name)
+
+    def about(self) -> About:
+        return self._member.about()
+
+    def host(self) -> tuple[str, int]:
+        """See `Member.host`; of rank 0 alone."""
+        return self._member.host()
+
+    def join(self, seat: Seat) -> None:
+        """See `Member.join`; before `open`."""
+        self._member.join(seat)
 
     def open(self, config: RunConfig, env: EnvSpec, threads: int, version: int) -> AgentSpec:
         """Build the agent, outside of the constructor as in ReplayActor; weights were published up to `version`."""
         torch.set_num_threads(threads)
-        self._device = choose_device(config.train.device)
+        self._device, gang = choose_device(config.train.device), self._member.gang
+        if gang.size > 1 and not self._member.captures:
+            config = replace(config, train=replace(config.train, capture=False))
         self._agent = make_run_agent(config, env, self._device, config.train.seed)
+        if gang.size > 1:
+            join(self._agent, gang, config.algorithm)
         self._version, self._seed, self._train = version, config.train.seed, config.train
-        self._publish_every = config.runtime.publish_interval
+        self._publish_every, self._compare_every = config.runtime.publish_interval, config.runtime.receipt_interval
         self._server: ActingServer | None = None
         self._interrupted, self._learned = threading.Event(), 0  # updates in this process
         return agent_spec(self._agent)
 
     def __repr__(self) -> str:
-        return "learner"
+        return self._member.name
 
     def serve(self, batching: Batching, incarnation: int) -> None:
         """Start to act for env actors, with the published weights."""
@@ -97,7 +117,7 @@ class LearnerActor(Process):
         Returns three separate objects: what the coordinator counts, columns for replay, and new weights where they
         are due.
         """
-        begun, before = time.monotonic(), self._agent.updates // self._publish_every
+        begun, before = time.monotonic(), self._agent.updates
         fresh: list[tuple[Array, FreshColumns]] = []
         for batch in batches:
             if self._interrupted.is_set():
@@ -108,15 +128,41 @@ class LearnerActor(Process):
             self.pulse_clock.progress()
         written = [(rows, columns) for rows, made in fresh if (columns := made.arrays())]
         means = self._agent.collect() if fresh else {}
-        due = self._agent.updates // self._publish_every > before
+        due = self._passed(self._publish_every, before)
         publishing = time.monotonic()
         weights = self.publish() if due else None
         publish_seconds = time.monotonic() - publishing if due else 0.0
         published = self._version if due else None
-        return UpdateResult(means, len(fresh), publishing - begun, publish_seconds, published), written, weights
+        receipt = self._member.receipt(self._agent, self._version, self._passed(self._compare_every, before))
+        result = UpdateResult(means, len(fresh), publishing - begun, publish_seconds, published, receipt)
+        return result, written, weights
 
-    def publish(self) -> Weights:
+    def _passed(self, interval: int, before: int) -> bool:
+        """Return whether a multiple of `interval` updates was reached since there were `before`."""
+        return bool(self._agent.updates // interval > before // interval)
+
+    def update_share(self, share: list[Any]) -> tuple[UpdateResult, list[WrittenColumns], Weights | None]:
+        """Make `update` together with the other learners. share: one reference to this learner's part of the batches.
+
+        Ray gives all learners these calls in one order. A reference as an argument of its own could hold back the
+        heartbeat, or let a later call go first. Raises GangBroken, or what replay's loss raises before anything is
+        learned.
+        """
+        batches: Batches = ray.get(share[0])
+        try:
+            return self.update(batches)
+        except RuntimeError as error:
+            raise self._member.explain(error) from error
+
+    def receipt(self) -> Receipt | None:
+        """Return the state with its digest."""
+        return self._member.receipt(self._agent, self._version, True)
+
+    def publish(self) -> Weights | None:
+        """Return the weights under a new version; of several learners only rank 0 does, and the others count."""
         self._version += 1
+        if self._member.gang.rank:
+            return None
         weights = Weights(self._version, self._agent.acting_weights())
         if self._server is not None:
             self._server.load(weights)
@@ -130,6 +176,10 @@ class LearnerActor(Process):
     @timed
     def picture(self, sequence: dict[str, Array] | None, title: str) -> Array | None:
         return sequence_picture(self._agent.world_model, sequence, title)
+
+    def picture_of(self, sequence: list[Any], title: str) -> Array | None:
+        """Draw `picture`; the sequence is a reference in a list, see `update_share`."""
+        return self.picture(ray.get(sequence[0]), title)
 
     @timed
     def snapshot(self) -> float:

@@ -53,12 +53,19 @@ class ReplayActor(Process):
 
     @timed
     def sample(self, batches: int) -> Batches:
-        drawn = []
+        drawn: Batches = []
         for _ in range(batches):
             begun = time.monotonic()
             drawn.append(self._replay.draw(self._batch_size))
             self._drawn.append(time.monotonic() - begun)
         return drawn
+
+    def sample_shares(self, batches: int, learners: int) -> list[Batches]:
+        """Draw as `sample` does; return each learner's part of all batches, as `Gang.share` divides them."""
+        drawn = self.sample(batches)
+        size = self._batch_size // learners
+        slices = [slice(rank * size, (rank + 1) * size) for rank in range(learners)]
+        return [[{name: value[part] for name, value in batch.items()} for batch in drawn] for part in slices]
 
     def gauges(self) -> dict[str, float]:
         """Return how many seconds a draw took, over the last draws, and the share of the buffer in use."""

@@ -170,7 +170,7 @@ def test_an_update_that_never_ends_is_ended(hanging_learner, coordinator, tmp_pa
 @pytest.fixture
 def hanging_learner(monkeypatch):
     """A learner with a call that never ends, in its work thread."""
-    from distributed import learning
+    from distributed import ranks
     from distributed.actors.learner import LearnerActor
     from distributed.actors.pulse import timed
 
@@ -180,7 +180,7 @@ def hanging_learner(monkeypatch):
             while True:
                 time.sleep(1)
 
-    monkeypatch.setattr(learning, "LearnerActor", Hanging)
+    monkeypatch.setattr(ranks, "LearnerActor", Hanging)
 
 
 def test_building_slow_environments_is_not_a_hang(coordinator, tmp_path, capsys):

@@ -25,6 +25,7 @@ RECENT_EPISODES = 20
 LOSSES = (
     "env_failures",
     "actor_restarts",
+    "learner_restarts",
     "env_steps_discarded",
     "updates_lost",
     "rows_lost",

@@ -26,6 +26,7 @@ from worldloom.replay.chunk import LIFE_LOST, base_columns
 from worldloom.report.subject import Subject
 from worldloom.runs.compiling import compiler_cache, drop_damaged_libraries
 from worldloom.runs.config import EnvConfig, RunConfig, TrainConfig
+from worldloom.runs.learners import check_share
 from worldloom.runs.limiter import RateLimiter
 from worldloom.runs.start import own_fields, read_start, take_weights
 from worldloom.spaces import action_classes, observation_columns, observation_shape
@@ -327,6 +328,8 @@ def check_config(config: RunConfig) -> None:
 
     With Ray the learner may run on another machine, so `cluster.share` checks the cluster's GPUs instead.
     """
-    build_config(config.algorithm, own_fields(config))
+    made = build_config(config.algorithm, own_fields(config))
+    if (batch_size := getattr(made, "batch_size", None)) is not None:
+        check_share(config.runtime.learners, batch_size)
     if config.runtime.kind == "inline":
         choose_device(config.train.device)

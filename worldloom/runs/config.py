@@ -115,6 +115,9 @@ class RuntimeConfig:
         sync: alternate one vector step and every update that is due: with Ray this gives the same numbers as inline,
             and --resume goes on as if the run had never stopped (for this, open episodes are cut at each checkpoint)
         env_actors: remote actors, each with env.num_envs environments; 0 acts in the coordinator
+        learners: learner actors that make every update together, each from its share of the batch and on a GPU of its
+            own where there are GPUs; their number divides the batch. With train.device cuda:0 all share one GPU
+        receipt_interval: updates between two comparisons of the parameters of several learners
         acting: local: env actors hold a copy of the weights; server: they send observations, and one batched call acts
             for all; auto takes server for agents that plan, if the learner has a GPU
         acting_server: where the server runs: in the learner's process, or in an actor of its own
@@ -123,7 +126,7 @@ class RuntimeConfig:
             ends earlier after chunk_seconds
         chunk_seconds: longest time of a collect in seconds, longer with over 200 env actors for each of these seconds
         publish_interval: updates between two versions of the weights
-        learner_threads: CPU threads of the learner; 0 takes those that the env actors leave (inline: torch's default)
+        learner_threads: CPU threads of each learner; 0 takes those that the env actors leave (inline: torch's default)
         collect_timeout: seconds without an answer after which an env actor is replaced
         build_timeout: seconds after which an env actor that builds one environment is replaced
         silence_timeout: seconds without a heartbeat after which the learner, replay or acting server is replaced
@@ -134,6 +137,8 @@ class RuntimeConfig:
     kind: Literal["ray", "inline"] = "ray"
     sync: bool = False
     env_actors: int = 2
+    learners: int = 1
+    receipt_interval: int = 100
     acting: Literal["auto", "local", "server"] = "auto"
     acting_server: Literal["learner", "actor"] = "learner"
     acting_deadline: float = 0.003
@@ -149,6 +154,14 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _require(self.env_actors >= 0, "runtime.env_actors", self.env_actors, "0 or more")
+        _require(self.learners >= 1, "runtime.learners", self.learners, "at least 1")
+        _require(
+            self.kind == "ray" or self.learners == 1,
+            "runtime.learners",
+            self.learners,
+            "1 with runtime.kind inline: several are for Ray",
+        )
+        _require(self.receipt_interval >= 1, "runtime.receipt_interval", self.receipt_interval, "at least 1")
         _require(self.chunk_steps >= 1, "runtime.chunk_steps", self.chunk_steps, "at least 1")
         _require(self.chunk_seconds > 0, "runtime.chunk_seconds", self.chunk_seconds, "above 0")
         _require(self.publish_interval >= 1, "runtime.publish_interval", self.publish_interval, "at least 1")

@@ -88,8 +88,8 @@ class TDMPC2Learning:
     def draw_noise(self, batch: int, rows: int) -> LossNoise:
         """Draw the noise for a batch of [B, T] rows: this learner's share of that for the whole batch."""
         noise = draw_loss_noise(self.model, batch * self.gang.size, rows, self.generator)
-        parts = {name: self.gang.share(value, 0) for name, value in vars(noise).items() if value is not None}
-        return replace(noise, **{name: part for name, part in parts.items() if name != "target_heads"})
+        of_rows = {name: value for name, value in vars(noise).items() if value is not None and name != "target_heads"}
+        return replace(noise, **{name: self.gang.share(value, 0) for name, value in of_rows.items()})
 
     def update_policy(self, z: Tensor, mask: Tensor | None, allowed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Maximise scaled values plus entropy of the policy on z [B, H+1, D + T]; heads and embeddings are frozen.

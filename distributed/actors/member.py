@@ -1,0 +1,114 @@
+"""A learner's place among several: how they find each other, and what each can tell of its state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from worldloom.gang import ALONE, Gang
+from worldloom.runs.learners import fingerprint, parameters_of
+
+_store: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not among the names that torch exports
+JOIN_SECONDS = 60.0  # for a learner to find the store at which all meet
+
+
+class GangBroken(RuntimeError):
+    """The learners can no longer exchange what an update needs: one of them died, hangs or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The place that a learner is to take."""
+
+    rank: int
+    size: int
+    host: str  # address of rank 0's store, at which all meet
+    port: int
+    backend: str  # nccl or gloo
+    seconds: float  # bound on one exchange
+
+
+@dataclass(frozen=True)
+class About:
+    """Facts about a learner's process that must fit those of the others."""
+
+    node: str  # its id
+    torch: str  # version
+    cuda: bool  # whether it has a GPU
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The state of a learner after a task; those of all learners must be equal."""
+
+    updates: int  # that its agent has made
+    version: int  # of the weights that were published last
+    digest: str | None  # of the parameters, where it was due
+
+
+class Member:
+    """A learner's membership in a gang; alone until it joins one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.gang, self.captures = ALONE, True  # whether updates can be CUDA graphs: gloo exchanges on the host
+        self._store: Any = None  # rank 0's, which the process keeps alive
+
+    @staticmethod
+    def about() -> About:
+        return About(str(ray.get_runtime_context().get_node_id()), str(torch.__version__), torch.cuda.is_available())
+
+    def host(self) -> tuple[str, int]:
+        """Open the store at which all learners meet, on a port that is free; return its address."""
+        address = str(ray.util.get_node_ip_address())
+        self._store = _store(address, 0, is_master=True, wait_for_workers=False)
+        return address, int(self._store.port)
+
+    def join(self, seat: Seat) -> None:
+        """Meet the others. Raises GangBroken if this learner cannot."""
+        _use_interface_of(str(ray.util.get_node_ip_address()))
+        try:
+            store = _store(seat.host, seat.port, is_master=False, timeout=datetime.timedelta(seconds=JOIN_SECONDS))
+            dist.init_process_group(
+                seat.backend,
+                store=store,
+                rank=seat.rank,
+                world_size=seat.size,
+                timeout=datetime.timedelta(seconds=seat.seconds),
+                device_id=torch.device("cuda", 0) if seat.backend == "nccl" else None,
+            )
+            dist.barrier()
+        except RuntimeError as error:
+            raise GangBroken(
+                f"{self.name} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}"
+            ) from error
+        self.gang, self.captures = Gang(seat.rank, seat.size), seat.backend == "nccl"
+
+    def receipt(self, agent: Any, version: int, with_digest: bool) -> Receipt | None:
+        """Return what all learners of a gang must agree on; None for one alone."""
+        if self.gang.size == 1:
+            return None
+        return Receipt(agent.updates, version, fingerprint(parameters_of(agent)) if with_digest else None)
+
+    def explain(self, error: RuntimeError) -> RuntimeError:
+        """Return an exchange's failure as GangBroken, with this learner's name; other errors as they are."""
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            return GangBroken(f"{self.name} could not exchange with the others: {error}")
+        return error
+
+
+def _use_interface_of(address: str) -> None:
+    """Have gloo and NCCL use the network by which Ray reaches this node, unless the user chose one."""
+    import psutil  # type: ignore[import-untyped]  # Ray brings it
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.family == socket.AF_INET and each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

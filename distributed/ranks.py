@@ -1,0 +1,230 @@
+"""The learner actors of a run: one alone, or several ranks of a gang that make every update together."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distributed.acting import batching
+from distributed.actors.learner import LearnerActor
+from distributed.actors.member import About, Receipt, Seat
+from distributed.launcher import START_SECONDS, alive
+from distributed.state import State
+from worldloom.runs.build import AgentSpec
+from worldloom.runs.learners import check_share, divisors
+
+PLACE_SECONDS = 30.0  # for several learners to find a place, before fewer of them are tried
+
+
+class Ranks:
+    """Starts learners, joins them, and ends them all when one of them is lost.
+
+    broken: they can make no further update together, though some may live.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.handles: list[Any] = []
+        self.nodes: list[str] = []  # their ids
+        self.broken = False
+        self.backend = ""  # by which several exchange gradients
+        self._group: Any = None  # Ray's placement group of several
+
+    @property
+    def size(self) -> int:
+        return len(self.handles)
+
+    @property
+    def names(self) -> list[str]:
+        return ["learner"][: self.size] if self.size <= 1 else [f"learner/{rank}" for rank in range(self.size)]
+
+    def lost(self) -> bool:
+        """Return whether one of them died, or broke off."""
+        return self.broken or not all(alive(handle) for handle in self.handles)
+
+    def start(self) -> AgentSpec:
+        """Start as many as the configuration says and wait until they have built their agents; after a loss, as many
+        as the cluster has room for."""
+        wanted = self._state.config.runtime.learners
+        again, self.broken = bool(self.handles), True  # until all of it is done
+        if wanted == 1 or not (size := self._find_place(wanted, again)):
+            spec = self._start_alone()
+        else:
+            spec = self._start_gang(size)
+            check_share(wanted, spec.batch_size)
+        for name, handle in zip(self.names, self.handles, strict=True):
+            self._state.watch.follow(name, handle, self._state.config.runtime.learner_timeout)
+        self.broken = False
+        return spec
+
+    def end(self) -> None:
+        """End all of them, and watch them no more."""
+        for name, handle in zip(self.names, self.handles, strict=True):
+            self._state.watch.forget(name)
+            self._state.launcher.end(handle)
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    # Places
+
+    def _find_place(self, wanted: int, again: bool) -> int:
+        """Reserve a place for several learners; return for how many, 0 where only one alone has room.
+
+        Raises RuntimeError where the first start of a run finds no place for all of them.
+        """
+        if not again:
+            if self._reserve(wanted, START_SECONDS):
+                return wanted
+            raise RuntimeError(
+                f"the cluster has no room for {wanted} learners (runtime.learners) of {self._needs()} each: "
+                f"{ray.available_resources()} are free. Lower runtime.learners, or free resources."
+            )
+        fitting = [size for size in divisors(self._state.spec.batch_size) if 1 < size <= wanted]
+        return next((size for size in reversed(fitting) if self._reserve(size, PLACE_SECONDS)), 0)
+
+    def _reserve(self, size: int, seconds: float) -> bool:
+        """Reserve resources for so many: on one node if one is large enough, else on as few as possible.
+
+        What no node has at all is not waited for; what is in use may come free, as that of an actor that has just died.
+        """
+        needs = self._needs()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = [min(int(node.get(name, 0.0) / each + 1e-6) for name, each in needs.items()) for node in nodes]
+        if max(room) >= size and self._placed(size, "STRICT_PACK", PLACE_SECONDS if len(nodes) > 1 else seconds):
+            return True
+        return len(nodes) > 1 and sum(room) >= size and self._placed(size, "PACK", seconds)
+
+    def _placed(self, size: int, strategy: str, seconds: float) -> bool:
+        group, begun = placement_group([self._needs()] * size, strategy=strategy), time.monotonic()
+        while not group.wait(1):
+            if time.monotonic() - begun > seconds:
+                remove_placement_group(group)
+                return False
+            self._state.launcher.between()
+        self._group = group
+        return True
+
+    def _needs(self) -> dict[str, float]:
+        shares = self._state.shares
+        return {name: each for name, each in (("CPU", shares.cpus), ("GPU", shares.gpus)) if each}
+
+    # Starting
+
+    def _launch(self, name: str, where: Any, any_order: bool) -> Any:
+        shares = self._state.shares
+        threads = {"acting": batching(self._state.config).clients, "saving": 1, "control": 1}
+        return self._state.launcher.start(
+            *(LearnerActor, name, name),
+            cpus=shares.cpus,
+            gpus=shares.gpus,
+            threads=threads,
+            where=where,
+            any_order=any_order,
+        )
+
+    def _start_alone(self) -> AgentSpec:
+        state = self._state
+        # in any order, since the heartbeat must not wait for a batch that a frozen replay owes
+        learner = self._launch("learner", "DEFAULT", any_order=True)
+        self.handles = [learner]
+        opened = learner.open.remote(state.config, state.env, state.shares.learner_threads, state.version)
+        spec: AgentSpec = state.launcher.wait(opened, "the learner")
+        self.nodes = [state.launcher.wait(learner.node.remote(), "the learner")]
+        return spec
+
+    def _start_gang(self, size: int) -> AgentSpec:
+        state = self._state
+        self.handles = []
+        for rank in range(size):  # in order, so that all make the same updates
+            where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+            self.handles.append(self._launch(f"learner/{rank}", where, any_order=False))
+        with self._all_or_none():
+            about: list[About] = self._ask("about")
+            self.nodes = [each.node for each in about]
+            check_versions(about)
+            own_gpus = state.shares.gpus >= 1 and all(each.cuda for each in about)
+            self.backend = "nccl" if own_gpus else "gloo"
+            host, port = state.launcher.wait(self.handles[0].host.remote(), self.names[0])
+            seconds = state.config.runtime.learner_timeout
+            seats = [Seat(rank, size, host, port, self.backend, seconds) for rank in range(size)]
+            joined = [handle.join.remote(seat) for handle, seat in zip(self.handles, seats, strict=True)]
+            state.launcher.all(joined, self.names, START_SECONDS)
+            spec: AgentSpec = self._ask("open", state.config, state.env, state.shares.learner_threads, state.version)[0]
+            self.compare()
+        return spec
+
+    @contextlib.contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        asked = [getattr(handle, method).remote(*args) for handle in self.handles]
+        return self._state.launcher.all(asked, self.names, START_SECONDS)
+
+    # Working together
+
+    def load(self, checkpoint: Path) -> int:
+        """Restore the agents; return the number of updates that they have made."""
+        loading = [handle.load.remote(checkpoint) for handle in self.handles]
+        updates: int = self._state.launcher.all(loading, self.names)[0]
+        self.compare()
+        return updates
+
+    def publish(self) -> Any:
+        """Return a reference to rank 0's weights, under a new version that all count. Raises ActorLost."""
+        published = [handle.publish.remote() for handle in self.handles]
+        self._state.launcher.all(published[1:], self.names[1:])
+        return published[0]
+
+    def update(self, shares: list[Any]) -> list[list[Any]]:
+        """Have each learn from its share, a reference; return three references for each, see `LearnerActor.update`."""
+        if self.size == 1:
+            return [self.handles[0].update.options(num_returns=3).remote(shares[0])]
+        ranks = zip(self.handles, shares, strict=True)
+        return [handle.update_share.options(num_returns=3).remote([share]) for handle, share in ranks]
+
+    def picture(self, sequence: Any, title: str) -> Any:
+        """Have the first draw what its model imagines of a sequence, a reference; return a reference to the picture."""
+        if self.size == 1:
+            return self.handles[0].picture.remote(sequence, title)
+        return self.handles[0].picture_of.remote([sequence], title)
+
+    def interrupt(self) -> None:
+        """Have one alone end its task after the update that it makes; several finish theirs, which are short, since
+        they would end after different ones."""
+        if self.size == 1:
+            self.handles[0].interrupt.remote()
+
+    def compare(self) -> None:
+        """Raise RuntimeError unless the parameters of all are equal, bit for bit."""
+        if self.size > 1 and (other := self.different(self._ask("receipt"))):
+            raise RuntimeError(
+                f"{other} has other parameters than learner/0 at the start. All nodes of learners need the same "
+                "versions, and the same files of the run."
+            )
+
+    def different(self, receipts: list[Receipt | None]) -> str | None:
+        """Return the name of the first learner whose receipt is not rank 0's, None if all agree."""
+        return next((name for name, each in zip(self.names, receipts, strict=True) if each != receipts[0]), None)
+
+
+def check_versions(about: Sequence[About]) -> None:
+    """Raise RuntimeError unless all learners have one version of torch."""
+    if len({each.torch for each in about}) > 1:
+        found = ", ".join(f"{each.torch} on node {each.node[:8]}" for each in about)
+        raise RuntimeError(
+            f"the learners have different versions of torch ({found}), which do not compute the same numbers. "
+            "Install one version on all nodes."
+        )
