@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom import functional as fn
+from worldloom import products
 from worldloom.dreamerv3.config import MOST_ROWS, DreamerV3Config
 from worldloom.dreamerv3.layers import Linear, init_kernel
 from worldloom.gang import ALONE, Gang
@@ -31,7 +32,7 @@ class Rows:
     tokens: Tensor  # [T, B, E], of the encoder
 
 
-class Projection(nn.Linear):
+class Projection(products.Linear):
     """A linear map without bias, [..., inputs] to [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -112,7 +113,7 @@ class NextEmbedding(RedundancyReduction):
         self.feature_in = Linear(tokens, width)
         self.action_in: nn.Module
         if choices:
-            self.action_in = nn.Linear(action_dim, width, bias=False)
+            self.action_in = products.Linear(action_dim, width, bias=False)
             nn.init.normal_(self.action_in.weight)
         else:
             self.action_in = nn.Sequential(Linear(action_dim, width), nn.LayerNorm(width), nn.GELU())
@@ -164,7 +165,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.read_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.project, self.mix = nn.Linear(width, 3 * width), Linear(width, width)
+        self.project, self.mix = products.Linear(width, 3 * width), Linear(width, width)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
         self.widen, self.narrow = Linear(width, 4 * width), Linear(4 * width, width)

@@ -19,6 +19,7 @@ from worldloom.observations import (
     split_kinds,
     vector_sizes,
 )
+from worldloom.products import Linear
 
 STAGES = 4  # of an image, each of which halves its sides
 
@@ -85,7 +86,7 @@ class ImageDecoder(nn.Module):
         height, width = next(iter(images.values()))[1:]
         widths = stage_channels(first)[::-1]
         self.grid = (widths[0], height // 2**STAGES, width // 2**STAGES)
-        self.input = nn.Linear(latent, image_numbers(images, first), bias=False)
+        self.input = Linear(latent, image_numbers(images, first), bias=False)
         self.norms = nn.ModuleList([BatchNorm(width) for width in widths])
         self.convs = nn.ModuleList([nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False) for i, o in pairwise(widths)])
         self.output = nn.ConvTranspose2d(widths[-1], sum(shape[0] for shape in images.values()), 4, 2, 1)
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         self.vectors, self.images = split_kinds(shapes)
         sizes = vector_sizes(self.vectors, {})
         self.vector = relu_mlp(latent, units, layers) if self.vectors else None
-        self.outputs = nn.ModuleList([nn.Linear(units, size) for size in sizes.values()])  # in order of name
+        self.outputs = nn.ModuleList([Linear(units, size) for size in sizes.values()])  # in order of name
         self.image = ImageDecoder(latent, self.images, first) if self.images else None
 
     def forward(self, z: Tensor, seen: Statistics | None = None) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from worldloom import functional as fn
 from worldloom.arguments import Steps, read_steps
 from worldloom.nets import BatchNorm, Statistics, relu_head
 from worldloom.observations import as_mapping, as_tuples, checked
+from worldloom.products import Linear
 from worldloom.storm.config import STORMConfig
 from worldloom.storm.encoder import Decoder, Encoder
 from worldloom.storm.transformer import Transformer, remember
@@ -45,16 +46,16 @@ class STORMNetworks(nn.Module):
         self.obs_shape, self.action_dim, self.episode_length = as_tuples(obs_shape), action_dim, episode_length
         shapes, latent = as_mapping(self.obs_shape), c.stoch * c.classes
         self.encoder = Encoder(shapes, c.units, c.vector_layers, c.stem_channels)
-        self.posterior = nn.Linear(self.encoder.size, latent)
+        self.posterior = Linear(self.encoder.size, latent)
         self.stem = nn.Sequential(
-            nn.Linear(latent + action_dim, c.hidden, bias=False),
+            Linear(latent + action_dim, c.hidden, bias=False),
             nn.LayerNorm(c.hidden),
             nn.ReLU(),
-            nn.Linear(c.hidden, c.hidden, bias=False),
+            Linear(c.hidden, c.hidden, bias=False),
             nn.LayerNorm(c.hidden),
         )
         self.transformer = Transformer(c.hidden, c.layers, c.heads, c.max_length, c.dropout)
-        self.prior = nn.Linear(c.hidden, latent)
+        self.prior = Linear(c.hidden, latent)
         self.decoder = Decoder(shapes, latent, c.units, c.vector_layers, c.stem_channels)
         self.reward = relu_head(c.hidden, c.hidden, HEAD_LAYERS, c.bins)
         self.termination = relu_head(c.hidden, c.hidden, HEAD_LAYERS, 1)

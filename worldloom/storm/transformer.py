@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.gang import Gang
+from worldloom.products import Linear
 
 NORM_EPS = 1e-6
 HIDDEN = -1e9  # score of what must not be seen; finite, so that a row that sees nothing has no NaN
@@ -46,9 +47,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, rate: float) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.query, self.key, self.value, self.mix = (Linear(width, width, bias=False) for _ in range(4))
         self.mix_norm, self.feed_norm = (nn.LayerNorm(width, eps=NORM_EPS) for _ in range(2))
-        self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.widen, self.narrow = Linear(width, 2 * width), Linear(2 * width, width)
         self.heads, self.rate = heads, rate
 
     def forward(self, x: Tensor, allowed: Tensor, dropped: Dropped = NOTHING) -> Tensor:

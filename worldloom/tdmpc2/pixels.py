@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from worldloom import functional as fn
 from worldloom.nets import SimNorm
+from worldloom.products import Linear
 
 PAD = 3  # pixels that an image may shift by
 
@@ -37,7 +38,7 @@ class PixelEncoder(nn.Module):
         if min(height, width) < 1:
             raise ValueError(f"obs_shape is {shape}, expected images of at least 39x39. Resize them.")
         flat = channels * height * width
-        self.projection = None if flat == latent_dim else nn.Linear(flat, latent_dim)
+        self.projection = None if flat == latent_dim else Linear(flat, latent_dim)
         self.norm = SimNorm(simnorm_dim)
 
     def forward(self, image: Tensor, shift: Tensor | None = None) -> Tensor:
