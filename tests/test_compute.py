@@ -42,6 +42,18 @@ def test_compiled_updates_give_the_numbers_of_eager_ones():
     assert compiled.act(obs, None, first)[0].shape == (4, 3)
 
 
+@pytest.mark.slow  # compiling takes minutes on a busy machine
+@pytest.mark.parametrize("representation", ["r2dreamer", "infonce", "ne"])
+def test_compiled_updates_without_a_decoder_give_the_numbers_of_eager_ones(representation):
+    fields = {"representation": representation, "ne_width": 16}
+    eager, compiled = (shake(tiny_agent(**fields)) for _ in range(2))
+    compiled.configure_learning("float32", compiled=True)
+    batch = batch_of(eager)
+    for _ in range(3):
+        expected, metrics = eager.update(batch)[0], compiled.update(batch)[0]
+        assert metrics == pytest.approx(expected, rel=5e-4, abs=1e-5)
+
+
 def test_bfloat16_updates_stay_near_float32_and_reach_every_parameter():
     wide, narrow = (shake(tiny_agent(MIXED, 3, obs_classes={"goal": 5})) for _ in range(2))
     narrow.configure_learning("bfloat16", compiled=False)

@@ -85,7 +85,8 @@ def test_learners_together_do_what_one_does(name, together):
         for one, same in zip(ranks[0], other, strict=True):
             assert all(torch.equal(value, same[key]) for key, value in one.items())  # bit for bit
     first = 2e-5 if kind in ("images", "mixed", "ne") else 1e-5  # they sum over more, in another order
-    for bound, one, same in zip((first, 2e-3), alone, ranks[0], strict=True):
+    last = 2e-2 if kind == "ne" else 2e-3  # LaProp's first steps are as long where a gradient is nearly noise
+    for bound, one, same in zip((first, last), alone, ranks[0], strict=True):
         assert one.keys() == same.keys()
         for key, value in one.items():
             if key.endswith("/momentum"):
