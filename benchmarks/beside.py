@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import platform
 import shutil
@@ -157,12 +158,22 @@ def train_theirs(what: Comparison, settings: Settings, seed: int, folder: Path, 
         raise RuntimeError(f"the authors' code ended with {ended}; {folder / LOG} ends:\n" + "\n".join(last))
 
 
+def refuse_other_settings(folder: Path, asked: dict[str, Any]) -> None:
+    """End the program where a complete run had other settings than those asked for."""
+    had = json.loads((folder / DONE).read_text())["settings"]
+    if differ := sorted(name for name in asked if had[name] != asked[name]):
+        told = ", ".join(f"{name} {had[name]} (asked for: {asked[name]})" for name in differ)
+        sys.exit(f"{folder} is complete with {told}. Give these again, or another --out.")
+
+
 def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more: Sequence[str]) -> None:
     """Train every seed on both sides that is not complete; seeds first, so that both sides grow together."""
+    asked = {**dataclasses.asdict(settings), "more": list(more)}
     for seed in o.seeds:
         for side in (AUTHORS, OURS):
             folder = o.out / f"{side}-{seed}"
             if (folder / DONE).is_file():
+                refuse_other_settings(folder, asked)
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -173,7 +184,7 @@ def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more:
             else:
                 train_theirs(what, settings, seed, folder, o)
             seconds = time.monotonic() - begun
-            (folder / DONE).write_text(json.dumps({"seconds": round(seconds, 1)}) + "\n")
+            (folder / DONE).write_text(json.dumps({"seconds": round(seconds, 1), "settings": asked}) + "\n")
             print(f"{side}, seed {seed}: {seconds / 60:.1f} minutes", flush=True)
 
 

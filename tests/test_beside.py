@@ -61,6 +61,10 @@ def test_both_sides_are_trained_and_what_is_complete_is_kept(command, tmp_path, 
     assert "| authors | 2 | 60 | 3 | 240.0 | 240.0 | " in table
     assert "Mean return: ours minus theirs +90.0; between seeds of one side at most 100.0." in table
     assert "<svg" in (out / "curves.svg").read_text()
+    with pytest.raises(
+        SystemExit, match="is complete with threads 1 .asked for: 2.. Give these again, or another --out"
+    ):
+        command("--seeds", "1", "--threads", "2")
 
 
 def test_code_of_the_authors_that_fails_is_quoted(command, tmp_path, capsys):

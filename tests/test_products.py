@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.test_core import KINDS, batch_of
 from worldloom import products
+from worldloom.types import Agent
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +123,30 @@ def test_other_products_are_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -
     assert out.shape == (5, 6)
     assert not found
     assert out.dtype == {"float64": torch.float64, "autocast": torch.bfloat16}.get(case, torch.float32)
+
+
+def test_a_bias_gets_its_gradient_beside_a_fixed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = numbers(6, gradient=True)
+    products.linear(numbers(5, 40), numbers(6, 40), bias).sum().backward()
+    assert bias.grad is not None
+    close(bias.grad, torch.full((6,), 5.0))
+
+
+@pytest.mark.parametrize(("make", "kind"), [pair for pair in KINDS if pair[1] in ("vectors", "states", "ne")])
+def test_agents_learn_the_same_by_either_library(
+    make: Callable[[str], Agent], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses of two updates: those of the second see the gradients of the first."""
+    means = []
+    for worth in (0, 1 << 60):
+        monkeypatch.setattr(products, "WORTH", worth)
+        found = calls(monkeypatch)
+        torch.manual_seed(3)
+        agent = make(kind)
+        batch = batch_of(agent)
+        means.append([agent.update(batch)[0], agent.update(batch)[0]])
+        assert bool(found) == (worth == 0)
+    for one, other in zip(*means, strict=True):
+        assert {name: float(value) for name, value in one.items()} == pytest.approx(
+            {name: float(value) for name, value in other.items()}, rel=1e-4, abs=1e-4
+        )

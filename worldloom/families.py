@@ -154,9 +154,9 @@ def create_world_model(
 
     obs_shape: shape of one observation, channel-first for images; some families also take a mapping of shapes.
     action_dim: A, the number of action dimensions or of one-hot entries. episode_length: agent steps, if known.
-    settings: fields of the model's config, and options of its family (`Family.options`): obs_classes of DreamerV3,
-    tasks and action_classes of TD-MPC2. Raises ValueError or TypeError that names what was wrong, FileNotFoundError
-    for a directory without a model.
+    settings: fields of the model's config, and options of its family (`Family.options`): obs_classes and
+    action_classes of DreamerV3, tasks and action_classes of TD-MPC2. Raises ValueError or TypeError that names what was
+    wrong, FileNotFoundError for a directory without a model.
     """
     if Path(model).is_dir():
         return _load_world_model(model, obs_shape, action_dim, device, settings)

@@ -145,6 +145,12 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling()
 
 
+def exporting() -> bool:
+    """Return whether torch.export traces this. `torch.compiler.is_exporting` is missing in torch 2.6, and says so of
+    every compilation before 2.12."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def short_softmax(x: Tensor) -> Tensor:
     """Return the softmax over a short last axis: [..., K] to [..., K].
 

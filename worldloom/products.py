@@ -1,12 +1,15 @@
 """Products of float32 matrices, on CPUs with vectors of 512 bits by oneDNN instead of MKL.
 
-torch multiplies matrices on CPUs with MKL, which knows the widest vectors of Intel's processors only, and convolves
-with oneDNN, which knows all. On an AMD EPYC (Zen 5) a product of 256 rows and more is 2.2 times as fast by oneDNN, one
-of 16 rows 1.3 times. Both round in float32, and differ by the order of their sums.
+torch multiplies matrices on CPUs with MKL, which uses the widest vectors of Intel's processors only, and convolves
+with oneDNN, which uses those of all. On an AMD EPYC (Zen 5) a product of 256 rows and more is 2.2 times as fast by
+oneDNN, one of 16 rows 1.3 times. Both round in float32, and differ by the order of their sums. Intel's processors keep
+MKL.
 """
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,9 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from worldloom import functional as fn
+
+
+def _vendor() -> str:
+    """Return what the system says of its processor; the vendor's name is among it on Linux and Windows."""
+    told = Path("/proc/cpuinfo")
+    return told.read_text() if told.is_file() else platform.processor()
+
+
 # The call of torch's compiler for a linear layer with what follows it. Where a build has none, MKL does it all.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in _vendor()
 # A name of its own for compiled graphs: there the compiler expects weights that never change behind oneDNN's.
 _LIBRARY = torch.library.Library("worldloom", "FRAGMENT")
 WORTH = 1 << 21  # multiplications from which the call's own 10 microseconds are won back
@@ -26,13 +38,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b, [..., O], from x [..., I], weight [O, I] and bias [O]."""
     if not _wins(x, weight, len(weight)):
         return F.linear(x, weight, bias)
-    if _needs_gradient(x, weight):
+    if _needs_gradient(x, weight, *([] if bias is None else [bias])):
         return cast(Tensor, _Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
     return _product(x, weight.mT, bias)
 
 
 def addmm(added: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return added + x W, [R, O], from added [R, O], x [R, I] and a weight [I, O] that needs no gradient."""
+    assert not _needs_gradient(weight)
     if not _wins(x, weight, weight.shape[1]):
         return torch.addmm(added, x, weight)
     return cast(Tensor, _Added.apply(added, x, weight))  # type: ignore[no-untyped-call]
@@ -75,7 +88,7 @@ def _wins(x: Tensor, weight: Tensor, outputs: int) -> bool:
         and x.numel() * outputs >= WORTH
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
+        and not fn.exporting()
     )
 
 

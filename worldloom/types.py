@@ -106,6 +106,7 @@ class WindowSpec:
     recency: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recency", tuple(self.recency))  # a list where it was read from a file
         fits = all(0 <= share <= 1 for share in self.recency) and abs(sum(self.recency) - 1) < 1e-6
         if self.recency and not fits:
             raise ValueError(f"recency is {list(self.recency)}, expected shares in [0, 1] that sum to 1, or none.")

@@ -90,7 +90,7 @@ def test_a_restored_buffer_draws_as_the_one_that_goes_on(capacity, tmp_path):
     replay.draw(10)
     replay.save(tmp_path / "replay.npz")
     other = ReplayBuffer.load(tmp_path / "replay.npz")
-    assert tuple(other.windows.recency) == SHARES
+    assert other.windows.recency == SHARES
     more = np.arange(65, 68)
     for each in (replay, other):
         each.insert(chunk_of([rows(more, more == 0, tag) for tag in range(2)], (0, 0, 13)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,12 +17,12 @@ from worldloom.dreamerv3.behaviour import Behaviour
 from worldloom.dreamerv3.latents import compact, expand, latent_columns
 from worldloom.dreamerv3.rssm import RSSMState
 from worldloom.dreamerv3.world_model import DreamerV3WorldModel
-from worldloom.gang import ALONE, Gang
+from worldloom.gang import Gang
 from worldloom.generators import restore_generator
-from worldloom.nets import autocast, compile_part
+from worldloom.imagining import ImaginingUpdate
+from worldloom.nets import compile_part
 from worldloom.observations import as_mapping
 from worldloom.optim import LaProp, flat_gradient, load_optimizer, move_towards
-from worldloom.tally import Tally
 from worldloom.types import Batch, Precision, split_obs
 
 ROWS = ("actions", "rewards", "is_first", "terminated", "truncated")  # what an update reads of a batch besides obs
@@ -39,16 +38,15 @@ class UpdateNoise:
     policy: Tensor  # [H + 1, T B, A], as the policy draws it
 
 
-class DreamerV3Learning:
+class DreamerV3Learning(ImaginingUpdate):
     """DreamerV3's update: its loss, its optimiser and the generator of its random numbers."""
 
     def __init__(self, model: DreamerV3WorldModel, behaviour: Behaviour, seed: int) -> None:
-        c, device = model.config, model.bins.device
-        self.model, self.behaviour, self.tally, self.gang = model, behaviour, Tally(), ALONE
-        self.generator = torch.Generator(device).manual_seed(seed)
+        super().__init__(model, seed)
+        c, self.model, self.behaviour = model.config, model, behaviour
         trained = [p for p in [*model.parameters(), *behaviour.parameters()] if p.requires_grad]
         self.optimizer = LaProp(trained, c.lr, (c.beta1, c.beta2), c.eps, c.clip, c.warmup)
-        self._dtype, self._imagined_at_once = torch.float32, c.imagination_length  # steps in one _imagine_steps
+        self._imagined_at_once = c.imagination_length  # steps in one _imagine_steps
 
     @property
     def stored(self) -> bool:
@@ -85,9 +83,6 @@ class DreamerV3Learning:
             compile_part(owner, name)
         if cuda:
             compile_part(self.optimizer, "change")
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.model.bins.device, self._dtype)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name: the trained rows and, of the row before, only the latents.

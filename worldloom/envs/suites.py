@@ -35,7 +35,7 @@ class AtariConfig:
         life_loss: in training, a lost life ends an episode, and the next one goes on with the same game (end), is told
             to an agent that learns from it, within one episode (mark), or is nothing of its own (ignore); evaluations
             play whole games
-        same_seed: in training, start every game of an environment from one seed
+        same_seed: in training, start every game of an environment from one seed, until it is made again
     """
 
     image_size: int = 64
@@ -89,7 +89,7 @@ class Atari(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     The two frames never come from different games. `terminated` is the game's own end; the frame limit truncates. A
     life counts as lost at the end of the step in which that happened: `info["life_lost"]`. Where it ends the episode,
-    the next `reset` changes nothing and gives the same image again.
+    the next `reset` changes nothing and gives the same image again, whatever its seed.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], config: AtariConfig, repeat: int) -> None:

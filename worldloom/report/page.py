@@ -142,6 +142,8 @@ def returns_section(lines: Sequence[Mapping[str, float]], subject: Subject) -> S
         axis.fill_between(frames, mean - std, mean + std, color=OWN, alpha=0.15, lw=0)
         axis.plot(frames, mean, color=OWN, lw=2, marker="o", ms=4, label="evaluation, mean ± std over episodes")
     text = "Return per episode over frames (environment steps times action repeat)."
+    if subject.atari is not None and subject.atari.life_loss == "end":
+        text += " Those of training are of one life."
     curve = published_curve(subject)
     reached = 1.25 * max([line["env_steps"] * repeat for line in lines], default=0)
     if curve is None:

@@ -77,7 +77,7 @@ class TaskEmbedding(nn.Embedding):
         what it looked up, because it cannot change its own weights."""
         if self.given:
             return F.embedding(task, self.weight)
-        if torch.compiler.is_exporting():
+        if fn.exporting():
             found = F.embedding(task, self.weight)
             return found * _shrinking(torch.linalg.vector_norm(found, dim=-1, keepdim=True))
         with torch.no_grad():
