@@ -44,9 +44,9 @@ TINY = {
 }
 NETWORK = ("encoder_dim", "mlp_dim", "latent_dim")  # which a run has from the published file that it starts from
 SHORT = (
-    "--runtime.kind inline --runtime.learners 1 --train.total_steps 60 --train.learning_starts 50 "
-    "--train.train_ratio 8 --train.compile false --eval.interval 0 --eval.episodes 1 --checkpoint.interval 0 "
-    "--replay.capacity 1000 --env.num_envs 2"
+    "--runtime.kind inline --runtime.learners 1 --runtime.learner_threads 1 --train.total_steps 60 "
+    "--train.learning_starts 50 --train.train_ratio 8 --train.compile false --eval.interval 0 --eval.episodes 1 "
+    "--checkpoint.interval 0 --replay.capacity 1000 --env.num_envs 2"
 )
 
 
