@@ -31,6 +31,10 @@ class ActorLost(RuntimeError):
     """The learner, replay or the acting server died; the coordinator starts it again."""
 
 
+class ExchangeLost(ActorLost):
+    """A learner, which lives, could not exchange with the others; why, another's error may tell."""
+
+
 class WorkLost(ActorLost):
     """What an actor was to work on went with another; it lives, and did nothing."""
 
@@ -142,7 +146,7 @@ def reason(error: Exception, who: str) -> Exception:
     """
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, GangBroken):
-        return ActorLost(f"{cause}.")
+        return ExchangeLost(f"{cause}.")
     if isinstance(cause, (ObjectLostError, ActingLost, *DEATHS)):
         if cause is not error or isinstance(cause, ObjectLostError):
             return WorkLost(f"{who}: what it was to work on was lost ({type(cause).__name__}).")

@@ -152,7 +152,9 @@ class LearnerActor(Process):
         try:
             return self.update(batches)
         except RuntimeError as error:
-            raise self._member.explain(error) from error
+            if (broken := self._member.explain(error)) is None:
+                raise
+            raise broken from error
 
     def receipt(self) -> Receipt | None:
         """Return the state with its digest."""

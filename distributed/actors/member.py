@@ -97,11 +97,11 @@ class Member:
             return None
         return Receipt(agent.updates, version, fingerprint(parameters_of(agent)) if with_digest else None)
 
-    def explain(self, error: RuntimeError) -> RuntimeError:
-        """Return an exchange's failure as GangBroken, with this learner's name; other errors as they are."""
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+    def explain(self, error: RuntimeError) -> GangBroken | None:
+        """Return what to raise, with this learner's name, for the failure of an exchange; None for other errors."""
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             return GangBroken(f"{self.name} could not exchange with the others: {error}")
-        return error
+        return None
 
 
 def _use_interface_of(address: str) -> None:

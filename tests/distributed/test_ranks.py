@@ -1,0 +1,79 @@
+# Errors
+
+
+def two_learners(first=None):
+    """Two without processes; first: what waits for one of their results."""
+    made = Learning(SimpleNamespace(config=None, launcher=SimpleNamespace(first=first)), None)
+    made.ranks.handles = [None, None]
+    return made
+
+
+def task(outcomes):
+    return Task([1, 2], [3, 4], [5, 6], 2, 0, outcomes)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected", "broken"),
+    [
+        ([ActorLost("learner/0: died."), ExchangeLost("learner/1: closed")], "learner/0: died", True),
+        ([ExchangeLost("learner/0: closed"), ActorLost("learner/1: died.")], "learner/1: died", True),
+        ([RuntimeError("closed, in words of a later torch"), ActorLost("learner/1: died.")], "learner/1: died", True),
+        ([WorkLost("replay"), WorkLost("replay")], "replay", False),  # nobody learned anything
+        ([WorkLost("replay"), ExchangeLost("learner/1: closed")], "learner/1: closed", True),
+        ([ExchangeLost("closed"), FloatingPointError("NaN")], "NaN", True),
+        ([Receipt(20, 4, "a"), Receipt(20, 4, "b")], r"learner/1 differs .* digest='b'\) against .* digest='a'", True),
+        ([Receipt(20, 4, "a"), Receipt(22, 4, "a")], "learner/1 differs from learner/0", True),
+        ([Receipt(20, 4, None), Receipt(20, 4, None)], None, False),
+    ],
+)
+def test_what_leaves_learners_apart_breaks_the_gang(outcomes, expected, broken):
+    made = two_learners()
+    results = [UpdateResult({}, 2, 0.1, 0.0, None, each) if isinstance(each, Receipt) else each for each in outcomes]
+    if expected is None:
+        assert made._results(task(dict(enumerate(results)))) == results
+    else:
+        with pytest.raises(Exception, match=expected):
+            made._results(task(dict(enumerate(results))))
+    assert made.ranks.broken == broken
+
+
+def test_a_gang_that_broke_stays_broken_when_replay_is_lost_meanwhile():
+    def replay_dies(*_):
+        raise REPLAY_DIED
+
+    made = two_learners(replay_dies)
+    lost = WorkLost("replay/0")
+    made.tasks += [task({1: ExchangeLost("learner/1: closed")}), task({0: lost, 1: lost})]
+    with pytest.raises(ActorLost, match="replay/0: died"):
+        made.take_oldest()
+    assert made.ranks.broken  # learner/0 may have learned what learner/1 did not
+    made.abandon()
+    assert made.ranks.broken
+    assert not made.tasks
+
+
+def test_a_learner_that_is_silent_after_the_other_failed_is_named():
+    waits = []
+
+    def nobody(left, who, seconds):
+        waits.append((left, who, seconds))
+        return []
+
+    made = two_learners(nobody)
+    with pytest.raises(ExchangeLost, match="learner/1: timed out No result came from learner/0"):
+        made._results(task({1: ExchangeLost("learner/1: timed out")}))
+    assert waits == [([1], "learner/0", learning.STRAGGLER_SECONDS)]
+    assert made.ranks.broken
+
+
+def test_learners_that_fail_alike_after_a_wait_live_on():
+    given = task({0: WorkLost("replay/0")})
+
+    def the_other_fails_too(left, who, seconds):
+        given.outcomes[1] = WorkLost("replay/0")
+        return left
+
+    made = two_learners(the_other_fails_too)
+    with pytest.raises(WorkLost):
+        made._results(given)
+    assert not made.ranks.broken
