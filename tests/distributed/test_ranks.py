@@ -1,3 +1,28 @@
+"""Learners that are one gang: what an error means, what breaks them, and where they find a place."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from distributed import learning, ranks
+from distributed.actors import member
+from distributed.actors.learner import UpdateResult
+from distributed.actors.member import GangBroken, Member, Receipt, Seat
+from distributed.launcher import ActorLost, ExchangeLost, Launcher, WorkLost
+from distributed.learning import Learning, Task
+from distributed.ranks import Ranks
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+REPLAY_DIED = ActorLost("replay/0: died.")
+
+
 # Errors
 
 
@@ -77,3 +102,38 @@ def test_learners_that_fail_alike_after_a_wait_live_on():
     with pytest.raises(WorkLost):
         made._results(given)
     assert not made.ranks.broken
+
+
+# Places
+
+
+def placed(nodes, monkeypatch, learners=2, env_actors=4):
+    """Ranks that were lost in a cluster that now has nodes of so many CPUs, of which each process had one."""
+    shares = SimpleNamespace(cpus=1.0, gpus=0.0, processes=learners + env_actors, learners=learners)
+    made = Ranks(SimpleNamespace(shares=shares, spec=SimpleNamespace(batch_size=8), launcher=None))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "expected"), [([2.0, 2.0], 2, 0), ([2.0, 4.0], 2, 2), ([7.0, 0.0], 4, 2), ([9.0], 4, 4)]
+)
+def test_learners_that_start_again_leave_room_for_all_env_actors(nodes, wanted, expected, monkeypatch):
+    made = placed(nodes, monkeypatch)
+    monkeypatch.setattr(made, "_reserve", lambda size, seconds: True)
+    assert made._find_place(wanted, again=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "free", "expected"),
+    [
+        ([2.0, 2.0], [1.0, 0.0], 0.0),
+        ([3.0, 2.0], [0.0, 1.5], 1.0),
+        ([3.0, 2.0], [0.0, 0.304], 0.3),
+        ([5.0], [0.0], 0.0),
+    ],
+)
+def test_one_learner_alone_asks_for_cpus_that_nobody_else_needs(nodes, free, expected, monkeypatch):
+    made = placed(nodes, monkeypatch)
+    monkeypatch.setattr(ranks, "free_cpus_by_node", lambda: free)
+    assert made._cpus_that_are_left() == expected
