@@ -19,10 +19,14 @@ from distributed.actors.member import About, Receipt, Seat
 from distributed.launcher import START_SECONDS, alive
 from distributed.ray_internals import free_cpus_by_node
 from distributed.state import State
+from distributed.watching import PREPARE_SECONDS
 from worldloom.runs.build import AgentSpec
 from worldloom.runs.learners import check_share, divisors
 
 PLACE_SECONDS = 30.0  # for several learners to find a place, before fewer of them are tried
+# The watch waits so much longer for one of several learners than an exchange lasts: those that wait for one that hangs
+# fail before it is ended, and so tell which one that is.
+NAMING_SECONDS = 15.0
 
 
 class Ranks:
@@ -63,8 +67,9 @@ class Ranks:
             check_share(wanted, spec.batch_size)
         else:
             spec = self._start_alone(self._cpus_that_are_left())
+        seconds = self._state.config.runtime.learner_timeout + (NAMING_SECONDS if self.size > 1 else 0.0)
         for name, handle in zip(self.names, self.handles, strict=True):
-            self._state.watch.follow(name, handle, self._state.config.runtime.learner_timeout)
+            self._state.watch.follow(name, handle, seconds)
         self.broken = False
         return spec
 
@@ -174,7 +179,7 @@ class Ranks:
             self.backend = "nccl" if own_gpus else "gloo"
             host, port = state.launcher.wait(self.handles[0].host.remote(), self.names[0])
             seconds = state.config.runtime.learner_timeout
-            seats = [Seat(rank, size, host, port, self.backend, seconds) for rank in range(size)]
+            seats = [Seat(rank, size, host, port, self.backend, seconds, PREPARE_SECONDS) for rank in range(size)]
             joined = [handle.join.remote(seat) for handle, seat in zip(self.handles, seats, strict=True)]
             state.launcher.all(joined, self.names, START_SECONDS)
             spec: AgentSpec = self._ask("open", state.config, state.env, state.shares.learner_threads, state.version)[0]

@@ -125,6 +125,8 @@ class LearnerActor(Process):
             fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
             self._learned += 1
             self.pulse_clock.preparing = self._learned < PREPARING
+            if self._learned == PREPARING:
+                self._member.prepared()
             self.pulse_clock.progress()
         written = [(rows, columns) for rows, made in fresh if (columns := made.arrays())]
         means = self._agent.collect() if fresh else {}

@@ -104,6 +104,42 @@ def test_learners_that_fail_alike_after_a_wait_live_on():
     assert not made.ranks.broken
 
 
+def meet(rank, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.all_reduce(torch.zeros(1))
+
+
+def leave_after_one(_, file):
+    meet(1, file)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_after_one(_, file):
+    meet(1, file)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(("other", "bound"), [(leave_after_one, 60.0), (wait_after_one, 0.5)])
+def test_an_exchange_that_fails_is_told_from_other_errors(other, bound, tmp_path):
+    here = Member("learner/0")
+    here._seat = Seat(0, 2, "", 0, "gloo", bound, 60.0)
+    process = mp.spawn(other, args=(tmp_path / "meet",), join=False)
+    try:
+        meet(0, tmp_path / "meet")
+        here.prepared()
+        begun = time.monotonic()
+        with pytest.raises(RuntimeError) as failed:
+            dist.all_reduce(torch.zeros(1))
+        assert time.monotonic() - begun < 30
+    finally:
+        process.processes[0].kill()
+        dist.destroy_process_group()
+    told = here.explain(failed.value)
+    assert isinstance(told, GangBroken)
+    assert str(told).startswith("learner/0 could not exchange with the others: ")
+    assert here.explain(RuntimeError("shapes differ")) is None
+
+
 # Places
 
 

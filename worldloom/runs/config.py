@@ -130,7 +130,8 @@ class RuntimeConfig:
         collect_timeout: seconds without an answer after which an env actor is replaced
         build_timeout: seconds after which an env actor that builds one environment is replaced
         silence_timeout: seconds without a heartbeat after which the learner, replay or acting server is replaced
-        learner_timeout: longest time in seconds of one update, once updates are compiled; then the learner is replaced
+        learner_timeout: longest time in seconds of one update, and of one exchange of several learners, once updates
+            are compiled; then the learner is replaced
         replay_timeout: longest time in seconds of one call of replay; then this shard of replay is replaced
     """
 
