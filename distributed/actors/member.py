@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # nothing public changes a group's bound
 
 from worldloom.gang import ALONE, Gang
-from worldloom.runs.learners import fingerprint, parameters_of
+from worldloom.runs.learners import carried_of, fingerprint
 
 _store: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not among the names that torch exports
 JOIN_SECONDS = 60.0  # for a learner to find the store at which all meet, and then the others
@@ -52,7 +52,7 @@ class Receipt:
 
     updates: int  # that its agent has made
     version: int  # of the weights that were published last
-    digest: str | None  # of the parameters, where it was due
+    digest: str | None  # of all that updates hand on, where it was due
 
 
 class Member:
@@ -104,7 +104,7 @@ class Member:
         """Return what all learners of a gang must agree on; None for one alone."""
         if self.gang.size == 1:
             return None
-        return Receipt(agent.updates, version, fingerprint(parameters_of(agent)) if with_digest else None)
+        return Receipt(agent.updates, version, fingerprint(carried_of(agent)) if with_digest else None)
 
     def explain(self, error: RuntimeError) -> GangBroken | None:
         """Return what to raise, with this learner's name, for the failure of an exchange; None for other errors."""

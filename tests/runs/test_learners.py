@@ -8,11 +8,12 @@ from gymnasium.spaces import Box
 
 from benchmarks.learners import efficiency, paper_table, reduce_seconds
 from tests.run_configs import tiny_config
+from tests.tdmpc2_models import batch_of as tdmpc2_batch
 from worldloom import create_agent
 from worldloom.gang import Gang
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RuntimeConfig
-from worldloom.runs.learners import divisors, fingerprint, join, parameters_of
+from worldloom.runs.learners import carried_of, divisors, fingerprint, join
 
 
 def test_a_number_that_does_not_divide_the_batch_is_refused_with_those_that_do():
@@ -57,17 +58,23 @@ def test_the_hash_tells_bits_places_and_types_apart():
     assert zeros != fingerprint([torch.tensor([0.0, 0.0, -0.0], dtype=torch.bfloat16)])  # bits, not values
 
 
-def test_the_hash_covers_every_parameter_and_buffer_of_an_agent():
+def test_the_hash_covers_every_parameter_and_buffer_of_an_agent_and_what_its_updates_hand_on():
     spaces = Box(-1, 1, (3,)), Box(-1, 1, (1,))
     agent = create_agent("tdmpc2:1m", *spaces, encoder_dim=16, mlp_dim=16, latent_dim=16)
-    known = fingerprint(parameters_of(agent))
-    for value in parameters_of(agent):
-        if value.is_floating_point() and value.numel():
-            kept = value.clone()
-            value.view(-1)[-1] += 1
-            assert fingerprint(parameters_of(agent)) != known
-            value.copy_(kept)
-    assert fingerprint(parameters_of(agent)) == known
+    agent.update(tdmpc2_batch(agent.world_model))
+    known, learning = fingerprint(carried_of(agent)), agent.learning
+    modules = [
+        value for value in agent.world_model.state_dict().values() if value.is_floating_point() and value.numel()
+    ]
+    moments = [state["exp_avg"] for state in learning.model_optimizer.adam.state.values()]
+    for value in [*modules, *moments, learning.scale.value]:
+        kept = value.clone()
+        value.view(-1)[-1] += 1
+        assert fingerprint(carried_of(agent)) != known
+        value.copy_(kept)
+    assert fingerprint(carried_of(agent)) == known
+    torch.rand(1, generator=learning.generator)
+    assert fingerprint(carried_of(agent)) != known
 
 
 def test_the_page_has_the_arithmetic_of_the_benchmark():
