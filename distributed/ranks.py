@@ -78,9 +78,7 @@ class Ranks:
         for name, handle in zip(self.names, self.handles, strict=True):
             self._state.watch.forget(name)
             self._state.launcher.end(handle)
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        self._free_place()
 
     # Places
 
@@ -129,14 +127,18 @@ class Ranks:
         return len(nodes) > 1 and sum(room) >= size and self._placed(size, "PACK", seconds)
 
     def _placed(self, size: int, strategy: str, seconds: float) -> bool:
-        group, begun = placement_group([self._needs()] * size, strategy=strategy), time.monotonic()
-        while not group.wait(1):
+        self._group, begun = placement_group([self._needs()] * size, strategy=strategy), time.monotonic()
+        while not self._group.wait(1):
             if time.monotonic() - begun > seconds:
-                remove_placement_group(group)
+                self._free_place()
                 return False
             self._state.launcher.between()
-        self._group = group
         return True
+
+    def _free_place(self) -> None:
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
 
     def _needs(self) -> dict[str, float]:
         shares = self._state.shares

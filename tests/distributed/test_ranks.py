@@ -173,3 +173,19 @@ def test_one_learner_alone_asks_for_cpus_that_nobody_else_needs(nodes, free, exp
     made = placed(nodes, monkeypatch)
     monkeypatch.setattr(ranks, "free_cpus_by_node", lambda: free)
     assert made._cpus_that_are_left() == expected
+
+
+def test_a_place_that_is_not_waited_for_to_the_end_is_given_back(monkeypatch):
+    made, removed = placed([2.0], monkeypatch), []
+
+    def replay_dies():
+        raise REPLAY_DIED
+
+    made._state.launcher = SimpleNamespace(between=replay_dies)
+    group = SimpleNamespace(wait=lambda seconds: False)
+    monkeypatch.setattr(ranks, "placement_group", lambda bundles, strategy: group)
+    monkeypatch.setattr(ranks, "remove_placement_group", removed.append)
+    with pytest.raises(ActorLost):
+        made._placed(2, "PACK", 30.0)
+    made.end()
+    assert removed == [group]
