@@ -204,9 +204,11 @@ class Ranks:
 
     def load(self, checkpoint: Path) -> int:
         """Restore the agents; return the number of updates that they have made."""
+        self.broken = self.size > 1  # until all of it is done
         loading = [handle.load.remote(checkpoint) for handle in self.handles]
         updates: int = self._state.launcher.all(loading, self.names)[0]
         self.compare()
+        self.broken = False
         return updates
 
     def publish(self) -> Any:

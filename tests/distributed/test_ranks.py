@@ -189,3 +189,14 @@ def test_a_place_that_is_not_waited_for_to_the_end_is_given_back(monkeypatch):
         made._placed(2, "PACK", 30.0)
     made.end()
     assert removed == [group]
+
+
+def test_learners_of_which_one_is_lost_while_they_load_are_broken():
+    def one_dies(references, names, seconds=None):
+        raise ActorLost("learner/1: died.")
+
+    made = Ranks(SimpleNamespace(launcher=SimpleNamespace(all=one_dies)))
+    made.handles = [SimpleNamespace(load=SimpleNamespace(remote=lambda checkpoint: None))] * 2
+    with pytest.raises(ActorLost):
+        made.load("step-300")
+    assert made.broken
