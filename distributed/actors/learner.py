@@ -193,10 +193,14 @@ class LearnerActor(Process):
         return time.monotonic() - begun
 
     @ray.method(concurrency_group="saving")
-    def write(self, folder: Path, taken: float) -> tuple[float, dict[str, str]]:
-        """Write the snapshot while updates go on; return the seconds for which learning stood still, and checksums."""
+    def write(self, folder: Path, taken: list[Any]) -> tuple[float, dict[str, str]]:
+        """Write the snapshot while updates go on; return the seconds for which learning stood still, and checksums.
+
+        taken: the reference that `snapshot` returned, in a list, see `update_share`.
+        """
+        seconds: float = ray.get(taken[0])
         try:
-            return taken, write_agent(folder, self._snapshot)
+            return seconds, write_agent(folder, self._snapshot)
         finally:
             del self._snapshot
 

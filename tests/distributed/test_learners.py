@@ -30,6 +30,12 @@ def test_two_learners_make_the_updates_of_one_run(coordinator, tmp_path, capsys)
     assert summary["actor_restarts"] == summary["learner_restarts"] == summary["updates_lost"] == 0
     assert_equal_learners(made, summary["updates"])
     assert "2 learners on 1 node: each learns from 4 of 8 windows" in capsys.readouterr().out
+    # A reference that is still owed holds back neither the heartbeat nor what is asked later.
+    owed = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()
+    learners_of(made)[0].write.remote(tmp_path, [owed])
+    learners_of(made)[0].update_share.remote([owed])
+    assert ray.get(learners_of(made)[0].pulse.remote(), timeout=20)
+    ray.cancel(owed, force=True)
 
 
 # Configurations
