@@ -120,11 +120,12 @@ class Launcher:
     def all(self, references: Sequence[Any], names: Sequence[str], seconds: float = float("inf")) -> list[Any]:
         """Return the results of actors that need one another. Raises the first error of any, without waiting for the
         others, and ActorLost after `seconds`."""
-        left, who, begun = list(references), ", ".join(names), time.monotonic()
+        left, begun = list(references), time.monotonic()
         while left:
+            who = ", ".join(names[references.index(reference)] for reference in left)
             ready = self.first(left, who, begun + seconds - time.monotonic())
             if not ready:
-                raise ActorLost(f"{who}: some gave no answer within {seconds:.0f} s.")
+                raise ActorLost(f"{who}: no answer within {seconds:.0f} s.")
             for reference in ready:
                 left.remove(reference)
                 result_of(reference, names[references.index(reference)])

@@ -199,7 +199,11 @@ class Learning:
         results = [outcome for outcome in made if isinstance(outcome, UpdateResult)]
         if other := ranks.different([result.receipt for result in results]):
             ranks.broken = True
-            raise ActorLost(f"{other} differs from learner/0 after the same updates: {results[0].receipt}.")
+            theirs = results[ranks.names.index(other)].receipt
+            raise ActorLost(
+                f"{other} differs from learner/0 after the same updates: {theirs} against {results[0].receipt}. All "
+                "learners need the same kind of processor or GPU and the same versions."
+            )
         return results
 
     def draw_picture(self) -> None:

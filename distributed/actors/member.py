@@ -91,7 +91,8 @@ class Member:
             _set_pg_timeout(datetime.timedelta(seconds=seat.preparing_seconds))
         except RuntimeError as error:
             raise GangBroken(
-                f"{self.name} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}"
+                f"{self.name} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}. All ports "
+                "must be open between their nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
             ) from error
         self.gang, self.captures, self._seat = Gang(seat.rank, seat.size), seat.backend == "nccl", seat
 

@@ -104,6 +104,14 @@ def test_learners_that_fail_alike_after_a_wait_live_on():
     assert not made.ranks.broken
 
 
+def test_those_that_gave_no_answer_are_named(monkeypatch):
+    launcher, ready = Launcher("run"), [["first"], []]
+    monkeypatch.setattr(launcher, "first", lambda references, who, seconds: ready.pop(0))
+    monkeypatch.setattr("distributed.launcher.result_of", lambda reference, who: None)
+    with pytest.raises(ActorLost, match=r"^learner/1: no answer within 3 s"):
+        launcher.all(["first", "second"], ["learner/0", "learner/1"], 3.0)
+
+
 def meet(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     dist.all_reduce(torch.zeros(1))
@@ -138,6 +146,14 @@ def test_an_exchange_that_fails_is_told_from_other_errors(other, bound, tmp_path
     assert isinstance(told, GangBroken)
     assert str(told).startswith("learner/0 could not exchange with the others: ")
     assert here.explain(RuntimeError("shapes differ")) is None
+
+
+def test_a_learner_that_cannot_join_says_what_must_be_open(monkeypatch):
+    monkeypatch.setattr(member, "JOIN_SECONDS", 1.0)
+    monkeypatch.setattr(member.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(member, "_use_interface_of", lambda address: None)
+    with pytest.raises(GangBroken, match=r"learner/1 could not join .* ports must be open .* GLOO_SOCKET_IFNAME"):
+        Member("learner/1").join(Seat(1, 2, "127.0.0.1", 1, "gloo", 60.0, 60.0))
 
 
 # Places
