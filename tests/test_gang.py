@@ -8,7 +8,7 @@ of rows does not show that. One rounding can grow large: DIAMOND rounds its fram
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -201,7 +201,46 @@ def test_learners_together_differ_no_more_than_one_whose_rows_are_in_another_ord
     assert not wrong
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dreamer-vectors", "dreamer-r2dreamer", "storm-vectors", "tdmpc2-discrete"])
+def test_two_learners_with_compiled_updates_do_what_one_does(name, tmp_path):
+    alone, found = record(name, 3, Gang()), together(tmp_path, 2, [name], 3, compiled=True)[name]
+    far = {key: distance for key, distance in differences(alone[0], found[0]).items() if distance > 1e-4}
+    assert not [key for key in far if not key.endswith("/momentum")], far
+
+
 # Parts
+
+
+@dataclass(frozen=True)
+class Twins(Gang):
+    """Two learners with the same rows, in one process; what they exchange must not be part of a compiled graph."""
+
+    size: int = 2
+
+    def gather(self, part):
+        assert not torch.compiler.is_compiling()
+        return part.detach().flatten().repeat(self.size)
+
+    def summed(self, part):
+        assert not torch.compiler.is_compiling()
+        return part.mul_(self.size)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("tdmpc2") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
+@pytest.mark.parametrize("first", ["compile", "join"])
+def test_no_exchange_is_part_of_a_compiled_graph(name, first, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    eager, compiled = learner(name), learner(name)
+    steps = [partial(compiled.configure_learning, "float32", compiled=True), partial(compiled.learning.join, Twins())]
+    for step in steps if first == "compile" else reversed(steps):
+        step()
+    eager.learning.join(Twins())
+    (batch,) = batches(name, 1)
+    expected = eager.update(batch)[0]
+    assert compiled.update(batch)[0] == pytest.approx(expected, rel=2e-4, abs=1e-6)
 
 
 def test_a_share_is_never_uneven():

@@ -15,6 +15,7 @@ from distributed.cluster import share
 from distributed.coordinator import Coordinator, train
 from tests.distributed.ray_runs import assert_equal_learners, finish, learners_of, several
 from tests.distributed.test_lockstep import assert_equal, config, outcome
+from tests.run_configs import dreamer_config
 from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
 
@@ -160,11 +161,17 @@ def test_in_turn_two_learners_that_are_resumed_give_the_bits_of_a_run_that_never
 @clustered
 @pytest.mark.gpu
 @pytest.mark.parametrize(("device", "gpus", "backend"), [("cuda", 2, "nccl"), ("cuda:0", 1, "gloo")])
-def test_learners_on_gpus_make_equal_updates(device, gpus, backend, coordinator, tmp_path):
+@pytest.mark.parametrize("compiled", [False, "auto"])
+@pytest.mark.parametrize("family", ["tdmpc2", "dreamerv3"])
+def test_learners_on_gpus_make_equal_updates(family, compiled, device, gpus, backend, coordinator, tmp_path):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
-    steps = TrainConfig(total_steps=700, learning_starts=100, train_ratio=12, device=device, compile=False)
-    made = coordinator(several(train=steps))
+    ratio = {"tdmpc2": 12, "dreamerv3": 4}[family]
+    steps = TrainConfig(total_steps=700, learning_starts=100, train_ratio=ratio, device=device, compile=compiled)
+    configured = several(train=steps)
+    if family == "dreamerv3":
+        configured = dreamer_config("SlowCounting", train=steps, runtime=configured.runtime)
+    made = coordinator(configured)
     assert made.parts.learning.ranks.backend == backend
     summary = finish(made, tmp_path)
     assert_equal_learners(made, summary["updates"])

@@ -94,6 +94,9 @@ class CategoricalSample:
         return -(target * self.log_probs).sum(-1)
 
 
+Sample = GaussianSample | CategoricalSample
+
+
 class GaussianPolicy(nn.Sequential):
     """a = tanh(mean + noise exp(log_std)), with log_std between two bounds (Hansen et al. 2024, section 3.1)."""
 
