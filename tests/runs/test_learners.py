@@ -1,12 +1,15 @@
 """What several learners need of a configuration and of an agent, and the hash that compares them."""
 
+import queue
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gymnasium.spaces import Box
 
-from benchmarks.learners import efficiency, paper_table, reduce_seconds
+from benchmarks.learners import TimedGang, efficiency, measure_together, paper_table, reduce_seconds, take
 from tests.run_configs import tiny_config
 from tests.tdmpc2_models import batch_of as tdmpc2_batch
 from worldloom import create_agent
@@ -83,3 +86,31 @@ def test_the_page_has_the_arithmetic_of_the_benchmark():
     assert efficiency(200e6, 0.129, 1, 25e9) == 1.0
     page = (Path(__file__).parents[2] / "docs" / "tutorials" / "learners.md").read_text()
     assert "\n".join(paper_table()) in page
+
+
+def test_the_benchmark_times_every_collective(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda part, group: part.mul_(2))
+    gang = TimedGang(0, 2)
+    x = torch.ones(4, requires_grad=True)
+    gang.average(x.sum()).backward()
+    assert x.grad.tolist() == [1.0] * 4
+    gradient, loss = gang.mean(torch.tensor([3.0, 5.0]), torch.tensor(7.0))
+    assert (gradient.tolist(), loss.item()) == ([3.0, 5.0], 7.0)
+    assert [size for _, size in gang.spent] == [4, 4, 12]  # bytes: a mean and its gradient, then both of `mean`
+    assert all(seconds >= 0 for seconds, _ in gang.spent)
+
+
+def test_the_benchmark_ends_when_a_learner_has_ended_without_an_answer():
+    def nothing(timeout):
+        raise queue.Empty
+
+    processes = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-9)]
+    with pytest.raises(RuntimeError, match="learner/1 ended without an answer"):
+        take(SimpleNamespace(get=nothing), processes)
+
+
+@pytest.mark.slow
+def test_the_benchmark_says_why_a_learner_failed():
+    options = Namespace(model="dreamerv3:size1m", obs="no such observation", batch=4, length=8, updates=1)
+    with pytest.raises(RuntimeError, match=r"learner/. failed: .*no such observation"):
+        measure_together(2, 1, options)
