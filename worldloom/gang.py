@@ -84,6 +84,8 @@ class _Whole(torch.autograd.Function):
 
 
 class _Average(torch.autograd.Function):
+    """`Gang.average`, whose backward pass is another mean over all learners."""
+
     @staticmethod
     def forward(ctx: Any, part: Tensor, gang: Gang) -> Tensor:
         ctx.gang = gang

@@ -55,6 +55,7 @@ class LearnerActor(Process):
         self._member = Member(name)
 
     def about(self) -> About:
+        """See `Member.about`."""
         return self._member.about()
 
     def host(self) -> tuple[str, int]:

@@ -66,6 +66,7 @@ class Member:
 
     @staticmethod
     def about() -> About:
+        """Return what must fit the other learners' processes."""
         return About(str(ray.get_runtime_context().get_node_id()), str(torch.__version__), torch.cuda.is_available())
 
     def host(self) -> tuple[str, int]:
