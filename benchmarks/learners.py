@@ -9,11 +9,13 @@ follow from the numbers in `PAPER`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
+import queue
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,16 +43,18 @@ class TimedGang(Gang):
     spent: list[tuple[float, int]] = field(default_factory=list)
 
     def gather(self, part: Tensor) -> Tensor:
-        begun = time.perf_counter()
-        whole = super().gather(part)
-        self.spent.append((time.perf_counter() - begun, part.numel() * part.element_size()))
-        return whole
+        with self._noting(part.numel() * part.element_size()):
+            return super().gather(part)
 
-    def mean(self, gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, part: Tensor) -> Tensor:
+        with self._noting(part.numel() * part.element_size()):
+            return super().summed(part)
+
+    @contextlib.contextmanager
+    def _noting(self, size: int) -> Iterator[None]:
         begun = time.perf_counter()
-        both = super().mean(gradient, loss)
-        self.spent.append((time.perf_counter() - begun, (gradient.numel() + 1) * gradient.element_size()))
-        return both
+        yield
+        self.spent.append((time.perf_counter() - begun, size))
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Measured:
     seconds: float  # of an update
     collective: float  # of them in collectives
     sent: int  # bytes given to collectives
-    alone: float  # seconds of one all-reduce of all gradients, nobody waiting for anybody
+    alone: float  # seconds of one all-reduce of so many bytes, nobody waiting for anybody
 
 
 def share_of(batch: Any, gang: Gang) -> Any:
@@ -100,11 +104,15 @@ def time_all_reduce(numbers: int) -> float:
 
 
 def learn(rank: int, size: int, threads: int, folder: str, options: argparse.Namespace, answers: Any) -> None:
-    """One process."""
+    """Measure in a process of its own; answer with what was found, or with the error."""
     torch.set_num_threads(threads)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    answers.put((rank, measure(options, TimedGang(rank, size))))
+    try:
+        answers.put((rank, measure(options, TimedGang(rank, size))))
+    except BaseException as error:
+        answers.put((rank, error))
+        raise
 
 
 def measure_together(size: int, threads: int, options: argparse.Namespace) -> Measured:
@@ -116,10 +124,31 @@ def measure_together(size: int, threads: int, options: argparse.Namespace) -> Me
         processes = [context.Process(target=learn, args=place, daemon=True) for place in places]
         for process in processes:
             process.start()
-        found: dict[int, Measured] = dict(answers.get(timeout=3600) for _ in processes)
-        for process in processes:
-            process.join()
+        found: dict[int, Measured] = {}
+        try:
+            while len(found) < size:
+                rank, answer = take(answers, processes)
+                if not isinstance(answer, Measured):
+                    raise RuntimeError(f"learner/{rank} failed: {answer!r}") from answer
+                found[rank] = answer
+        finally:
+            for process in processes:
+                if len(found) < size:  # one waits for another that failed
+                    process.kill()
+                process.join()
     return found[0]
+
+
+def take(answers: Any, processes: Sequence[Any]) -> tuple[int, Any]:
+    """Return the next answer. Raises RuntimeError if a process ended without one."""
+    while True:
+        ended = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        try:
+            rank, answer = answers.get(timeout=5.0)
+            return int(rank), answer
+        except queue.Empty:
+            if ended:
+                raise RuntimeError(f"learner/{ended[0]} ended without an answer.") from None
 
 
 def reduce_seconds(parameters: float, size: int, bandwidth: float) -> float:

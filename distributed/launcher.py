@@ -31,6 +31,10 @@ class ActorLost(RuntimeError):
     """The learner, replay or the acting server died; the coordinator starts it again."""
 
 
+class ExchangeLost(ActorLost):
+    """A learner, which lives, could not exchange with the others; why, another's error may tell."""
+
+
 class WorkLost(ActorLost):
     """What an actor was to work on went with another; it lives, and did nothing."""
 
@@ -116,11 +120,12 @@ class Launcher:
     def all(self, references: Sequence[Any], names: Sequence[str], seconds: float = float("inf")) -> list[Any]:
         """Return the results of actors that need one another. Raises the first error of any, without waiting for the
         others, and ActorLost after `seconds`."""
-        left, who, begun = list(references), ", ".join(names), time.monotonic()
+        left, begun = list(references), time.monotonic()
         while left:
+            who = ", ".join(names[references.index(reference)] for reference in left)
             ready = self.first(left, who, begun + seconds - time.monotonic())
             if not ready:
-                raise ActorLost(f"{who}: some gave no answer within {seconds:.0f} s.")
+                raise ActorLost(f"{who}: no answer within {seconds:.0f} s.")
             for reference in ready:
                 left.remove(reference)
                 result_of(reference, names[references.index(reference)])
@@ -142,7 +147,7 @@ def reason(error: Exception, who: str) -> Exception:
     """
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, GangBroken):
-        return ActorLost(f"{cause}.")
+        return ExchangeLost(f"{cause}.")
     if isinstance(cause, (ObjectLostError, ActingLost, *DEATHS)):
         if cause is not error or isinstance(cause, ObjectLostError):
             return WorkLost(f"{who}: what it was to work on was lost ({type(cause).__name__}).")

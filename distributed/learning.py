@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.actors.learner import UpdateResult
-from distributed.launcher import ActorLost, WorkLost, result_of
+from distributed.launcher import ActorLost, ExchangeLost, WorkLost, result_of
 from distributed.ranks import Ranks
 from distributed.shards import Shards
 from distributed.state import State
@@ -36,6 +36,10 @@ class Task:
     @property
     def waited_for(self) -> list[Any]:
         return [reference for rank, reference in enumerate(self.results) if rank not in self.outcomes]
+
+    def missing(self, names: Sequence[str]) -> str:
+        """Return the names of the learners whose results are not there."""
+        return ", ".join(name for rank, name in enumerate(names) if rank not in self.outcomes)
 
     @property
     def failed(self) -> bool:
@@ -179,21 +183,27 @@ class Learning:
     def _results(self, task: Task) -> list[UpdateResult]:
         """Wait for the results of all learners. Raises what one of them raised, or ActorLost; what leaves them at
         different updates breaks them as a gang."""
-        ranks, launcher = self.ranks, self._state.launcher
+        ranks, launcher, broken = self.ranks, self._state.launcher, self.ranks.broken
         while left := task.waited_for:
+            ranks.broken |= task.failed  # unless all of them fail alike; the wait can end in another part's loss
             seconds = STRAGGLER_SECONDS if task.failed else float("inf")
-            if not (ready := launcher.first(left, ranks.names[0], seconds)):
+            if not (ready := launcher.first(left, task.missing(ranks.names), seconds)):
                 break
             task.note(ready, ranks.names)
         errors = [outcome for outcome in task.outcomes.values() if isinstance(outcome, Exception)]
         if errors:
-            ranks.broken = len(errors) < ranks.size or not all(isinstance(error, WorkLost) for error in errors)
-            raise next((error for error in errors if not isinstance(error, ActorLost)), errors[0])
+            alike = len(errors) == ranks.size and all(isinstance(error, WorkLost) for error in errors)
+            ranks.broken = broken or not alike
+            raise _cause(errors, task.missing(ranks.names))
         made = [task.outcomes[rank] for rank in range(len(task.results))]
         results = [outcome for outcome in made if isinstance(outcome, UpdateResult)]
         if other := ranks.different([result.receipt for result in results]):
             ranks.broken = True
-            raise ActorLost(f"{other} differs from learner/0 after the same updates: {results[0].receipt}.")
+            theirs = results[ranks.names.index(other)].receipt
+            raise ActorLost(
+                f"{other} differs from learner/0 after the same updates: {theirs} against {results[0].receipt}. All "
+                "learners need the same kind of processor or GPU and the same versions."
+            )
         return results
 
     def draw_picture(self) -> None:
@@ -208,6 +218,14 @@ class Learning:
         if self._picture is not None:
             self._state.launcher.result(self._picture, "learner")
             self.take([self._picture])
+
+
+def _cause(errors: Sequence[Exception], silent: str) -> Exception:
+    """Return the error that others may follow from: a death, what an update raised, or else the first exchange that
+    failed, with the names of the learners that were silent, if any."""
+    order: dict[type[Exception], int] = {ActorLost: 0, ExchangeLost: 2, WorkLost: 3}
+    error = min(errors, key=lambda each: order.get(type(each), 1))
+    return ExchangeLost(f"{error} No result came from {silent}.") if silent and type(error) is ExchangeLost else error
 
 
 def _means(found: Sequence[Metrics]) -> Metrics:

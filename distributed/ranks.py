@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,16 @@ from distributed.acting import batching
 from distributed.actors.learner import LearnerActor
 from distributed.actors.member import About, Receipt, Seat
 from distributed.launcher import START_SECONDS, alive
+from distributed.ray_internals import free_cpus_by_node
 from distributed.state import State
+from distributed.watching import PREPARE_SECONDS
 from worldloom.runs.build import AgentSpec
 from worldloom.runs.learners import check_share, divisors
 
 PLACE_SECONDS = 30.0  # for several learners to find a place, before fewer of them are tried
+# The watch waits so much longer for one of several learners than an exchange lasts: those that wait for one that hangs
+# fail before it is ended, and so tell which one that is.
+NAMING_SECONDS = 15.0
 
 
 class Ranks:
@@ -54,13 +60,16 @@ class Ranks:
         as the cluster has room for."""
         wanted = self._state.config.runtime.learners
         again, self.broken = bool(self.handles), True  # until all of it is done
-        if wanted == 1 or not (size := self._find_place(wanted, again)):
-            spec = self._start_alone()
-        else:
+        if wanted == 1:
+            spec = self._start_alone(self._state.shares.cpus)
+        elif size := self._find_place(wanted, again):
             spec = self._start_gang(size)
             check_share(wanted, spec.batch_size)
+        else:
+            spec = self._start_alone(self._cpus_that_are_left())
+        seconds = self._state.config.runtime.learner_timeout + (NAMING_SECONDS if self.size > 1 else 0.0)
         for name, handle in zip(self.names, self.handles, strict=True):
-            self._state.watch.follow(name, handle, self._state.config.runtime.learner_timeout)
+            self._state.watch.follow(name, handle, seconds)
         self.broken = False
         return spec
 
@@ -69,14 +78,13 @@ class Ranks:
         for name, handle in zip(self.names, self.handles, strict=True):
             self._state.watch.forget(name)
             self._state.launcher.end(handle)
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        self._free_place()
 
     # Places
 
     def _find_place(self, wanted: int, again: bool) -> int:
-        """Reserve a place for several learners; return for how many, 0 where only one alone has room.
+        """Reserve a place for all learners or, after a loss, for as many as leave room for all other processes of the
+        run; return for how many, 0 where that is not even two.
 
         Raises RuntimeError where the first start of a run finds no place for all of them.
         """
@@ -87,8 +95,24 @@ class Ranks:
                 f"the cluster has no room for {wanted} learners (runtime.learners) of {self._needs()} each: "
                 f"{ray.available_resources()} are free. Lower runtime.learners, or free resources."
             )
-        fitting = [size for size in divisors(self._state.spec.batch_size) if 1 < size <= wanted]
+        most = min(wanted, self._room())
+        fitting = [size for size in divisors(self._state.spec.batch_size) if 1 < size <= most]
         return next((size for size in reversed(fitting) if self._reserve(size, PLACE_SECONDS)), 0)
+
+    def _room(self) -> int:
+        """Return how many learners the cluster's nodes have CPUs for besides all env actors and an acting server: those
+        that live hold theirs, and the others come again."""
+        shares = self._state.shares
+        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        return sum(int(cpus / shares.cpus + 1e-6) for cpus in nodes) - (shares.processes - shares.learners)
+
+    def _cpus_that_are_left(self) -> float:
+        """Return the CPUs, in hundredths, that one learner alone can ask for after a loss: those of its share that are
+        free now, and none where the other processes need them all."""
+        if self._room() < 1:
+            return 0.0
+        free = max(free_cpus_by_node(), default=0.0)
+        return min(self._state.shares.cpus, math.floor(100 * free + 1e-6) / 100)
 
     def _reserve(self, size: int, seconds: float) -> bool:
         """Reserve resources for so many: on one node if one is large enough, else on as few as possible.
@@ -103,14 +127,18 @@ class Ranks:
         return len(nodes) > 1 and sum(room) >= size and self._placed(size, "PACK", seconds)
 
     def _placed(self, size: int, strategy: str, seconds: float) -> bool:
-        group, begun = placement_group([self._needs()] * size, strategy=strategy), time.monotonic()
-        while not group.wait(1):
+        self._group, begun = placement_group([self._needs()] * size, strategy=strategy), time.monotonic()
+        while not self._group.wait(1):
             if time.monotonic() - begun > seconds:
-                remove_placement_group(group)
+                self._free_place()
                 return False
             self._state.launcher.between()
-        self._group = group
         return True
+
+    def _free_place(self) -> None:
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
 
     def _needs(self) -> dict[str, float]:
         shares = self._state.shares
@@ -118,22 +146,21 @@ class Ranks:
 
     # Starting
 
-    def _launch(self, name: str, where: Any, any_order: bool) -> Any:
-        shares = self._state.shares
+    def _launch(self, name: str, where: Any, cpus: float, any_order: bool) -> Any:
         threads = {"acting": batching(self._state.config).clients, "saving": 1, "control": 1}
         return self._state.launcher.start(
             *(LearnerActor, name, name),
-            cpus=shares.cpus,
-            gpus=shares.gpus,
+            cpus=cpus,
+            gpus=self._state.shares.gpus,
             threads=threads,
             where=where,
             any_order=any_order,
         )
 
-    def _start_alone(self) -> AgentSpec:
+    def _start_alone(self, cpus: float) -> AgentSpec:
         state = self._state
         # in any order, since the heartbeat must not wait for a batch that a frozen replay owes
-        learner = self._launch("learner", "DEFAULT", any_order=True)
+        learner = self._launch("learner", "DEFAULT", cpus, any_order=True)
         self.handles = [learner]
         opened = learner.open.remote(state.config, state.env, state.shares.learner_threads, state.version)
         spec: AgentSpec = state.launcher.wait(opened, "the learner")
@@ -145,7 +172,7 @@ class Ranks:
         self.handles = []
         for rank in range(size):  # in order, so that all make the same updates
             where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
-            self.handles.append(self._launch(f"learner/{rank}", where, any_order=False))
+            self.handles.append(self._launch(f"learner/{rank}", where, state.shares.cpus, any_order=False))
         with self._all_or_none():
             about: list[About] = self._ask("about")
             self.nodes = [each.node for each in about]
@@ -154,7 +181,7 @@ class Ranks:
             self.backend = "nccl" if own_gpus else "gloo"
             host, port = state.launcher.wait(self.handles[0].host.remote(), self.names[0])
             seconds = state.config.runtime.learner_timeout
-            seats = [Seat(rank, size, host, port, self.backend, seconds) for rank in range(size)]
+            seats = [Seat(rank, size, host, port, self.backend, seconds, PREPARE_SECONDS) for rank in range(size)]
             joined = [handle.join.remote(seat) for handle, seat in zip(self.handles, seats, strict=True)]
             state.launcher.all(joined, self.names, START_SECONDS)
             spec: AgentSpec = self._ask("open", state.config, state.env, state.shares.learner_threads, state.version)[0]
@@ -177,9 +204,11 @@ class Ranks:
 
     def load(self, checkpoint: Path) -> int:
         """Restore the agents; return the number of updates that they have made."""
+        self.broken = self.size > 1  # until all of it is done
         loading = [handle.load.remote(checkpoint) for handle in self.handles]
         updates: int = self._state.launcher.all(loading, self.names)[0]
         self.compare()
+        self.broken = False
         return updates
 
     def publish(self) -> Any:

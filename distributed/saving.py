@@ -60,7 +60,7 @@ class Saving:
         opened = beside(partial(self._run.open_checkpoint, self._manifest["limiter"]["env_steps"]))
         yield opened
         folder = opened.result()
-        learner = self._learner.write.remote(folder, agent)
+        learner = self._learner.write.remote(folder, [agent])
         shards = self._replay.save(folder) if rows is None else self._replay.write(folder, rows)
         yield [learner, *shards]
         try:

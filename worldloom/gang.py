@@ -60,10 +60,14 @@ class Gang:
         """Return the means over all learners of a flat gradient [P] and a scalar loss, in one collective call."""
         if self.size == 1:
             return gradient, loss.detach()
-        both = torch.cat([gradient, loss.detach().to(gradient.dtype).reshape(1)])
-        dist.all_reduce(both, group=self.group)
+        both = self.summed(torch.cat([gradient, loss.detach().to(gradient.dtype).reshape(1)]))
         both /= self.size
         return both[:-1], both[-1]
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Add up an array of one shape in place, over all learners; return it."""
+        dist.all_reduce(part, group=self.group)
+        return part
 
 
 class _Whole(torch.autograd.Function):
@@ -80,6 +84,8 @@ class _Whole(torch.autograd.Function):
 
 
 class _Average(torch.autograd.Function):
+    """`Gang.average`, whose backward pass is another mean over all learners."""
+
     @staticmethod
     def forward(ctx: Any, part: Tensor, gang: Gang) -> Tensor:
         ctx.gang = gang
@@ -91,9 +97,7 @@ class _Average(torch.autograd.Function):
 
 
 def _averaged(part: Tensor, gang: Gang) -> Tensor:
-    whole = part.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(whole, group=gang.group)
-    return whole.div_(gang.size)
+    return gang.summed(part.clone(memory_format=torch.contiguous_format)).div_(gang.size)
 
 
 ALONE = Gang()

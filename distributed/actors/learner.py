@@ -55,6 +55,7 @@ class LearnerActor(Process):
         self._member = Member(name)
 
     def about(self) -> About:
+        """See `Member.about`."""
         return self._member.about()
 
     def host(self) -> tuple[str, int]:
@@ -125,6 +126,8 @@ class LearnerActor(Process):
             fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
             self._learned += 1
             self.pulse_clock.preparing = self._learned < PREPARING
+            if self._learned == PREPARING:
+                self._member.prepared()
             self.pulse_clock.progress()
         written = [(rows, columns) for rows, made in fresh if (columns := made.arrays())]
         means = self._agent.collect() if fresh else {}
@@ -152,7 +155,9 @@ class LearnerActor(Process):
         try:
             return self.update(batches)
         except RuntimeError as error:
-            raise self._member.explain(error) from error
+            if (broken := self._member.explain(error)) is None:
+                raise
+            raise broken from error
 
     def receipt(self) -> Receipt | None:
         """Return the state with its digest."""
@@ -189,10 +194,14 @@ class LearnerActor(Process):
         return time.monotonic() - begun
 
     @ray.method(concurrency_group="saving")
-    def write(self, folder: Path, taken: float) -> tuple[float, dict[str, str]]:
-        """Write the snapshot while updates go on; return the seconds for which learning stood still, and checksums."""
+    def write(self, folder: Path, taken: list[Any]) -> tuple[float, dict[str, str]]:
+        """Write the snapshot while updates go on; return the seconds for which learning stood still, and checksums.
+
+        taken: the reference that `snapshot` returned, in a list, see `update_share`.
+        """
+        seconds: float = ray.get(taken[0])
         try:
-            return taken, write_agent(folder, self._snapshot)
+            return seconds, write_agent(folder, self._snapshot)
         finally:
             del self._snapshot
 

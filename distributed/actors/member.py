@@ -11,12 +11,13 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # nothing public changes a group's bound
 
 from worldloom.gang import ALONE, Gang
-from worldloom.runs.learners import fingerprint, parameters_of
+from worldloom.runs.learners import carried_of, fingerprint
 
 _store: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not among the names that torch exports
-JOIN_SECONDS = 60.0  # for a learner to find the store at which all meet
+JOIN_SECONDS = 60.0  # for a learner to find the store at which all meet, and then the others
 
 
 class GangBroken(RuntimeError):
@@ -33,6 +34,7 @@ class Seat:
     port: int
     backend: str  # nccl or gloo
     seconds: float  # bound on one exchange
+    preparing_seconds: float  # the same while some may compile longer than others
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Receipt:
 
     updates: int  # that its agent has made
     version: int  # of the weights that were published last
-    digest: str | None  # of the parameters, where it was due
+    digest: str | None  # of all that updates hand on, where it was due
 
 
 class Member:
@@ -60,9 +62,11 @@ class Member:
         self.name = name
         self.gang, self.captures = ALONE, True  # whether updates can be CUDA graphs: gloo exchanges on the host
         self._store: Any = None  # rank 0's, which the process keeps alive
+        self._seat: Seat | None = None
 
     @staticmethod
     def about() -> About:
+        """Return what must fit the other learners' processes."""
         return About(str(ray.get_runtime_context().get_node_id()), str(torch.__version__), torch.cuda.is_available())
 
     def host(self) -> tuple[str, int]:
@@ -81,27 +85,34 @@ class Member:
                 store=store,
                 rank=seat.rank,
                 world_size=seat.size,
-                timeout=datetime.timedelta(seconds=seat.seconds),
+                timeout=datetime.timedelta(seconds=JOIN_SECONDS),
                 device_id=torch.device("cuda", 0) if seat.backend == "nccl" else None,
             )
             dist.barrier()
+            _set_pg_timeout(datetime.timedelta(seconds=seat.preparing_seconds))
         except RuntimeError as error:
             raise GangBroken(
-                f"{self.name} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}"
+                f"{self.name} could not join the {seat.size} learners at {seat.host}:{seat.port}: {error}. All ports "
+                "must be open between their nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
             ) from error
-        self.gang, self.captures = Gang(seat.rank, seat.size), seat.backend == "nccl"
+        self.gang, self.captures, self._seat = Gang(seat.rank, seat.size), seat.backend == "nccl", seat
+
+    def prepared(self) -> None:
+        """Bound exchanges as closely as updates from now on, since all learners have compiled theirs."""
+        if self._seat is not None:
+            _set_pg_timeout(datetime.timedelta(seconds=self._seat.seconds))
 
     def receipt(self, agent: Any, version: int, with_digest: bool) -> Receipt | None:
         """Return what all learners of a gang must agree on; None for one alone."""
         if self.gang.size == 1:
             return None
-        return Receipt(agent.updates, version, fingerprint(parameters_of(agent)) if with_digest else None)
+        return Receipt(agent.updates, version, fingerprint(carried_of(agent)) if with_digest else None)
 
-    def explain(self, error: RuntimeError) -> RuntimeError:
-        """Return an exchange's failure as GangBroken, with this learner's name; other errors as they are."""
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+    def explain(self, error: RuntimeError) -> GangBroken | None:
+        """Return what to raise, with this learner's name, for the failure of an exchange; None for other errors."""
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             return GangBroken(f"{self.name} could not exchange with the others: {error}")
-        return error
+        return None
 
 
 def _use_interface_of(address: str) -> None:

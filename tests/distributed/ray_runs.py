@@ -131,3 +131,23 @@ def check(summary, accepted, run_dir, config):
     np.testing.assert_array_equal(batch["rewards"], 10 * count)
     np.testing.assert_array_equal(batch["is_first"], count == 0)
     np.testing.assert_array_equal(batch["terminated"], count == 7)
+
+
+# Several learners
+
+
+def several(learners=2, runtime=(), **sections):
+    """A run of 700 steps, an update every two, with checkpoints at 300 and 600; runtime: more of its fields."""
+    made = slow_config(**sections)
+    chosen = {"learners": learners, "env_actors": 1, "receipt_interval": 10, **dict(runtime)}
+    return dataclasses.replace(made, runtime=dataclasses.replace(made.runtime, **chosen))
+
+
+def learners_of(made):
+    return made.parts.learning.ranks.handles
+
+
+def assert_equal_learners(made, updates):
+    found = ray.get([handle.receipt.remote() for handle in learners_of(made)])
+    assert all(receipt == found[0] for receipt in found)
+    assert found[0].updates == updates

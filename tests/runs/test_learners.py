@@ -1,18 +1,22 @@
 """What several learners need of a configuration and of an agent, and the hash that compares them."""
 
+import queue
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gymnasium.spaces import Box
 
-from benchmarks.learners import efficiency, paper_table, reduce_seconds
+from benchmarks.learners import TimedGang, efficiency, measure_together, paper_table, reduce_seconds, take
 from tests.run_configs import tiny_config
+from tests.tdmpc2_models import batch_of as tdmpc2_batch
 from worldloom import create_agent
 from worldloom.gang import Gang
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RuntimeConfig
-from worldloom.runs.learners import divisors, fingerprint, join, parameters_of
+from worldloom.runs.learners import carried_of, divisors, fingerprint, join
 
 
 def test_a_number_that_does_not_divide_the_batch_is_refused_with_those_that_do():
@@ -57,17 +61,23 @@ def test_the_hash_tells_bits_places_and_types_apart():
     assert zeros != fingerprint([torch.tensor([0.0, 0.0, -0.0], dtype=torch.bfloat16)])  # bits, not values
 
 
-def test_the_hash_covers_every_parameter_and_buffer_of_an_agent():
+def test_the_hash_covers_every_parameter_and_buffer_of_an_agent_and_what_its_updates_hand_on():
     spaces = Box(-1, 1, (3,)), Box(-1, 1, (1,))
     agent = create_agent("tdmpc2:1m", *spaces, encoder_dim=16, mlp_dim=16, latent_dim=16)
-    known = fingerprint(parameters_of(agent))
-    for value in parameters_of(agent):
-        if value.is_floating_point() and value.numel():
-            kept = value.clone()
-            value.view(-1)[-1] += 1
-            assert fingerprint(parameters_of(agent)) != known
-            value.copy_(kept)
-    assert fingerprint(parameters_of(agent)) == known
+    agent.update(tdmpc2_batch(agent.world_model))
+    known, learning = fingerprint(carried_of(agent)), agent.learning
+    modules = [
+        value for value in agent.world_model.state_dict().values() if value.is_floating_point() and value.numel()
+    ]
+    moments = [state["exp_avg"] for state in learning.model_optimizer.adam.state.values()]
+    for value in [*modules, *moments, learning.scale.value]:
+        kept = value.clone()
+        value.view(-1)[-1] += 1
+        assert fingerprint(carried_of(agent)) != known
+        value.copy_(kept)
+    assert fingerprint(carried_of(agent)) == known
+    torch.rand(1, generator=learning.generator)
+    assert fingerprint(carried_of(agent)) != known
 
 
 def test_the_page_has_the_arithmetic_of_the_benchmark():
@@ -76,3 +86,31 @@ def test_the_page_has_the_arithmetic_of_the_benchmark():
     assert efficiency(200e6, 0.129, 1, 25e9) == 1.0
     page = (Path(__file__).parents[2] / "docs" / "tutorials" / "learners.md").read_text()
     assert "\n".join(paper_table()) in page
+
+
+def test_the_benchmark_times_every_collective(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda part, group: part.mul_(2))
+    gang = TimedGang(0, 2)
+    x = torch.ones(4, requires_grad=True)
+    gang.average(x.sum()).backward()
+    assert x.grad.tolist() == [1.0] * 4
+    gradient, loss = gang.mean(torch.tensor([3.0, 5.0]), torch.tensor(7.0))
+    assert (gradient.tolist(), loss.item()) == ([3.0, 5.0], 7.0)
+    assert [size for _, size in gang.spent] == [4, 4, 12]  # bytes: a mean and its gradient, then both of `mean`
+    assert all(seconds >= 0 for seconds, _ in gang.spent)
+
+
+def test_the_benchmark_ends_when_a_learner_has_ended_without_an_answer():
+    def nothing(timeout):
+        raise queue.Empty
+
+    processes = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-9)]
+    with pytest.raises(RuntimeError, match="learner/1 ended without an answer"):
+        take(SimpleNamespace(get=nothing), processes)
+
+
+@pytest.mark.slow
+def test_the_benchmark_says_why_a_learner_failed():
+    options = Namespace(model="dreamerv3:size1m", obs="no such observation", batch=4, length=8, updates=1)
+    with pytest.raises(RuntimeError, match=r"learner/. failed: .*no such observation"):
+        measure_together(2, 1, options)

@@ -117,7 +117,7 @@ class RuntimeConfig:
         env_actors: remote actors, each with env.num_envs environments; 0 acts in the coordinator
         learners: learner actors that make every update together, each from its share of the batch and on a GPU of its
             own where there are GPUs; their number divides the batch. With train.device cuda:0 all share one GPU
-        receipt_interval: updates between two comparisons of the parameters of several learners
+        receipt_interval: updates between two comparisons of all that several learners hold
         acting: local: env actors hold a copy of the weights; server: they send observations, and one batched call acts
             for all; auto takes server for agents that plan, if the learner has a GPU
         acting_server: where the server runs: in the learner's process, or in an actor of its own
@@ -130,7 +130,8 @@ class RuntimeConfig:
         collect_timeout: seconds without an answer after which an env actor is replaced
         build_timeout: seconds after which an env actor that builds one environment is replaced
         silence_timeout: seconds without a heartbeat after which the learner, replay or acting server is replaced
-        learner_timeout: longest time in seconds of one update, once updates are compiled; then the learner is replaced
+        learner_timeout: longest time in seconds of one update, and of one exchange of several learners, once updates
+            are compiled; then the learner is replaced
         replay_timeout: longest time in seconds of one call of replay; then this shard of replay is replaced
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,22 +41,33 @@ def join(agent: Any, gang: Gang, algorithm: str) -> None:
     joined(gang)
 
 
-def parameters_of(agent: Any) -> list[Tensor]:
-    """Return all parameters and buffers of an agent, in a fixed order."""
+def carried_of(agent: Any) -> list[Tensor]:
+    """Return, in a fixed order, all that one update of an agent hands to the next: parameters, buffers, and what
+    `learning.state_dict()` has of optimisers, statistics and the state of the generator of noise."""
     modules = [agent.world_model, *([] if agent.behaviour is None else [agent.behaviour])]
-    return [value for module in modules for value in module.state_dict().values()]
+    parts = [*modules, *(part for part in [getattr(agent, "learning", None)] if hasattr(part, "state_dict"))]
+    return list(_tensors([part.state_dict() for part in parts]))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(value)
 
 
 @torch.no_grad()
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Return a hash of all bits of these tensors, computed on their device: equal for equal bits alone, but for chance.
+    """Return a hash of all bits of these tensors, computed on the device of the first of them: equal for equal bits
+    alone, but for chance.
 
     Of each tensor x, as whole numbers: the sum of (2 i + 1) x_i modulo 2^64. Whole numbers have the same sum in any
     order, so that it is the same on every device.
     """
-    sums = []
+    sums: list[Tensor] = []
     for tensor in tensors:
-        words = tensor.detach().contiguous().flatten()
+        words = tensor.detach().to(sums[0].device if sums else tensor.device).contiguous().flatten()
         words = words.view(WORDS[words.element_size()]).long()
         sums.append((words * torch.arange(1, 2 * len(words) + 1, 2, device=words.device)).sum())
     return hashlib.blake2b(repr(torch.stack(sums).tolist()).encode(), digest_size=8).hexdigest()

@@ -17,6 +17,7 @@ from worldloom.nets import compile_part
 from worldloom.optim import GuardedAdam, load_optimizer
 from worldloom.tally import Tally
 from worldloom.tdmpc2.losses import LossNoise, RunningScale, batch_task, discounted_mean, draw_loss_noise, joint_loss
+from worldloom.tdmpc2.policy import Sample
 from worldloom.tdmpc2.world_model import TDMPC2WorldModel
 from worldloom.types import Batch
 
@@ -42,11 +43,17 @@ class TDMPC2Learning:
     def join(self, gang: Gang) -> None:
         """Make updates together with the other learners of a gang from now on."""
         self.gang = self.model_optimizer.gang = self.policy_optimizer.gang = gang
+        if gang.size > 1 and vars(self).pop("policy_loss", None):  # compiled with what is to be exchanged in it
+            self._compile_policy_loss()
 
     def compile(self) -> None:
         """Replace the two losses by their compiled forms."""
         compile_part(self, "joint_loss")
-        compile_part(self, "policy_loss")
+        self._compile_policy_loss()
+
+    def _compile_policy_loss(self) -> None:
+        for name in ["policy_loss"] if self.gang.size == 1 else ["policy_values", "policy_losses"]:
+            compile_part(self, name)
 
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for another length or wrong tasks."""
@@ -115,14 +122,25 @@ class TDMPC2Learning:
 
         The loss is the mean over t of rho^t times the mean over B of `sample.loss` (Hansen et al. 2024, eq. 4).
         """
-        c = self.model.config
-        sample = self.model.policy.sample(z, noise, mask)
-
-        values = sample.values(lambda action: self.frozen_value(z, action, heads, dropped))
-        expected = sample.expected(values)  # [B, H+1]
+        sample, values, expected = self.policy_values(z, noise, heads, dropped, mask)
         scale = self.scale.after(self.gang.gather(expected[:, 0].detach()))
+        return *self.policy_losses(sample, values, expected, scale), scale
+
+    def policy_values(
+        self, z: Tensor, noise: Tensor, heads: Tensor, dropped: Tensor | None, mask: Tensor | None
+    ) -> tuple[Sample, Tensor, Tensor]:
+        """Return actions that the policy draws, their values as `sample.values`, and the expected values [B, H+1]."""
+        sample = self.model.policy.sample(z, noise, mask)
+        values = sample.values(lambda action: self.frozen_value(z, action, heads, dropped))
+        return sample, values, sample.expected(values)
+
+    def policy_losses(
+        self, sample: Sample, values: Tensor, expected: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss with the scale S of the whole batch's values, and means of value and entropy: scalars."""
+        c = self.model.config
         loss = discounted_mean(sample.loss(values, scale, c.entropy_coef), c.rho)
-        return loss, expected.mean(), -sample.log_prob.mean(), scale
+        return loss, expected.mean(), -sample.log_prob.mean()
 
     def frozen_value(self, z: Tensor, action: Tensor, heads: Tensor, dropped: Tensor | None) -> Tensor:
         """Return the mean value [...] of two heads, whose parameters get no gradient; action: [..., A]."""

@@ -78,11 +78,11 @@ class CategoricalSample:
     entropy: Tensor  # exact, not that of the draw
     classes: tuple[int, ...]
 
-    @torch.no_grad()
     def values(self, value: ValueOf) -> Tensor:
         """Return the values [..., A], without gradient, of every choice of every part, with the other parts as drawn;
         for `expected` and `loss`."""
-        return value(alternatives(self.action, self.classes)).movedim(0, -1)
+        with torch.no_grad():  # a decorated method of a dataclass cannot be compiled
+            return value(alternatives(self.action, self.classes)).movedim(0, -1)
 
     def expected(self, values: Tensor) -> Tensor:
         """Return the policy's value, [...]: its expectation over the choices of each part, averaged over parts."""
@@ -92,6 +92,9 @@ class CategoricalSample:
         """Return the cross-entropy [...] with the best policy under these values; see `boltzmann`."""
         target = boltzmann(values, scale * entropy_coef, self.classes)
         return -(target * self.log_probs).sum(-1)
+
+
+Sample = GaussianSample | CategoricalSample
 
 
 class GaussianPolicy(nn.Sequential):
