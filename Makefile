@@ -19,8 +19,8 @@ train: $(VENV)/.installed  ## train TD-MPC2 on Pendulum-v1 through Ray and say h
 demo: $(VENV)/.installed  ## train DreamerV3 on images of Catch and film what it imagines: docs/pictures/catch.gif
 	$(BIN)/python docs/pictures/make.py --only catch.gif $(ARGS)
 
-test: $(VENV)/.installed  ## run the test suite (without the slow learning tests), in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+test: $(VENV)/.installed  ## run the test suite (without the slow learning tests), in three processes
+	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.installed  ## run the tests that show learning (minutes each)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -11,9 +11,9 @@ import torch
 from tests.own_families import EXAMPLE, ROOT
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of commands: threads of both processes beside each other take many times as long
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands: threads of all processes beside each other take many times as long
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name; its 15 makes tests wait beside any other work
-APART = ("test_driver.py", "test_lockstep.py")  # of the Ray tests, so that both processes have as much to do
+APART = ("test_driver.py", "test_lockstep.py")  # of the Ray tests, so that all processes have as much to do
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
