@@ -1,9 +1,10 @@
 """Operations of one update and one act, eager: python -m benchmarks.operations
 
 Counted below autograd, backward and optimiser included, on the CPU. Views and bare allocations start no kernel and are
-not counted. On a GPU each operation is at least one kernel launch; `benchmarks.gpu` counts the kernels themselves.
-TD-MPC2's layers have other forms on a GPU than on a CPU, which the columns "as on a GPU" count. DreamerV3's cannot be
-counted so: a CPU composes from many operations what is one on a GPU.
+not counted. Matrix products are torch's, as on a GPU, whatever the CPU (`worldloom.products`). On a GPU each operation
+is at least one kernel launch; `benchmarks.gpu` counts the kernels themselves. TD-MPC2's layers have other forms on a
+GPU than on a CPU, which the columns "as on a GPU" count. DreamerV3's cannot be counted so: a CPU composes from many
+operations what is one on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.learner import make_agent, random_batch
-from worldloom import functional
+from worldloom import functional, products
 
 MODELS = (  # observations, and the rows of a batch
     ("dreamerv3:size1m", "walker", 16, 64),
@@ -46,8 +47,9 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@patch.object(products, "WORTH", float("inf"))
 def count(model: str, obs: str, batch: int, length: int) -> tuple[Counter[str], Counter[str]]:
-    """Of an update and of an act for one environment."""
+    """Count the operations of an update, and of an act for one environment."""
     agent: Any = make_agent(model, obs, batch, length, "cpu")
     given = agent.learning.stage(random_batch(agent, "cpu"))
     agent.learning.core(given)  # the first makes the optimiser's state
