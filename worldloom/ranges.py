@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ COUNT, NATURAL = Range(1), Range(0)
 POSITIVE, NOT_NEGATIVE = Range(0, low_open=True, high=math.inf), Range(0)
 PROBABILITY, SHARE = Range(0, 1), Range(0, 1, high_open=True)
 FINITE = Range(-1e30, 1e30)
+
+
+def are_shares(values: Sequence[float]) -> bool:
+    """Return whether these numbers lie in [0, 1] and sum to 1."""
+    return all(value in PROBABILITY for value in values) and abs(sum(values) - 1) < 1e-6
 
 
 def check_ranges(config: Any, ranges: Mapping[str, Range]) -> None:

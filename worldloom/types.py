@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from worldloom.ranges import are_shares
+
 Array = npt.NDArray[Any]
 Obs = Tensor | Mapping[str, Tensor]
 ObsArray = Array | Mapping[str, Array]
@@ -107,8 +109,7 @@ class WindowSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recency", tuple(self.recency))  # a list where it was read from a file
-        fits = all(0 <= share <= 1 for share in self.recency) and abs(sum(self.recency) - 1) < 1e-6
-        if self.recency and not fits:
+        if self.recency and not are_shares(self.recency):
             raise ValueError(f"recency is {list(self.recency)}, expected shares in [0, 1] that sum to 1, or none.")
 
     @property

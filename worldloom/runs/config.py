@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from worldloom.envs.suites import AtariConfig, DMCConfig
+from worldloom.ranges import are_shares
 from worldloom.report.boards import check_boards
 
 
@@ -64,8 +65,8 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         _require(self.shards >= 1, "replay.shards", self.shards, "at least 1")
         _require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1 row")
-        fits = all(0 <= share <= 1 for share in self.recency) and abs(sum(self.recency) - 1) < 1e-6
-        _require(not self.recency or fits, "replay.recency", self.recency, "shares in [0, 1] that sum to 1, or []")
+        fits = not self.recency or are_shares(self.recency)
+        _require(fits, "replay.recency", self.recency, "shares in [0, 1] that sum to 1, or []")
 
 
 @dataclass(frozen=True, kw_only=True)
