@@ -190,11 +190,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.end)
             yield
-        except BaseException:
-            self.end()
-            raise
+            undone.pop_all()
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         asked = [getattr(handle, method).remote(*args) for handle in self.handles]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -37,7 +38,7 @@ class ImaginingUpdate:
         return autocast(self.device, self._dtype)
 
 
-class ImaginingAgent:
+class ImaginingAgent(ABC):
     """An agent made of a world model, a behaviour that acts, and the update that trains both.
 
     A family adds `_choose` and `_fresh`, the windows and columns that it reads, and its acting tensors;
@@ -79,13 +80,13 @@ class ImaginingAgent:
         kept = {name: value.clone() for name, value in found.items()}  # the next call fills the same buffers
         return kept["action"].cpu().numpy(), kept
 
+    @abstractmethod
     def _choose(self, given: Tensors) -> Tensors:
         """Return actions, and the act_state after them; runs on the device alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fresh(self, envs: int) -> dict[str, Tensor]:
         """Return the act_state of environments that were never acted in."""
-        raise NotImplementedError
 
     def _previous(self, act_state: ActState | None, envs: int) -> dict[str, Tensor]:
         if act_state is None:
@@ -128,9 +129,9 @@ class ImaginingAgent:
         """Return {}: acting makes nothing for replay to store. A family whose acting does has a method of its own."""
         return {}
 
+    @abstractmethod
     def _acting_tensors(self) -> list[Tensor]:
         """Return what acting needs, and nothing else: parameters, and buffers that learning changes."""
-        raise NotImplementedError
 
     def acting_weights(self) -> Array:
         return flatten(self._acting_tensors())
