@@ -41,7 +41,7 @@ RETURNS, DONE, LOG = "returns.csv", "done.json", "log.txt"
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides of a comparison share. batch, length: of DreamerV3's windows; TD-MPC2 has its own."""
+    """Holds what both sides of a comparison share. batch, length: of DreamerV3's windows; TD-MPC2 has its own."""
 
     task: str
     steps: int
@@ -101,7 +101,7 @@ def dreamerv3_theirs(settings: Settings, seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One algorithm: its name in the table, our arguments, the program for the authors' code and its options."""
+    """Describes one algorithm: its name in the table, our arguments, the authors' program and its options."""
 
     name: str
     ours: Callable[[Settings], list[str]]
@@ -190,7 +190,7 @@ def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more:
 
 @dataclass(frozen=True)
 class Curve:
-    """The training episodes of one run: agent steps at their ends, and their returns. seconds: None while it runs."""
+    """Holds one run's training episodes: agent steps at their ends, and returns. seconds: None while it runs."""
 
     side: str
     seed: int

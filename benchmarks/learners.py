@@ -1,4 +1,4 @@
-"""What several learners cost and give: python -m benchmarks.learners --model dreamerv3:size1m --obs walker
+"""Measures what several learners cost and give: python -m benchmarks.learners --model dreamerv3:size1m --obs walker
 
 One learner and two make the same updates of the same batches, on CPUs joined by gloo; two halve the windows of each.
 Seconds in the collectives include the wait for the other learner. The all-reduce alone sums as many bytes between
@@ -59,7 +59,7 @@ class TimedGang(Gang):
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the updates of one learner."""
+    """Holds medians over the updates of one learner."""
 
     seconds: float  # of an update
     collective: float  # of them in collectives

@@ -30,7 +30,7 @@ NEVER = 10**12  # steps between two evaluations
 
 
 def number(value: Any) -> Any:
-    """YAML 1.1, as PyYAML reads it, takes 3e-4 for a word."""
+    """Return numbers for words: YAML 1.1, as PyYAML reads it, takes 3e-4 for a word."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -38,7 +38,7 @@ def number(value: Any) -> Any:
 
 
 def make_settings(checkout: Path, options: dict[str, Any]) -> Settings:
-    """Their config.yaml, and what their parser adds for one task."""
+    """Return their config.yaml, and what their parser adds for one task."""
     from common import MODEL_SIZE
 
     file = yaml.safe_load((checkout / "tdmpc2" / "config.yaml").read_text())

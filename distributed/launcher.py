@@ -32,11 +32,11 @@ class ActorLost(RuntimeError):
 
 
 class ExchangeLost(ActorLost):
-    """A learner, which lives, could not exchange with the others; why, another's error may tell."""
+    """Says that a living learner could not exchange with the others; another's error may tell why."""
 
 
 class WorkLost(ActorLost):
-    """What an actor was to work on went with another; it lives, and did nothing."""
+    """Says that what an actor was to work on went with another; it lives, and did nothing."""
 
 
 class Launcher:

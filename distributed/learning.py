@@ -24,7 +24,7 @@ STRAGGLER_SECONDS = 5.0  # for the other learners to fail as one did, before all
 
 @dataclass
 class Task:
-    """Several updates under way at the learners. Of each: references to what `LearnerActor.update` returns."""
+    """Holds several updates under way at the learners. Of each: references to what `LearnerActor.update` returns."""
 
     results: Sequence[Any]
     written: Sequence[Any]
@@ -68,12 +68,12 @@ class Learning:
 
     @property
     def learner(self) -> Any:
-        """The learner that publishes weights and writes checkpoints: the only one, or rank 0 of several."""
+        """Return the learner that publishes weights and writes checkpoints: the only one, or rank 0 of several."""
         return self.ranks.handles[0]
 
     @property
     def node(self) -> str:
-        """The id of that learner's node."""
+        """Return the id of that learner's node."""
         return self.ranks.nodes[0]
 
     def start(self) -> None:

@@ -56,6 +56,6 @@ def thin(gradient):
 
 
 def off(found, expected):
-    """The greatest difference, as a share of the expected array's greatest number."""
+    """Return the greatest difference, as a share of the expected array's greatest number."""
     assert found.shape == expected.shape
     return ((found - expected).abs().max() / expected.abs().max()).item()

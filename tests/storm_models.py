@@ -58,7 +58,7 @@ FIXTURE_CONFIG = STORMConfig(
 
 
 def our_name(name):
-    """The name of one of their parameters in our model."""
+    """Return the name of one of their parameters in our model."""
     stage, rest = {"0": "convs.0", "3": "convs.1", "6": "convs.2", "9": "convs.3"}, name.split(".")
     norms = {"1": "norms.0", "4": "norms.1", "7": "norms.2", "10": "norms.3"}
     if name.startswith("encoder.backbone."):

@@ -27,7 +27,7 @@ SMALL = shlex.split(
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """The command for a checkout whose code only writes returns."""
+    """Return the command for a checkout whose code only writes returns."""
     (tmp_path / "checkout" / "tdmpc2").mkdir(parents=True)
     (tmp_path / "authors.py").write_text(AUTHORS)
     stand_in = dataclasses.replace(beside.COMPARISONS["tdmpc2"], program=str(tmp_path / "authors.py"))

@@ -50,7 +50,7 @@ def learner(name):
 
 
 def batches(name, updates):
-    """The same batches of 8 windows for everybody."""
+    """Return the same batches of 8 windows for everybody."""
     agent = learner(name)
     return [batch_of(agent) for _ in range(updates)]
 
@@ -65,7 +65,7 @@ def part(batch, gang):
 
 
 def record(name, updates, gang, compiled=False, rounded=False):
-    """States after the first update and after all, as arrays; rounded: from weights that are off by one rounding."""
+    """Return states after the first update and all, as arrays; rounded: from weights off by one rounding."""
     agent, found = learner(name), []
     if compiled:
         agent.configure_learning("float32", compiled=True)
@@ -124,7 +124,7 @@ def together(folder, size, names, updates, compiled=False):
 
 
 def differences(one, other):
-    """By array, how far the second is from the first, in parts of the first's maximum."""
+    """Return, by array, how far the second is from the first, in parts of the first's maximum."""
     assert one.keys() == other.keys()
     found = {}
     for key, value in one.items():
@@ -154,7 +154,7 @@ def test_two_learners_do_what_one_does(name, two):
 
 @cache
 def alone(name):
-    """States of one learner, those of the same with other orders of rows, and those with other roundings."""
+    """Return states of one learner, those of the same with other orders of rows, and those with other roundings."""
     windows = len(batches(name, 1)[0]["actions"])
     generator = torch.Generator().manual_seed(5)
     orders = [torch.randperm(windows, generator=generator).tolist() for _ in range(ORDERS)]
@@ -174,7 +174,7 @@ GROUPS = {
 
 
 def group_of(key):
-    """What kind of array this is, by its name in a state."""
+    """Return what kind of array this is, by its name in a state."""
     for group, names in GROUPS.items():
         if key.endswith(names) if group in ("squares", "momentum") else any(name in key for name in names):
             return group
@@ -182,7 +182,7 @@ def group_of(key):
 
 
 def largest(found):
-    """By group, the largest of differences by array."""
+    """Return, by group, the largest of differences by array."""
     groups = {}
     for key, distance in found.items():
         groups[group_of(key)] = max(distance, groups.get(group_of(key), 0.0))

@@ -1,4 +1,4 @@
-"""That agents learn: a tiny task here, the presets of small tasks in the slow tests.
+"""Tests that agents learn: a tiny task here, the presets of small tasks in the slow tests.
 
 The quick tests of learning are this one and those that end in "beats chance": TD-MPC2 and DreamerV3 in
 `test_testing.py`, STORM and DIAMOND in their folders. Each takes a fixed seed and one thread, so that it gives the same
@@ -89,7 +89,7 @@ SHORT = {
     ],
 )
 def test_presets_of_images_start_learn_and_resume(tmp_path, preset):
-    """A slip in a preset must not be found after half an hour."""
+    """Tests that a slip in a preset is not found after half an hour."""
     words = [word for name, value in SHORT.items() for word in (f"--{name}", value)]
     InlineTrainer(preset_of(preset, *words), tmp_path).train()
     longer = preset_of(preset, *words, "--train.total_steps", "92")

@@ -149,7 +149,7 @@ EPS = 1e-5  # eps of norms
 
 @dataclass(frozen=True)
 class Statistics:
-    """What batch norms saw in a batch, which is that of all learners of a gang together."""
+    """Holds what batch norms saw in a batch, which is that of all learners of a gang together."""
 
     gang: Gang = ALONE
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # mean and unbiased variance [C] of each norm

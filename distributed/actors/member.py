@@ -21,12 +21,12 @@ JOIN_SECONDS = 60.0  # for a learner to find the store at which all meet, and th
 
 
 class GangBroken(RuntimeError):
-    """The learners can no longer exchange what an update needs: one of them died, hangs or cannot be reached."""
+    """Says that learners cannot exchange what an update needs: one of them died, hangs or cannot be reached."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """The place that a learner is to take."""
+    """Holds the place that a learner is to take."""
 
     rank: int
     size: int
@@ -39,7 +39,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class About:
-    """Facts about a learner's process that must fit those of the others."""
+    """Holds facts about a learner's process that must fit those of the others."""
 
     node: str  # its id
     torch: str  # version
@@ -48,7 +48,7 @@ class About:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The state of a learner after a task; those of all learners must be equal."""
+    """Holds the state of a learner after a task; those of all learners must be equal."""
 
     updates: int  # that its agent has made
     version: int  # of the weights that were published last

@@ -60,7 +60,7 @@ def small_head(kind, features, tokens, actions, classes=()):
 
 
 def off(found, expected):
-    """The greatest difference, as a share of the expected array's greatest number."""
+    """Return the greatest difference, as a share of the expected array's greatest number."""
     assert found.shape == expected.shape
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
@@ -97,7 +97,7 @@ def test_losses_and_gradients_are_those_of_the_authors_code(case):
     [("r2dreamer", (), 3_276_800), ("infonce", (), 3_276_800), ("ne", (), 5_646_592), ("ne", (3,), 5_645_824)],
 )
 def test_parameters_are_as_many_as_the_authors_code_has(kind, classes, expected):
-    """For size12m with a vector and an image of 64 x 64, whose tokens lie side by side."""
+    """Tests size12m with a vector and an image of 64 x 64, whose tokens lie side by side."""
     with torch.device("meta"):
         shapes = {"image": (3, 64, 64), "state": (5,)}
         config = DreamerV3Config(representation=kind)

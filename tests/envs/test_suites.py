@@ -158,14 +158,14 @@ class Lives(gym.Env):
 
 
 def lives(length=12, **settings):
-    """A vector of one such game, 4 frames a step, and the game."""
+    """Return a vector of one such game, 4 frames a step, and the game."""
     game, config = Lives(length), AtariConfig(image_size=8, noops=0, **settings)
     made = Environment(Atari(game, config, 4), marks_lives=config.life_loss == "mark")
     return VectorEnv(lambda: made, 1, 0), game
 
 
 def played(env, steps):
-    """What each step gives: reward, ends, the mark, and the brightness that it led to and of what is acted on next."""
+    """Return of each step: reward, ends, the mark, and the brightness that it led to and of what is acted on next."""
     env.reset()
     found = [env.step(np.eye(2, dtype=np.float32)[:1]) for _ in range(steps)]
     flags = [(float(s.rewards[0]), bool(s.terminated[0]), bool(s.truncated[0]), bool(s.life_lost[0])) for s in found]

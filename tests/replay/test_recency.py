@@ -23,7 +23,7 @@ def buffer(capacity=100, recency=SHARES, length=4, **options):
 
 
 def filled(replay, chunks=10, streams=2):
-    """Chunks of 5 rows of each stream in turn; obs are the step and the stream."""
+    """Return chunks of 5 rows of each stream in turn; obs are the step and the stream."""
     for sequence in range(chunks):
         steps = np.arange(5) + 5 * sequence
         replay.insert(chunk_of([rows(steps, steps % 7 == 0, tag) for tag in range(streams)], (0, 0, sequence)))
@@ -31,7 +31,7 @@ def filled(replay, chunks=10, streams=2):
 
 
 def expected_chances(starts, shares):
-    """The chance of each start, oldest first, worked out part by part."""
+    """Return the chance of each start, oldest first, worked out part by part."""
     chances, cuts = {}, [part * len(starts) // len(shares) for part in range(len(shares) + 1)]
     for part, share in enumerate(shares):
         own = starts[cuts[part] : cuts[part + 1]]
@@ -53,7 +53,7 @@ def test_each_part_of_the_windows_has_its_share_and_is_uniform(capacity, chunks)
 
 
 def every_start(replay):
-    """Numbers of the rows that start a window, found without recency."""
+    """Return the numbers of the rows that start a window, found without recency."""
     return replay.draw(4000, seq_len=replay.windows.length, rng=Uniform())["rows"][:, 0].tolist()
 
 

@@ -1,4 +1,4 @@
-"""What several learners need of a configuration and of an agent, and the hash that compares them."""
+"""Tests what several learners need of a configuration and of an agent, and the hash that compares them."""
 
 import queue
 from argparse import Namespace

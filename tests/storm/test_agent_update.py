@@ -23,7 +23,7 @@ RATE = CONFIG.agent_lr
 
 
 def our_name(name):
-    """The name of one of their parameters in our behaviour."""
+    """Return the name of one of their parameters in our behaviour."""
     for theirs, ours in (("slow_critic", "slow_value"), ("critic", "value"), ("actor.6", "policy.logits")):
         name = name.replace(theirs, ours) if theirs in name else name
         if ours in name:
@@ -57,7 +57,7 @@ def agent(arrays):
 
 @torch.no_grad()
 def rollouts(agent, arrays, update):
-    """Their rollouts as ours, which are time-first, with our critics' values."""
+    """Return their rollouts as ours, which are time-first, with our critics' values."""
     given = {name: arrays[f"update{update}/{name}"] for name in ("action", "reward", "termination", "hidden")}
     latent = F.one_hot(arrays[f"update{update}/latent_classes"].long(), 8).float().flatten(-2)
     features = torch.cat([latent, given["hidden"]], -1).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""What DreamerV3's features learn from where there is no decoder: the encoder's tokens, which get no gradient here.
+"""Losses for DreamerV3's features where there is no decoder: they compare with the encoder's tokens, without gradient.
 
 R2-Dreamer (Morihira et al. 2026, ICLR) makes a projection of the features agree with the tokens of their own row, entry
 by entry; its InfoNCE variant tells these tokens from those of all other rows. NE-Dreamer (Bredis et al. 2026) predicts
@@ -7,6 +7,7 @@ the tokens of the next row with a transformer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class Projection(products.Linear):
         init_kernel(self.weight, inputs)
 
 
-class Representation(nn.Module):
+class Representation(nn.Module, ABC):
     """The loss of features [T, B, features] beside tokens [T, B, tokens], without a decoder."""
 
     def __init__(self, features: int, tokens: int, scale: float) -> None:
@@ -63,9 +64,9 @@ class Representation(nn.Module):
         """Return the tokens that `predict` is about, and which of its rows count: [N, 1] of 0 and 1, None for all."""
         return rows.tokens, None
 
+    @abstractmethod
     def loss(self, predicted: Tensor, tokens: Tensor, counted: Tensor | None, gang: Gang) -> Tensor:
         """Return the loss of predicted [N, E] beside tokens [N, E] without gradient, both of this learner's rows."""
-        raise NotImplementedError
 
 
 class RedundancyReduction(Representation):
@@ -171,7 +172,7 @@ class Block(nn.Module):
         self.widen, self.narrow = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
-        """allowed: bools [B, 1, T, T], True where a row may see another."""
+        """Return x after the block. allowed: bools [B, 1, T, T], True where a row may see another."""
         q, k, v = self.project(self.read_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = (q @ k.mT).float() / q.shape[-1] ** 0.5
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)

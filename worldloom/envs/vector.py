@@ -94,7 +94,7 @@ class VectorEnv:
 
     @property
     def marks_lives(self) -> bool:
-        """Whether lost lives are marked, in `Step.life_lost`."""
+        """Return whether lost lives are marked, in `Step.life_lost`."""
         return self._envs[0].marks_lives
 
     @property
