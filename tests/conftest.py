@@ -18,7 +18,7 @@ APART = ("test_driver.py", "test_lockstep.py")  # of the Ray tests, so that all 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file, and most that share the Ray cluster, in one process of `make test`, which has two."""
+    """Keep the tests of a file, and most that share the Ray cluster, in one process of `make test`, which has three."""
     for item in items:
         shares = item.path.parent.name == "distributed" and item.path.name not in APART
         item.add_marker(pytest.mark.xdist_group("ray" if shares else item.path.name))
