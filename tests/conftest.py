@@ -13,7 +13,11 @@ from tests.own_families import EXAMPLE, ROOT
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands: threads of all processes beside each other take many times as long
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name; its 15 makes tests wait beside any other work
-APART = ("test_driver.py", "test_lockstep.py")  # of the Ray tests, so that all processes have as much to do
+APART = (
+    "test_driver.py",
+    "test_lockstep.py",
+    "test_hangs.py",
+)  # of the Ray tests, so that all processes have as much to do
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -60,9 +64,11 @@ def small_cluster(marks):
             ray.kill(ray.get_actor(left["name"], left["namespace"]))
 
 
-@pytest.fixture
-def no_pages(monkeypatch):
-    """Runs here draw nothing and write no report, which takes them seconds; other tests look at both."""
+@pytest.fixture(autouse=True)
+def no_pages(request, monkeypatch):
+    """Let runs in this process draw nothing and write no report, which takes seconds, where no test looks at them."""
+    if request.node.get_closest_marker("pages"):
+        return
     monkeypatch.setattr("worldloom.report.metrics.write_report", lambda *args: None)
     monkeypatch.setattr("worldloom.runs.inline.InlineTrainer._picture", lambda self: None)
     monkeypatch.setattr("distributed.learning.Learning.draw_picture", lambda self: None)

@@ -31,7 +31,7 @@ from worldloom.runs.config import CheckpointConfig, ReplayConfig, RuntimeConfig,
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 def test_a_chunk_that_an_actor_gave_before_it_died_is_accepted_once(coordinator, tmp_path):

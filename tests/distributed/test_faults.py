@@ -15,7 +15,7 @@ from tests.distributed.ray_runs import check, run_and_kill, slow_config
 from tests.run_configs import dreamer_config
 from worldloom.runs.config import CheckpointConfig, RuntimeConfig, TrainConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 def test_a_killed_learner_is_started_again_from_the_checkpoint(tmp_path):

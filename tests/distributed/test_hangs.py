@@ -20,7 +20,7 @@ from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, EvalConfig, LogConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.verify import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 @pytest.fixture

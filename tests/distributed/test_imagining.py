@@ -19,6 +19,7 @@ STARTS = {storm_config: 100, diamond_config: 0}  # steps that owe no updates
 STEPS = {storm_config: 2, diamond_config: 4}  # for each update
 
 
+@pytest.mark.pages
 @both
 def test_two_env_actors_train_to_the_end_and_a_picture_shows_what_is_imagined(make, tmp_path):
     summary, counts = run(make(runtime=RUNTIME), tmp_path)
@@ -35,7 +36,7 @@ def test_two_env_actors_train_to_the_end_and_a_picture_shows_what_is_imagined(ma
 
 
 @both
-def test_a_run_whose_learner_is_killed_goes_on(make, tmp_path, no_pages):
+def test_a_run_whose_learner_is_killed_goes_on(make, tmp_path):
     config = make(runtime=RUNTIME, checkpoint=CheckpointConfig(interval=100))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_steps=400))
     summary, counts = run_and_kill(config, tmp_path, [(200, "learner")])

@@ -12,7 +12,7 @@ from distributed import learning, ranks, watching
 from distributed.actors.learner import LearnerActor
 from tests.distributed.ray_runs import assert_equal_learners, finish, learners_of, several
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 clustered = pytest.mark.usefixtures("small_cluster")
 STORE = 100 * 2**20
 FROZEN = {"silence_timeout": 4.0}  # no shorter where nothing freezes: a busy machine is silent for seconds

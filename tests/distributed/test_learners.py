@@ -19,7 +19,7 @@ from tests.run_configs import dreamer_config
 from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.config import CheckpointConfig, TrainConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 clustered = pytest.mark.usefixtures("small_cluster")
 
 

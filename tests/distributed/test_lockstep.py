@@ -16,7 +16,7 @@ from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig, EvalConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 MAKERS = {"tdmpc2": tiny_config, "dreamerv3": dreamer_config, "storm": storm_config, "diamond": diamond_config}

@@ -21,7 +21,7 @@ from worldloom.manifest import newest_checkpoint
 from worldloom.runs.config import CheckpointConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from worldloom.runs.config import RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster", "no_pages")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("small_cluster")]
 COUNTS = ("rows", "steps", "episodes", "chunks", "duplicates")
 
 

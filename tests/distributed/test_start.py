@@ -14,7 +14,7 @@ from worldloom.tdmpc2 import save_official
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.usefixtures("small_cluster", "no_pages")
+@pytest.mark.usefixtures("small_cluster")
 @pytest.mark.parametrize("acting", ["local", "server"])
 def test_a_learner_that_dies_early_starts_from_the_file_again(acting, tmp_path, monkeypatch):
     from distributed.coordinator import Coordinator
@@ -36,7 +36,7 @@ def test_a_learner_that_dies_early_starts_from_the_file_again(acting, tmp_path, 
     assert verify(tmp_path / "run") == []
 
 
-@pytest.mark.usefixtures("small_cluster", "no_pages")
+@pytest.mark.usefixtures("small_cluster")
 def test_several_tasks_become_one_on_ray_and_the_run_goes_on_in_one_process(tmp_path):
     source, run = tmp_path / "three", tmp_path / "run"
     trained(obs=5, action=4, tasks=TASKS).save_pretrained(source)

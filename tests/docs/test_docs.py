@@ -37,7 +37,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FROM_A_FRESH_FOLDER = ("own-environment", "own-world-model")  # tutorials
 TINY = {
-    "tdmpc2": "encoder_dim=16 mlp_dim=16 latent_dim=16 batch_size=8 num_samples=16 num_elites=4 num_pi_trajs=4",
+    "tdmpc2": "encoder_dim=16 mlp_dim=16 latent_dim=16 batch_size=8 num_samples=16 num_elites=4 num_pi_trajs=4 "
+    "iterations=1",
     "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
     "storm": "hidden=16 stoch=4 classes=4 units=16 batch_size=2 batch_length=8 imagination_length=2",
     "gru_family": "units=16 batch_size=8 batch_length=6 candidates=16 elites=4",

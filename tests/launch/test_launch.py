@@ -159,6 +159,7 @@ def test_bad_environments_and_sizes_end_the_command_with_a_sentence(config, tmp_
         assert word in said, said
 
 
+@pytest.mark.pages
 def test_train_evaluate_and_resume_as_commands(config, tmp_path, capsys):
     from launch import evaluate, status
 
@@ -238,6 +239,7 @@ def test_a_run_without_a_decoder_is_filmed_with_its_rewards(tmp_path, capsys):
     assert imageio.imread(film).shape == (7, 260, 800, 3)
 
 
+@pytest.mark.pages
 def test_a_run_is_filmed_and_its_imagination_shown(tmp_path, capsys):
     from launch import evaluate, imagine
 

@@ -145,6 +145,7 @@ def read_metrics(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.pages
 def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
     config = tiny_config(eval=EvalConfig(interval=150, episodes=3), checkpoint=CheckpointConfig(interval=100, keep=2))
     summary = InlineTrainer(config, tmp_path).train()
@@ -170,6 +171,7 @@ def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
 @pytest.mark.parametrize(
     ("env", "context"), [("Counting", "stored"), ("Counting", "zeros"), ("Screen", "stored"), ("Mixed", "stored")]
 )
+@pytest.mark.pages
 def test_dreamerv3_trains_on_vectors_images_and_mappings(env, context, tmp_path):
     config = dreamer_config(env, agent={**TINY_DREAMER, "replay_context": context})
     trainer = InlineTrainer(config, tmp_path)

@@ -43,8 +43,6 @@ eval: {interval: 0, episodes: 1}
 checkpoint: {interval: 0}
 """
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 def trained(obs=3, action=1, tasks=(), **overrides):
     """A model of random weights, none of them zero."""

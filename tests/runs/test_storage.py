@@ -58,6 +58,7 @@ def trained(url, steps=300, resume=False):
         return trainer.train(), place
 
 
+@pytest.mark.pages
 def test_a_run_in_a_storage_is_the_run_in_a_folder(place, tmp_path):
     url = f"{place}/one"
     summary, _ = trained(url)
