@@ -1,11 +1,12 @@
 """Seconds per update of an agent: python -m benchmarks.learner --model dreamerv3:size1m --obs walker
 
 Batches are random numbers of the right shapes in device memory; sampling is not timed, warm-up updates and compilation
-are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run. With
+are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run. With one form
+alone, the peak memory of both processes is printed, compiling included. With
 --representation r2dreamer infonce ne, DreamerV3 is also timed without its decoder, eager, in turn with the update that
 has one:
 
-    python -m benchmarks.learner --obs image --batch 8 --length 32 --eager-only --representation r2dreamer infonce ne
+    python -m benchmarks.learner --obs image --batch 8 --length 32 --forms eager --representation r2dreamer infonce ne
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -125,7 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--updates", type=int, default=20, help="timed updates")
-    parser.add_argument("--eager-only", action="store_true", help="do not compile")
+    parser.add_argument("--forms", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--representation", nargs="+", default=[], choices=["r2dreamer", "infonce", "ne"])
     parser.add_argument("--reference", type=Path, help="checkout of the authors' code to time beside ours")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python that has what it needs")
@@ -136,11 +138,12 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     agents, sizes = {}, (options.model, options.obs, options.batch, options.length, options.device)
-    for name in [*(["eager"] if options.eager_only else ["eager", "compiled"]), *options.representation]:
+    for name in [*options.forms, *options.representation]:
         fields = {"representation": name} if name in options.representation else {}
         agents[name] = make_agent(*sizes, **fields)
         agents[name].configure_learning(options.precision, name == "compiled")
-    batch = random_batch(agents["eager"], options.device)
+    one = agents[options.forms[0]]
+    batch = random_batch(one, options.device)
     times: dict[str, list[float]] = {name: [] for name in agents}
     for name, agent in agents.items():
         begun = time.perf_counter()
@@ -158,14 +161,19 @@ def main() -> None:
             "length": options.length,
         }
         times["reference"] = reference_seconds(options, {**settings, "repeats": options.updates})["update"]
-    one = agents["eager"]
     print(f"\n{options.model}, {options.obs}, {one.batch_size} x {one.windows.trained} rows, {options.device}")
     print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, {options.precision}")
-    print(f"{'':10}{'s/update':>10}{'best':>8}{'updates/s':>11}{'against eager':>15}")
+    print(f"{'':10}{'s/update':>10}{'best':>8}{'updates/s':>11}{'against first':>15}")
     medians = {name: statistics.median(found) for name, found in times.items()}
     for name, middle in medians.items():
-        ratio = medians["eager"] / middle
+        ratio = medians[options.forms[0]] / middle
         print(f"{name:10}{middle:10.3f}{min(times[name]):8.3f}{1 / middle:11.2f}{ratio:14.2f}x")
+    if len(agents) == 1:
+        peaks = {options.forms[0]: resource.RUSAGE_SELF}
+        if options.reference:
+            peaks["reference"] = resource.RUSAGE_CHILDREN
+        for name, who in peaks.items():
+            print(f"{name}: {resource.getrusage(who).ru_maxrss / 1024:.0f} MiB of memory at most")
     if options.device.startswith("cuda"):
         for name, agent in agents.items():
             torch.cuda.reset_peak_memory_stats()
