@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import importlib
 import os
 import secrets
@@ -10,6 +11,7 @@ import torch
 
 from tests.own_families import EXAMPLE, ROOT
 
+gc.set_threshold(200_000, 20, 20)  # its passes over torch's many objects took a tenth of the time
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands: threads of all processes beside each other take many times as long
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name; its 15 makes tests wait beside any other work

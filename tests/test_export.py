@@ -213,13 +213,13 @@ def states_agent(**overrides):
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_tdmpc2_exports_plan_as_the_agent_and_go_on_from_their_own_plan(sample, tmp_path, monkeypatch):
-    agent = states_agent()
+    agent = states_agent(iterations=2)
     check_acts_as(agent, exported(agent, tmp_path, sample=sample), monkeypatch, sample)
 
 
 def test_tdmpc2_exports_plan_past_no_predicted_end(tmp_path, monkeypatch):
     """Tests torch.export alone: sequences that end at once have equal values, which ONNX puts in another order."""
-    agent = states_agent(episodic=True)
+    agent = states_agent(episodic=True, iterations=2)
     check_acts_as(agent, exported(agent, tmp_path, (".pt2",)), monkeypatch, sample=False)
 
 
