@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,24 +43,29 @@ class ImaginingAgent(ABC):
     """An agent made of a world model, a behaviour that acts, and the update that trains both.
 
     A family adds `_choose` and `_fresh`, the windows and columns that it reads, and its acting tensors;
-    `worldloom.types.Agent` describes the methods. learning: its `Update`, with `configure`, `state_dict` and
-    `load_state_dict`. action_classes: the choices of each one-hot part of an action; () for continuous actions.
+    `worldloom.types.Agent` describes the methods. learning: returns its `Update`, which has `configure`,
+    `state_dict` and `load_state_dict` too, for model, behaviour and a seed. action_classes: the choices of each one-hot
+    part of an action; () for continuous actions.
     """
 
     true_ends_hint: str | None = None
     plans = False
     world_model: Any
     behaviour: Any
-    learning: Any
 
     def __init__(
-        self, model: nn.Module, behaviour: nn.Module, learning: Any, action_classes: tuple[int, ...], seed: int
+        self,
+        model: nn.Module,
+        behaviour: nn.Module,
+        learning: Callable[[Any, Any, int], Any],
+        action_classes: tuple[int, ...],
+        seed: int,
     ) -> None:
-        self.world_model, self.behaviour, self.learning = model, behaviour, learning
+        self.world_model, self.behaviour = model, behaviour
         self.action_classes, self.device = tuple(action_classes), next(model.parameters()).device
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._act = Captured(self._choose, self.device, self.acting_generator)
-        self._learner = Learner(learning, self.device)
+        self._learner = Learner(partial(learning, model, behaviour, seed + 1), self.device)
 
     # Acting
 
@@ -95,6 +101,10 @@ class ImaginingAgent(ABC):
         return dict(act_state)
 
     # Learning
+
+    @property
+    def learning(self) -> Any:
+        return self._learner.update
 
     @property
     def updates(self) -> int:

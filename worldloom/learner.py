@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -30,17 +32,31 @@ class Update(Protocol):
         """
 
 
-class Learner:
-    """Stages batches, runs `update.core` on them (as one CUDA graph on CUDA), and counts updates."""
+U = TypeVar("U", bound=Update)
 
-    def __init__(self, update: Update, device: torch.device) -> None:
-        self._update, self._staging = update, Staging(device)
-        self.captured = Captured(update.core, device, update.generator)
+
+class Learner(Generic[U]):
+    """Stages batches, runs an update's `core` on them (as one CUDA graph on CUDA), and counts updates.
+
+    make: returns the update. It is called at the first use, so that an agent that only acts has no optimiser, which
+    holds two numbers for each parameter.
+    """
+
+    def __init__(self, make: Callable[[], U], device: torch.device) -> None:
+        self._make, self._device, self._staging = make, device, Staging(device)
         self.updates = 0
+
+    @cached_property
+    def update(self) -> U:
+        return self._make()
+
+    @cached_property
+    def captured(self) -> Captured:
+        return Captured(self.update.core, self._device, self.update.generator)
 
     def learn(self, batch: Batch) -> Columns:
         """Make one update without waiting for the device; return replay columns, perhaps still on their way."""
-        columns = self.captured(self._staging.send(self._update.stage(batch)))
+        columns = self.captured(self._staging.send(self.update.stage(batch)))
         self.updates += 1
         return Columns(columns)
 
@@ -49,7 +65,7 @@ class Learner:
 
         Raises FloatingPointError after several updates in a row with a loss or gradient that is not finite.
         """
-        return self._update.tally.read()
+        return self.update.tally.read()
 
     def resume(self, updates: int) -> None:
         """Continue counting from `updates`, after parameters or optimiser states were replaced."""

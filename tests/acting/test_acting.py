@@ -4,6 +4,7 @@ import random
 import threading
 import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -167,6 +168,24 @@ def test_a_server_acts_bit_for_bit_like_the_agent_itself(preset, fields, serve):
             np.testing.assert_array_equal(mine.columns[name], theirs.columns[name])
         step = env.step(mine.actions)
         obs, first = step.obs, step.is_first
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [("dreamerv3:size1m", (3,)), ("tdmpc2:1m", (3,)), ("storm:tiny", (48, 48, 3)), ("diamond:tiny", (16, 16, 3))],
+)
+def test_an_agent_that_only_acts_makes_no_optimiser(model, shape, monkeypatch):
+    image = len(shape) == 3
+    space = gym.spaces.Box(0, 255, shape, np.uint8) if image else gym.spaces.Box(-1, 1, shape)
+    learner, actor = (create_agent(model, space, gym.spaces.Discrete(3), seed=seed) for seed in range(2))
+    learner.configure_learning("float32", compiled=False)
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", lambda *args: pytest.fail("an optimiser was made"))
+    actor.load_acting_weights(learner.acting_weights())
+    obs = np.zeros((2, *shape[::-1]), space.dtype)
+    actor.replay_columns(actor.act(obs, None, np.ones(2, bool))[1])
+    assert (actor.windows, actor.columns) == (learner.windows, learner.columns)
+    with pytest.raises(pytest.fail.Exception, match="an optimiser was made"):
+        actor.configure_learning("float32", compiled=False)
 
 
 @pytest.mark.parametrize(

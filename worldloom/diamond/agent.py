@@ -40,7 +40,7 @@ class DiamondAgent(ImaginingAgent):
         self.batch_size, self.train_ratio = c.batch_size, c.train_ratio
         self.windows = WindowSpec(c.window, context=0, crosses_episodes=True)  # an episode may be shorter than a window
         behaviour = ActorCritic(model.obs_shape, model.action_dim, c).to(model.device)
-        super().__init__(model, behaviour, DiamondLearning(model, behaviour, seed + 1), action_classes, seed)
+        super().__init__(model, behaviour, DiamondLearning, action_classes, seed)
 
     @torch.inference_mode()
     def act(

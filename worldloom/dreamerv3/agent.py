@@ -41,7 +41,7 @@ class DreamerV3Agent(ImaginingAgent):
                 f"{tuple(action_classes)}. Make the model with the agent's action_classes."
             )
         behaviour = Behaviour(model, tuple(action_classes)).to(model.bins.device)
-        super().__init__(model, behaviour, DreamerV3Learning(model, behaviour, seed + 1), action_classes, seed)
+        super().__init__(model, behaviour, DreamerV3Learning, action_classes, seed)
 
     # Facts that a run needs
 
@@ -59,8 +59,8 @@ class DreamerV3Agent(ImaginingAgent):
 
     @property
     def windows(self) -> WindowSpec:
-        """Windows of rows to train on, after one row for its stored latents if `learning.stored`."""
-        context = int(self.learning.stored)
+        """Windows of rows to train on, after one row for its latents if replay stores them."""
+        context = int(bool(self.columns))
         return WindowSpec(self.config.batch_length + context, context, crosses_episodes=True, online_queue=True)
 
     @property
@@ -86,7 +86,7 @@ class DreamerV3Agent(ImaginingAgent):
 
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:
         """Return the latents [E, ...] of the rows just acted on, as replay stores them; {} if it stores none."""
-        if not self.learning.stored:
+        if not self.columns:
             return {}
         found = compact(RSSMState(act_state["deter"], act_state["stoch"]))
         return {name: value.cpu().numpy() for name, value in found.items()}

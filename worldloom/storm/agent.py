@@ -38,7 +38,7 @@ class STORMAgent(ImaginingAgent):
         # the row before those that are trained gives the latent that the first token is made of
         self.windows = WindowSpec(c.batch_length + 1, context=1, crosses_episodes=True)
         behaviour = Behaviour(c, model.action_dim, tuple(action_classes)).to(model.bins.device)
-        super().__init__(model, behaviour, STORMLearning(model, behaviour, seed + 1), action_classes, seed)
+        super().__init__(model, behaviour, STORMLearning, action_classes, seed)
 
     # Acting
 

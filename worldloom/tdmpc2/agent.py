@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class TDMPC2Agent:
         self.world_model, self.planner, self.device = model, Planner(model), model.bins.device
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._act = Captured(self._choose, self.device, self.acting_generator)
-        self.learning = TDMPC2Learning(model, seed + 1)
-        self._learner = Learner(self.learning, self.device)
+        self._learner = Learner(partial(TDMPC2Learning, model, seed + 1), self.device)
 
     # Facts that a run needs
 
@@ -117,11 +117,12 @@ class TDMPC2Agent:
         numbers = None if task is None else torch.as_tensor(task).long()
         numbers = self.world_model.task_numbers(numbers, len(is_first))
         shown = self.world_model.check_observation("act", torch.as_tensor(obs), numbers)
-        given = {
-            "obs": shown,
-            "is_first": torch.as_tensor(is_first),
-            "mean": self._previous_mean(act_state, len(shown)),
-        }
+        if act_state is None:
+            previous = torch.zeros(len(shown), self.config.horizon, self.world_model.action_dim, device=self.device)
+        else:
+            check_act_state(act_state, len(shown))
+            previous = act_state["mean"]
+        given = {"obs": shown, "is_first": torch.as_tensor(is_first), "mean": previous}
         found = self._act(given if numbers is None else {**given, "task": numbers}, explore=explore)
         mean = found["mean"].clone()  # the next call fills the same buffers
         return found["action"].cpu().numpy(), {"mean": mean}
@@ -138,17 +139,15 @@ class TDMPC2Agent:
             action = model.policy_action(z, noise.explore if explore else None, task)
         return {"action": action, "mean": mean}
 
-    def _previous_mean(self, act_state: ActState | None, envs: int) -> Tensor:
-        if act_state is None:
-            return torch.zeros(envs, self.config.horizon, self.world_model.action_dim, device=self.device)
-        check_act_state(act_state, envs)
-        return act_state["mean"]
-
     def replay_columns(self, act_state: ActState) -> dict[str, Array]:  # noqa: ARG002 - the protocol's argument
         """Return {}: acting makes nothing for replay to store."""
         return {}
 
     # Learning
+
+    @property
+    def learning(self) -> TDMPC2Learning:
+        return self._learner.update
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """Make one update: world model, then policy, then target values (Hansen et al. 2024, algorithm 2).
