@@ -1,56 +1,47 @@
-"""Operations of one update and one act, eager: python -m benchmarks.operations
+"""Operations of one update and one act: python -m benchmarks.operations
 
 Counted below autograd, backward and optimiser included, on the CPU. Views and bare allocations start no kernel and are
 not counted. Matrix products are torch's, as on a GPU, whatever the CPU (`worldloom.products`). On a GPU each operation
-is at least one kernel launch; `benchmarks.gpu` counts the kernels themselves. TD-MPC2's layers have other forms on a
-GPU than on a CPU, which the columns "as on a GPU" count. DreamerV3's cannot be counted so: a CPU composes from many
-operations what is one on a GPU.
+is at least one kernel launch; `benchmarks.gpu` counts the kernels themselves. TD-MPC2 acts by planning; its layers have
+other forms on a GPU than on a CPU, which the columns "as on a GPU" count. DreamerV3's cannot be counted so: a CPU
+composes from many operations what is one on a GPU.
+
+With --compiled updates are compiled too, and the kernels counted that they run on the CPU (minutes). With --r2dreamer
+DIR or --tdmpc2 DIR, checkouts of the authors' code, theirs is counted in the same way, eager as it is on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counting import Counted, count_kernels
 from benchmarks.learner import make_agent, random_batch
 from worldloom import functional, products
 
-MODELS = (  # observations, and the rows of a batch
+Model = tuple[str, str, int, int]  # its name, observations, and the rows of a batch
+MODELS: tuple[Model, ...] = (
     ("dreamerv3:size1m", "walker", 16, 64),
     ("dreamerv3:size1m", "image", 8, 32),
     ("dreamerv3:size12m", "image", 4, 16),
     ("tdmpc2:1m", "vector", 256, 4),
     ("tdmpc2:5m", "vector", 256, 4),
 )
-FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view")  # operations that start no kernel, beside views
-
-
-class Counted(TorchDispatchMode):
-    """How often each operation is called that computes something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[-1]
-        returned = [value.alias_info for value in func._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in returned)
-        if not is_view and not name.startswith(FREE) and "profiler" not in func._schema.name:
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @patch.object(products, "WORTH", float("inf"))
-def count(model: str, obs: str, batch: int, length: int) -> tuple[Counter[str], Counter[str]]:
+def count(model: Model) -> tuple[Counter[str], Counter[str]]:
     """Count the operations of an update, and of an act for one environment."""
-    agent: Any = make_agent(model, obs, batch, length, "cpu")
+    agent: Any = make_agent(*model, "cpu")
     given = agent.learning.stage(random_batch(agent, "cpu"))
     agent.learning.core(given)  # the first makes the optimiser's state
     with Counted() as update:
@@ -65,21 +56,72 @@ def count(model: str, obs: str, batch: int, length: int) -> tuple[Counter[str], 
     return update.calls, act.calls
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.operations", description=__doc__)
+@patch.object(products, "WORTH", float("inf"))
+def count_compiled(model: Model) -> Counter[str]:
+    """Count the kernels of a compiled update."""
+    import torch._inductor.config as inductor
+
+    agent: Any = make_agent(*model, "cpu")
+    batch = random_batch(agent, "cpu")
+    with inductor.patch({"cpp.enable_kernel_profile": True}):
+        agent.configure_learning("float32", True)
+        for _ in range(2):
+            agent.update(batch)
+        return count_kernels(lambda: agent.update(batch))
+
+
+def count_authors(model: Model, options: argparse.Namespace) -> tuple[int, int] | None:
+    """Count the operations of an update and an act of the authors' code, if there is a checkout of it."""
+    (family, size), (_, obs, batch, length) = model[0].split(":"), model
+    checkout = options.tdmpc2 if family == "tdmpc2" else options.r2dreamer
+    if checkout is None:
+        return None
+    script = f"{'tdmpc2' if family == 'tdmpc2' else 'r2dreamer'}_reference.py"
+    settings = {"size": int(size.removesuffix("m")) if family == "tdmpc2" else size, "obs": obs, "batch": batch}
+    settings |= {"length": length, "device": "cpu", "precision": "float32", "threads": torch.get_num_threads()}
+    text = json.dumps({**settings, "warmup": 1, "repeats": 1, "compile": False, "count": True})
+    command = [options.reference_python, str(Path(__file__).with_name(script)), str(checkout), text]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the authors' code failed:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return int(found["update"][0]), int(found["plan" if family == "tdmpc2" else "act_1"][0])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.operations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--top", type=int, default=0, help="also name so many of the most frequent operations")
-    options = parser.parse_args()
-    heads = f"{'update':>9}{'act':>7}"
-    print(f"torch {torch.__version__}\n{'model':20}{'obs':9}{'batch':>9}{heads}{'as on a GPU':>19}")
-    for model, obs, batch, length in MODELS:
-        update, act = count(model, obs, batch, length)
-        rows, more = f"{batch} x {length}", ""
-        if model.startswith("tdmpc2"):
+    parser.add_argument("--compiled", action="store_true", help="count the kernels of compiled updates too")
+    parser.add_argument("--r2dreamer", type=Path, help="checkout of NM512/r2dreamer")
+    parser.add_argument("--tdmpc2", type=Path, help="checkout of nicklashansen/tdmpc2")
+    parser.add_argument("--reference-python", default=sys.executable, help="a Python that has what they need")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    heads = f"{'update':>9}{'act':>7}{'as on a GPU':>16}{'compiled':>10}{'authors':>16}"
+    print(f"torch {torch.__version__}\n{'model':20}{'obs':9}{'batch':>9}{heads}")
+    for model in MODELS:
+        name, obs, batch, length = model
+        update, act = count(model)
+        gpu = compiled = authors = ""
+        if name.startswith("tdmpc2"):
             with patch.object(functional, "eager_on_cpu", lambda x: False):
-                more = "{:12,}{:7,}".format(*(calls.total() for calls in count(model, obs, batch, length)))
-        print(f"{model:20}{obs:9}{rows:>9}{update.total():9,}{act.total():7,}{more}", flush=True)
-        for name, times in update.most_common(options.top):
-            print(f"{'':24}{name:40}{times:7,}")
+                gpu = "{:9,}{:7,}".format(*(calls.total() for calls in count(model)))
+        kernels = count_compiled(model) if options.compiled else Counter()
+        if kernels:
+            compiled = f"{kernels.total():,}"
+        if theirs := count_authors(model, options):
+            authors = "{:9,}{:7,}".format(*theirs)
+        rows = f"{batch} x {length}"
+        start = f"{name:20}{obs:9}{rows:>9}{update.total():9,}{act.total():7,}"
+        print(f"{start}{gpu:>16}{compiled:>10}{authors:>16}".rstrip(), flush=True)
+        for title, found in (("", update), ("compiled: ", kernels)):
+            for operation, times in found.most_common(options.top):
+                print(f"{'':24}{title + operation:40}{times:7,}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ actions back, as their trainer does, and runs uncompiled in float32, as there.
 
 Prints seconds as JSON, the last line being the whole: {"update": [...], "act_1": [...], "act_16": [...]}, "update" with
 their torch.compile unless the option "compile" is false (its default is true on CUDA only). With it there is
-"update_eager" too, unless the option "eager" is false. With the option "lock" (a file) calls are timed while holding
+"update_eager" too, unless the option "eager" is false. With the option "count" it gives the operations of one call in
+place of seconds. With the option "lock" (a file) calls are timed while holding
 it, so that several references may warm up at once. Imports nothing of WorldLoom.
 """
 
@@ -118,6 +119,7 @@ class RandomBuffer:
 
 
 def timed(name: str, call: Callable[[], Any], options: dict[str, Any]) -> list[float]:
+    from counting import Counted
     from turns import turn
 
     def once() -> float:
@@ -129,6 +131,10 @@ def timed(name: str, call: Callable[[], Any], options: dict[str, Any]) -> list[f
 
     warmup = [once() for _ in range(options["warmup"])]
     print(f"{name}: {options['warmup']} warm-up calls in {sum(warmup):.1f} s", flush=True)
+    if options.get("count"):
+        with Counted() as counted:
+            call()
+        return [float(counted.calls.total())]
     with turn(options):
         return [once() for _ in range(options["repeats"])]
 

@@ -4,7 +4,8 @@ python benchmarks/tdmpc2_reference.py CHECKOUT OPTIONS: CHECKOUT holds nicklasha
 Python needs torch and tensordict: 0.8.3 as they pin it, 0.12.4 with torch 2.11 (0.15 breaks their code). Prints the
 seconds of each update and plan as JSON, the last line being the whole. On CUDA their settings hold: compiled, and
 float32 products in TensorFloat-32. Options beside the usual: "compile" (a flag), "calls" (some of "plan", "update"),
-and "lock" (a file; calls are timed while holding it, so that several references may warm up at once).
+"count" (gives the operations of one call in place of seconds), and "lock" (a file; calls are timed while holding it, so
+that several references may warm up at once).
 
 The code runs from a copy in which "cuda:0" is the device asked for. Where there are but two critics (size 1), the copy
 draws their order another way: torch 2.11 cannot compile randperm(2)[:2]. Imports nothing of WorldLoom.
@@ -65,6 +66,7 @@ def make_settings(options: dict[str, Any]) -> Settings:
 
 
 def timed(name: str, call: Any, options: dict[str, Any]) -> list[float]:
+    from counting import Counted
     from turns import turn
 
     def once() -> float:
@@ -76,6 +78,10 @@ def timed(name: str, call: Any, options: dict[str, Any]) -> list[float]:
 
     warmup = [once() for _ in range(options["warmup"])]
     print(f"{name}: {options['warmup']} warm-up calls in {sum(warmup):.1f} s", flush=True)
+    if options.get("count"):
+        with Counted() as counted:
+            call()
+        return [float(counted.calls.total())]
     with turn(options):
         return [once() for _ in range(options["repeats"])]
 
