@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view")  # operations that start no kernel, beside views
 VIEWS = (
-    "alias", "as_strided", "expand", "narrow", "permute", "reshape", "resize_", "result_type", "select", "slice",
-    "split", "squeeze", "t", "to", "transpose", "unbind", "unfold", "unsafe_split", "unsqueeze", "view",
+    "_reshape_alias", "alias", "as_strided", "chunk", "expand", "flatten", "narrow", "permute", "reshape", "resize_",
+    "result_type", "select", "slice", "split", "squeeze", "t", "to", "transpose", "unbind", "unfold", "unsafe_split",
+    "unsqueeze", "view",
 )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ class Counted(TorchDispatchMode):
 
 
 def count_kernels(call: Callable[[], Any]) -> Counter[str]:
-    """Count the kernels that a compiled call runs on a CPU: Inductor's own, and operations of torch between them.
+    """Count the kernels that a compiled call runs on a CPU: Inductor's own, and the outermost operations of torch.
 
     The call must have been compiled with `torch._inductor.config.cpp.enable_kernel_profile`.
     """
@@ -41,10 +42,10 @@ def count_kernels(call: Callable[[], Any]) -> Counter[str]:
         call()
     kernels: Counter[str] = Counter()
     for event in profile.events() or []:
-        fused = "cpp_fused" in event.name or "cpp_CppMicro" in event.name
-        plain = event.name.removeprefix("aten::")
-        inner = any(child.name.startswith("aten::") for child in event.cpu_children)
-        leaf = event.name.startswith("aten::") and not inner and plain not in VIEWS and not plain.startswith(FREE)
-        if fused or leaf:
-            kernels["fused" if fused else plain] += 1
+        outer = event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::")
+        name = event.name.removeprefix("aten::")
+        if event.name.startswith("graph_") or "cpp_fused" in event.name:
+            kernels["fused"] += 1
+        elif event.name.startswith("aten::") and outer and name not in VIEWS and not name.startswith(FREE):
+            kernels[name] += 1
     return kernels
