@@ -18,7 +18,7 @@ VIEWS = (
 
 
 class Counted(TorchDispatchMode):
-    """How often each operation is called that computes something."""
+    """Counts how often each operation is called that computes something."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
 """Seconds per update of an agent: python -m benchmarks.learner --model dreamerv3:size1m --obs walker
 
 Batches are random numbers of the right shapes in device memory; sampling is not timed, warm-up updates and compilation
-are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run. With one form
-alone, the peak memory of both processes is printed, compiling included. With
---representation r2dreamer infonce ne, DreamerV3 is also timed without its decoder, eager, in turn with the update that
-has one:
+are excluded. With --reference DIR --reference-python PYTHON the authors' code is timed in the same run. With
+--forms eager or --forms compiled, the peak memory of that form is printed, compiling included, and of the authors'
+code. With --representation r2dreamer infonce ne, DreamerV3 is also timed without its decoder, eager, in turn with the
+update that has one:
 
     python -m benchmarks.learner --obs image --batch 8 --length 32 --forms eager --representation r2dreamer infonce ne
 """
@@ -98,23 +98,28 @@ def launches(agent: Agent, batch: Any) -> int:
     )
 
 
-def reference_seconds(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of the authors' code by what was timed, in its own Python, with as many threads."""
-    family, size = resolve(options.model)
-    common = {
-        "size": int(size.removesuffix("m")) if family == "tdmpc2" else size,
-        "device": options.device,
-        "threads": options.threads,
-        "warmup": WARMUP,
-    }
-    script = Path(__file__).with_name(f"{family}_reference.py")
-    command = [options.reference_python, str(script), str(options.reference), json.dumps({**common, **settings})]
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[: options.threads])
-    done = subprocess.run(["taskset", "-c", cores, *command], capture_output=True, text=True)
+def run_reference(program: str, python: str, checkout: Path, settings: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the numbers of the authors' code, by what was measured; it runs in its own Python, on as many cores."""
+    script = Path(__file__).with_name(f"{program}_reference.py")
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[: settings["threads"]])
+    command = ["taskset", "-c", cores, python, str(script), str(checkout), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the reference failed:\n{done.stderr[-2000:]}")
     found: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def size_of(family: str, size: str) -> int | str:
+    """Return a size as the authors' code names it."""
+    return int(size.removesuffix("m")) if family == "tdmpc2" else size
+
+
+def reference_seconds(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the seconds of the authors' code, by what was timed."""
+    family, size = resolve(options.model)
+    common = {"size": size_of(family, size), "device": options.device, "threads": options.threads, "warmup": WARMUP}
+    return run_reference(family, options.reference_python, options.reference, {**common, **settings})
 
 
 def parse() -> argparse.Namespace:
@@ -127,7 +132,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--updates", type=int, default=20, help="timed updates")
-    parser.add_argument("--forms", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    forms = ["eager", "compiled"]
+    parser.add_argument("--forms", nargs="+", default=forms, choices=forms, help="what to time; default: both")
     parser.add_argument("--representation", nargs="+", default=[], choices=["r2dreamer", "infonce", "ne"])
     parser.add_argument("--reference", type=Path, help="checkout of the authors' code to time beside ours")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python that has what it needs")

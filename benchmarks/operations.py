@@ -13,8 +13,6 @@ DIR or --tdmpc2 DIR, checkouts of the authors' code, theirs is counted in the sa
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.counting import Counted, count_kernels
-from benchmarks.learner import make_agent, random_batch
+from benchmarks.learner import make_agent, random_batch, run_reference, size_of
 from worldloom import functional, products
 
 Model = tuple[str, str, int, int]  # its name, observations, and the rows of a batch
@@ -73,19 +71,15 @@ def count_compiled(model: Model) -> Counter[str]:
 def count_authors(model: Model, options: argparse.Namespace) -> tuple[int, int] | None:
     """Count the operations of an update and an act of the authors' code, if there is a checkout of it."""
     (family, size), (_, obs, batch, length) = model[0].split(":"), model
-    checkout = options.tdmpc2 if family == "tdmpc2" else options.r2dreamer
+    tdmpc2 = family == "tdmpc2"
+    checkout, program = (options.tdmpc2, "tdmpc2") if tdmpc2 else (options.r2dreamer, "r2dreamer")
     if checkout is None:
         return None
-    script = f"{'tdmpc2' if family == 'tdmpc2' else 'r2dreamer'}_reference.py"
-    settings = {"size": int(size.removesuffix("m")) if family == "tdmpc2" else size, "obs": obs, "batch": batch}
-    settings |= {"length": length, "device": "cpu", "precision": "float32", "threads": torch.get_num_threads()}
-    text = json.dumps({**settings, "warmup": 1, "repeats": 1, "compile": False, "count": True})
-    command = [options.reference_python, str(Path(__file__).with_name(script)), str(checkout), text]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the authors' code failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return int(found["update"][0]), int(found["plan" if family == "tdmpc2" else "act_1"][0])
+    settings = {"size": size_of(family, size), "obs": obs, "batch": batch, "length": length, "device": "cpu"}
+    settings |= {"threads": torch.get_num_threads(), "precision": "float32", "compile": False}
+    settings |= {"count": True, "warmup": 1}
+    found = run_reference(program, options.reference_python, checkout, settings)
+    return int(found["update"][0]), int(found["plan" if tdmpc2 else "act_1"][0])
 
 
 def parse() -> argparse.Namespace:

@@ -104,6 +104,7 @@ class ImaginingAgent(ABC):
 
     @property
     def learning(self) -> Any:
+        """Return the family's `Update`, made at its first use."""
         return self._learner.update
 
     @property

@@ -147,6 +147,7 @@ class TDMPC2Agent:
 
     @property
     def learning(self) -> TDMPC2Learning:
+        """Return the update, made at its first use."""
         return self._learner.update
 
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
