@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from worldloom.capture import Captured, Tensors
+from worldloom.memory import keep_freed_memory
 from worldloom.staging import Columns, Staging
 from worldloom.tally import Tally
 from worldloom.types import Batch, Metrics
@@ -45,6 +46,8 @@ class Learner(Generic[U]):
     def __init__(self, make: Callable[[], U], device: torch.device) -> None:
         self._make, self._device, self._staging = make, device, Staging(device)
         self.updates = 0
+        if device.type == "cpu":
+            keep_freed_memory()
 
     @cached_property
     def update(self) -> U:
