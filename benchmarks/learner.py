@@ -7,6 +7,11 @@ code. With --representation r2dreamer infonce ne, DreamerV3 is also timed withou
 update that has one:
 
     python -m benchmarks.learner --obs image --batch 8 --length 32 --forms eager --representation r2dreamer infonce ne
+
+With --act the seconds of an action in one environment follow. STORM and DIAMOND take choices on images:
+
+    python -m benchmarks.learner --model storm:tiny --obs image --batch 8 --length 32 --forms eager --act
+    python -m benchmarks.learner --model diamond:tiny --obs rally --batch 16 --length 5 --forms eager --act
 """
 
 from __future__ import annotations
@@ -33,13 +38,16 @@ OBSERVATIONS: dict[str, tuple[Any, int]] = {  # shapes and action size
     "walker": ({"height": (), "orientations": (14,), "velocity": (9,)}, 6),
     "vector": ((39,), 4),
     "image": ((3, 64, 64), 6),
+    "rally": ((3, 16, 16), 3),
 }
+CHOICES = ("storm", "diamond")  # families whose actions are choices here
 
 
 def make_agent(model: str, obs: str, batch: int, length: int, device: str, **more: Any) -> Agent:
     shape, action_dim = OBSERVATIONS[obs]
     family, _ = resolve(model)
-    fields = {"dreamerv3": {"batch_size": batch, "batch_length": length}, "tdmpc2": {"batch_size": batch}}[family]
+    rows = {"dreamerv3": "batch_length", "storm": "batch_length", "diamond": "horizon"}
+    fields = {"batch_size": batch, **({rows[family]: length} if family in rows else {})}
     config = build_config(model, {**fields, **more})
     description = {
         "family": family,
@@ -47,6 +55,7 @@ def make_agent(model: str, obs: str, batch: int, length: int, device: str, **mor
         "action_dim": action_dim,
         "episode_length": 500,
         "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
+        **({"action_classes": (action_dim,)} if family in CHOICES else {}),
     }
     return agent_from_description(description, device)
 
@@ -65,8 +74,13 @@ def random_batch(agent: Agent, device: str) -> Any:
     obs = {k: observation(v) for k, v in shape.items()} if isinstance(shape, dict) else observation(shape)
     first = torch.zeros(lead, dtype=torch.bool)
     first[:, lead[1] // 2] = True
+    actions = torch.rand(*lead, agent.world_model.action_dim, generator=generator)
+    if agent.describe().get("action_classes"):
+        actions = torch.nn.functional.one_hot(actions.argmax(-1), actions.shape[-1]).float()
+    else:
+        actions = actions * 2 - 1
     batch: dict[str, Any] = {
-        "actions": torch.rand(*lead, agent.world_model.action_dim, generator=generator) * 2 - 1,
+        "actions": actions,
         "rewards": torch.randn(lead, generator=generator),
         "is_first": first,
         "terminated": torch.zeros(lead, dtype=torch.bool),
@@ -86,6 +100,19 @@ def update(agent: Agent, batch: Any) -> float:
     if agent.acting_generator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begun
+
+
+def act_seconds(agent: Agent, batch: Any, calls: int) -> list[float]:
+    """Of `act` in one environment, within an episode."""
+    shown = batch["obs"]
+    obs = {k: v[:1, 0].numpy() for k, v in shown.items()} if isinstance(shown, dict) else shown[:1, 0].cpu().numpy()
+    _, state = agent.act(obs, None, np.ones(1, bool))
+    seconds = []
+    for _ in range(WARMUP + calls):
+        begun = time.perf_counter()
+        _, state = agent.act(obs, state, np.zeros(1, bool))
+        seconds.append(time.perf_counter() - begun)
+    return seconds[WARMUP:]
 
 
 def launches(agent: Agent, batch: Any) -> int:
@@ -127,7 +154,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="dreamerv3:size1m")
     parser.add_argument("--obs", default="walker", choices=OBSERVATIONS)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64, help="trained rows per window (DreamerV3)")
+    parser.add_argument("--length", type=int, default=64, help="trained rows per window; DIAMOND's imagined steps")
+    parser.add_argument("--starts", type=int, help="STORM's imagined starts, at most batch x length")
+    parser.add_argument("--act", action="store_true", help="time an action in one environment, too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -140,12 +169,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def show(times: dict[str, list[float]], first: str, call: str, scale: int) -> None:
+    """Print medians, in seconds / scale, beside those of the form that is named first."""
+    unit = "ms" if scale == 1000 else "s"
+    print(f"{'':10}{unit + '/' + call:>10}{'best':>8}{call + 's/s':>11}{'against first':>15}")
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, middle in medians.items():
+        least, ratio = min(times[name]), medians[first] / middle
+        print(f"{name:10}{middle * scale:10.3f}{least * scale:8.3f}{1 / middle:11.2f}{ratio:14.2f}x")
+
+
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     agents, sizes = {}, (options.model, options.obs, options.batch, options.length, options.device)
     for name in [*options.forms, *options.representation]:
-        fields = {"representation": name} if name in options.representation else {}
+        fields: dict[str, Any] = {"representation": name} if name in options.representation else {}
+        fields |= {"imagination_starts": options.starts} if options.starts else {}
         agents[name] = make_agent(*sizes, **fields)
         agents[name].configure_learning(options.precision, name == "compiled")
     one = agents[options.forms[0]]
@@ -159,21 +199,25 @@ def main() -> None:
     for _ in range(options.updates):  # in turn, so that all see the same machine
         for name, agent in agents.items():
             times[name].append(update(agent, batch))
+    acts = {name: act_seconds(agent, batch, options.updates) for name, agent in agents.items()} if options.act else {}
     if options.reference:
         settings = {
             "obs": options.obs,
             "precision": options.precision,
             "batch": options.batch,
             "length": options.length,
+            "config": one.describe()["config"],
+            "repeats": options.updates,
         }
-        times["reference"] = reference_seconds(options, {**settings, "repeats": options.updates})["update"]
+        found = reference_seconds(options, settings)
+        times["reference"] = found["update"]
+        if options.act:
+            acts["reference"] = found["act_1"]
     print(f"\n{options.model}, {options.obs}, {one.batch_size} x {one.windows.trained} rows, {options.device}")
     print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, {options.precision}")
-    print(f"{'':10}{'s/update':>10}{'best':>8}{'updates/s':>11}{'against first':>15}")
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    for name, middle in medians.items():
-        ratio = medians[options.forms[0]] / middle
-        print(f"{name:10}{middle:10.3f}{min(times[name]):8.3f}{1 / middle:11.2f}{ratio:14.2f}x")
+    show(times, options.forms[0], "update", 1)
+    if options.act:
+        show(acts, options.forms[0], "act", 1000)
     if len(agents) == 1:
         peaks = {options.forms[0]: resource.RUSAGE_SELF}
         if options.reference:
