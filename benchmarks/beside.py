@@ -30,6 +30,8 @@ import torch
 from launch.arguments import run_config, run_parser
 from worldloom.replay.chunk import ChunkInfo
 from worldloom.report.page import OWN, PUBLISHED, axes
+from worldloom.runs.build import probe_env
+from worldloom.runs.config import RunConfig
 from worldloom.runs.inline import InlineTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,10 +117,15 @@ COMPARISONS = {
 }
 
 
-def train_ours(what: Comparison, settings: Settings, seed: int, folder: Path, more: Sequence[str]) -> None:
-    """Train in this process; note the return of each training episode."""
+def env_id(task: str) -> str:
+    """Return DeepMind Control's id of a task by its authors' name, as in cartpole-balance-sparse."""
+    domain, _, name = task.partition("-")
+    return f"dm_control/{'ball_in_cup' if domain == 'cup' else domain}-{name.replace('-', '_')}-v0"
+
+
+def our_config(what: Comparison, settings: Settings, seed: int, more: Sequence[str]) -> RunConfig:
     fields = {
-        "--env.id": f"dm_control/{settings.task.replace('cup-', 'ball_in_cup-')}-v0",
+        "--env.id": env_id(settings.task),
         "--train.total_steps": settings.steps,
         "--train.seed": seed,
         "--train.device": "cpu",
@@ -131,7 +138,12 @@ def train_ours(what: Comparison, settings: Settings, seed: int, folder: Path, mo
     }
     parser = run_parser("benchmarks.beside", "")
     words = [*what.ours(settings), *(str(word) for pair in fields.items() for word in pair), *more]
-    trainer = InlineTrainer(run_config(parser, parser.parse_args(words)), folder / "run")
+    return run_config(parser, parser.parse_args(words))
+
+
+def train_ours(config: RunConfig, folder: Path) -> None:
+    """Train in this process; note the return of each training episode."""
+    trainer = InlineTrainer(config, folder / "run")
     recorder = trainer.run.recorder
     record = recorder.chunk
 
@@ -169,6 +181,8 @@ def refuse_other_settings(folder: Path, asked: dict[str, Any]) -> None:
 def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more: Sequence[str]) -> None:
     """Train every seed on both sides that is not complete; seeds first, so that both sides grow together."""
     asked = {**dataclasses.asdict(settings), "more": list(more)}
+    configs = {seed: our_config(what, settings, seed, more) for seed in o.seeds}
+    probe_env(configs[o.seeds[0]])  # a wrong task is refused before hours of the authors' training
     for seed in o.seeds:
         for side in (AUTHORS, OURS):
             folder = o.out / f"{side}-{seed}"
@@ -180,7 +194,7 @@ def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more:
             print(f"{side}, seed {seed}: training", flush=True)
             begun = time.monotonic()
             if side == OURS:
-                train_ours(what, settings, seed, folder, more)
+                train_ours(configs[seed], folder)
             else:
                 train_theirs(what, settings, seed, folder, o)
             seconds = time.monotonic() - begun
@@ -272,8 +286,24 @@ def table(curves: Sequence[Curve]) -> str:
     return text
 
 
+def shown(argv: Sequence[str]) -> str:
+    """Return the command without the places of this machine."""
+    places = {"--tdmpc2": "DIR", "--dreamerv3": "DIR", "--python": "PYTHON", "--out": "OUT"}
+    words = [places.get(before, word) for before, word in zip(["", *argv], argv, strict=False)]
+    return f"`python -m benchmarks.beside {' '.join(words)}`"
+
+
+def settings_of(out: Path, asked: Settings) -> Settings:
+    """Return the settings that a complete run had; those asked for before there is one."""
+    for path in sorted(out.glob(f"*/{DONE}")):
+        had = json.loads(path.read_text())["settings"]
+        return Settings(**{field.name: had[field.name] for field in dataclasses.fields(Settings)})
+    return asked
+
+
 def write(what: Comparison, settings: Settings, out: Path, argv: Sequence[str]) -> None:
     """Write returns.csv, curves.svg and table.md."""
+    settings = settings_of(out, settings)
     curves = read_curves(out)
     with (out / RETURNS).open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -285,8 +315,7 @@ def write(what: Comparison, settings: Settings, out: Path, argv: Sequence[str]) 
         draw(curves, f"{what.name} on {settings.task}", out / "curves.svg")
     machine = f"{platform.machine()}, {settings.threads} threads, our torch {torch.__version__}"
     text = f"{what.name} on {settings.task}, {settings.steps:,} agent steps ({REPEAT * settings.steps:,} frames)."
-    command = f"`python -m benchmarks.beside {' '.join(argv)}`"
-    (out / "table.md").write_text(f"{text} {machine}. {command}\n\n{table(curves)}")
+    (out / "table.md").write_text(f"{text} {machine}. {shown(argv)}\n\n{table(curves)}")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -326,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not o.table:
             train_all(what, settings, o, more)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(f"benchmarks.beside: {error}", file=sys.stderr)
         return 1
     finally:

@@ -1,30 +1,44 @@
 """Learning curves over the authors' published ones: python -m benchmarks.curves --suite dmc12 --algorithm tdmpc2:5m
 
-Trains every task and seed with the published settings of a preset, nothing tuned, through launch.sweep: runs that are
-complete are kept, and one that was interrupted goes on. Then it writes, into the folder OUT: compare.html with every
-curve over the published mean and spread, table.md with our value, theirs and the difference in their standard
-deviations, curves.csv and curves.svg. TD-MPC2's authors report evaluations, DreamerV3's the returns of training.
+Trains every task and seed with the published settings of a preset, nothing tuned, several runs at a time as
+launch.sweep does: runs that are complete are kept, and one that was interrupted goes on. Tasks and seeds may be added
+later. Then it writes, into the folder OUT: compare.html with every curve over the published mean and spread, table.md
+with our value, theirs and the difference in their standard deviations, curves.csv and curves.svg. TD-MPC2's authors
+report evaluations, DreamerV3's the returns of training. Arguments that it does not know go to the configuration of
+every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import dataclasses
 import math
-import re
+import os
+import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from launch.sweep import main as sweep
-from launch.train import main as train
+from launch.arguments import run_config, run_parser
+from launch.sweep import begun, carry_out
+from launch.sweeps.folder import SweepFolder
+from launch.sweeps.grid import values_of
+from launch.sweeps.plan import Plan
+from launch.sweeps.table import last_line
 from worldloom.families import resolve
+from worldloom.report.compare import write_comparison
 from worldloom.report.compared import EVALUATION, TRAINING, ComparedRun, read_compared
 from worldloom.report.page import OWN, PUBLISHED, axes
 from worldloom.report.published import Curve, published_curve
+from worldloom.runs.build import check_config
+from worldloom.runs.config import RunConfig
 
 DMC12 = (
     *("cartpole-swingup", "cartpole-balance_sparse", "ball_in_cup-catch", "reacher-easy", "finger-spin", "walker-walk"),
@@ -50,6 +64,7 @@ METRICS = {  # what the authors report
     "tdmpc2": EVALUATION,
     "dreamerv3": TRAINING,
 }
+PUBLISHED_EVERY = 50_000  # agent steps between two points of TD-MPC2's published curves
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class Result:
             mean, std = self.published.mean[at], self.published.std[at]
             theirs = f"{mean:.1f} ± {std:.1f}"
             apart = f"{(np.mean(ours) - mean) / std:+.1f}" if std else ""
-        seeds = ", ".join(str(run.subject.seed) for run in self.runs)
+        seeds = ", ".join(f"{run.subject.seed} ({run.status})" for run in self.runs)
         hours = f"{sum(run.wall_seconds for run in self.runs) / 3600:.1f}"
         return [self.task, seeds, f"{self.reached:,}", f"{frame:,}", shown, theirs, apart, hours]
 
@@ -95,15 +110,28 @@ HEADER = ("task", "seeds", "frames reached", "compared at", "ours", "published",
 def read_results(out: Path, metric: str) -> list[Result]:
     """Read what has been trained so far, task by task."""
     by_task: dict[str, list[ComparedRun]] = {}
-    for run in read_compared([out]):
-        by_task.setdefault(run.subject.env_id, []).append(run)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # no run has metrics yet
+        for run in read_compared([out]):
+            by_task.setdefault(run.subject.env_id, []).append(run)
     return [Result(task, runs, published_curve(runs[0].subject), metric) for task, runs in by_task.items()]
 
 
-def write(results: Sequence[Result], out: Path) -> None:
-    """Write table.md, curves.csv and curves.svg."""
+def shown(argv: Sequence[str]) -> str:
+    """Return the command and the machine, without the places of this machine."""
+    words = ["OUT" if before == "--out" else word for before, word in zip(["", *argv], argv, strict=False)]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    return f"`{shlex.join(['python', '-m', 'benchmarks.curves', *words])}` on {machine}"
+
+
+def write(results: Sequence[Result], out: Path, argv: Sequence[str]) -> None:
+    """Write table.md, curves.csv, curves.svg and compare.html."""
     lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER), *(" | ".join(r.row()) for r in results)]
-    (out / "table.md").write_text("".join(f"| {line} |\n" for line in lines))
+    table = "".join(f"| {line} |\n" for line in lines)
+    failed = [f"{name} failed: {last_line(error)}" for name, error in SweepFolder(out).read_errors().items()]
+    (out / "table.md").write_text("\n\n".join([shown(argv) + ".", table, *failed]).rstrip() + "\n")
+    if not results:
+        return
+    write_comparison([out], out / "compare.html")
     with (out / "curves.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("task", "seed", "frames", "return"))
@@ -158,7 +186,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--steps", type=int, default=50_000, help="agent steps of each run")
     parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
     parser.add_argument("--out", type=Path, help="folder; default: runs/curves-SUITE-FAMILY")
-    parser.add_argument("--parallel", default="auto", help="runs side by side")
+    parser.add_argument("--parallel", type=int, help="runs side by side; default: one for each CPU, four for each GPU")
     parser.add_argument("--table", action="store_true", help="train nothing: write what there is")
     options, more = parser.parse_known_args(argv)
     suite = SUITES[options.suite]
@@ -172,33 +200,61 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     options.tasks = [task for task in suite.tasks if any(word in task.replace("-", "_") for word in words)]
     if not options.tasks:
         parser.error(f"{options.suite} has no such task, expected some of: {', '.join(suite.tasks)}.")
+    try:
+        options.seeds = [int(seed) for seed in values_of(options.seeds)]
+    except ValueError:
+        parser.error(f"--seeds is {options.seeds!r}, expected numbers such as 1,2,3 or 1..3.")
     options.family, options.preset = family, suite.presets[family]
     options.out = options.out or Path("runs") / f"curves-{options.suite}-{family}"
     return options, more
 
 
+def our_config(o: argparse.Namespace, task: str, seed: int, more: Sequence[str]) -> RunConfig:
+    evaluates = METRICS[o.family] == EVALUATION
+    fields = {
+        "--algorithm": o.algorithm,
+        "--env.id": task,
+        "--train.seed": seed,
+        "--train.total_steps": o.steps,
+        "--eval.interval": max(min(o.steps // 2, PUBLISHED_EVERY), 1) if evaluates else 0,
+        "--runtime.kind": "inline",
+    }
+    parser = run_parser("benchmarks.curves", "")
+    words = ["--config", o.preset, *(str(word) for pair in fields.items() for word in pair), *more]
+    config = run_config(parser, parser.parse_args(words))
+    check_config(config)
+    return config
+
+
+def train_all(o: argparse.Namespace, argv: Sequence[str], more: Sequence[str]) -> int:
+    """Train what is not finished of what is asked for; the folder may hold other runs, too. Return the exit status.
+
+    Raises ValueError if the folder holds runs with other settings.
+    """
+    asked = {f"{short(task)}-seed-{seed}": our_config(o, task, seed, more) for task in o.tasks for seed in o.seeds}
+    plan = Plan(list(argv), SweepFolder(o.out), asked, None, o.parallel, jobs=False, program="benchmarks.curves")
+    parser = run_parser("benchmarks.curves", "")
+    before = {
+        path.stem: run_config(parser, parser.parse_args(["--config", str(path)]))
+        for path in sorted((o.out / "configs").glob("*.yaml"))
+    }
+    with begun(dataclasses.replace(plan, runs={**before, **asked})):
+        return carry_out(plan)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, then write; further arguments go to launch.sweep, or to launch.train for a single run."""
+    """Train, then write."""
+    argv = sys.argv[1:] if argv is None else argv
     o, more = parse(argv)
     ended = 0
     if not o.table:
-        fields = {
-            "--algorithm": o.algorithm,
-            "--env.id": ",".join(o.tasks),
-            "--train.seed": o.seeds,
-            "--train.total_steps": str(o.steps),
-            "--eval.interval": str(max(o.steps // 2, 1)),
-            "--runtime.kind": "inline",
-        }
-        words = ["--config", o.preset, *(word for pair in fields.items() for word in pair)]
-        if len(o.tasks) == 1 and re.fullmatch(r"\d+", o.seeds):  # one run is no sweep
-            run_dir = o.out / f"{short(o.tasks[0])}-seed-{o.seeds}"
-            ended = train([*words, "--run-dir", str(run_dir), "--resume", "auto", *more])
-        else:
-            ended = sweep([*words, "--sweep-dir", str(o.out), "--parallel", o.parallel, *more])
-    results = read_results(o.out, METRICS[o.family])
-    write(results, o.out)
-    print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, curves.csv, curves.svg")
+        try:
+            ended = train_all(o, argv, more)
+        except ValueError as error:
+            sys.exit(f"benchmarks.curves: {error}".replace("--sweep-dir", "--out"))
+    o.out.mkdir(parents=True, exist_ok=True)
+    write(read_results(o.out, METRICS[o.family]), o.out, argv)
+    print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, compare.html, curves.csv, curves.svg")
     return ended
 
 

@@ -36,19 +36,34 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as held:
         try:
             plan = read_plan(parser, argv)
-            held.enter_context(only_one(plan.folder.path))
-            search = None if plan.search is None else dataclasses.asdict(plan.search)
-            plan.folder.begin(plan.runs, search, argv)
+            held.enter_context(begun(plan))
         except (ValueError, TypeError, OSError) as error:
             parser.error(str(error))
-        try:
-            return _run(plan)
-        except KeyboardInterrupt:
-            print(f"\nstopped at once; {_go_on(plan)}")
-            return INTERRUPTED
-        except (RuntimeError, OSError) as error:
-            print(f"launch.sweep: {sentence(error)}", file=sys.stderr)
-            return 1
+        return carry_out(plan)
+
+
+@contextlib.contextmanager
+def begun(plan: Plan) -> Iterator[None]:
+    """A context in which the plan's folder is this process's alone, and holds the files that runs begin with.
+
+    Raises ValueError if the folder holds another sweep, or another process works in it.
+    """
+    with only_one(plan.folder.path):
+        search = None if plan.search is None else dataclasses.asdict(plan.search)
+        plan.folder.begin(plan.runs, search, plan.argv)
+        yield
+
+
+def carry_out(plan: Plan) -> int:
+    """Run what is not finished; return the exit status."""
+    try:
+        return _run(plan)
+    except KeyboardInterrupt:
+        print(f"\nstopped at once; {_go_on(plan)}")
+        return INTERRUPTED
+    except (RuntimeError, OSError) as error:
+        print(f"launch.sweep: {sentence(error)}", file=sys.stderr)
+        return 1
 
 
 def _run(plan: Plan) -> int:
@@ -177,7 +192,7 @@ def _go_on(plan: Plan) -> str:
 
 
 def _command(plan: Plan) -> str:
-    return shlex.join(["python", "-m", "launch.sweep", *plan.argv])
+    return shlex.join(["python", "-m", plan.program, *plan.argv])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import beside
 from tests.run_configs import TINY_AGENT
+from worldloom.envs.suites import paper_name
 
 AUTHORS = """
 import json, sys
@@ -73,6 +74,34 @@ def test_code_of_the_authors_that_fails_is_quoted(command, tmp_path, capsys):
     assert "the authors' code ended with 1" in said
     assert said.endswith("no GPU\n")
     assert not (tmp_path / "out" / "authors-9" / "done.json").exists()
+
+
+def test_a_wrong_task_is_refused_before_the_authors_train(command, tmp_path, capsys):
+    assert command("--seeds", "1", "--env.id", "tests.environments:Nothing-v0") == 1
+    assert "Nothing" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "authors-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "env_id"),
+    [
+        ("cup-catch", "dm_control/ball_in_cup-catch-v0"),
+        ("cartpole-balance-sparse", "dm_control/cartpole-balance_sparse-v0"),
+        ("walker-walk", "dm_control/walker-walk-v0"),
+    ],
+)
+def test_tasks_are_called_as_the_authors_call_them(task, env_id):
+    assert beside.env_id(task) == env_id
+    assert paper_name(env_id) == task
+
+
+def test_a_table_alone_tells_what_was_trained_and_names_no_place(command, tmp_path):
+    command("--seeds", "1")
+    assert command("--table", "--steps", "7", "--threads", "2") == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "60 agent steps (120 frames)" in text
+    assert "1 threads" in text
+    assert str(tmp_path) not in text
 
 
 def test_a_folder_without_the_authors_code_is_refused(tmp_path, capsys):

@@ -18,19 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Stands in for the training: two seeds of cup-catch as far as the first published point."""
+    """Stands in for the training: each run gets as far as the first published point; notes what was asked for."""
     asked = []
 
-    def sweep(argv):
-        asked.append(argv)
-        for seed, final in ((1, 970.0), (2, 984.0)):
-            run = tmp_path / f"seed-{seed}"
+    def carry_out(plan):
+        asked.append(plan.runs)
+        for name, config in plan.runs.items():
+            run, seed = plan.folder.path / name, config.train.seed
+            if seed == 9:
+                plan.folder.failed(name, "Traceback\nOSError: no luck")
+                continue
             run.mkdir(exist_ok=True)
-            (run / "config.yaml").write_text(
-                "algorithm: tdmpc2:5m\nenv: {id: dm_control/ball_in_cup-catch-v0, action_repeat: 2}\n"
-                f"train: {{total_steps: 50000, seed: {seed}}}\nruntime: {{kind: inline}}\n"
-            )
-            lines = [(25_000, 400.0), (50_000, final)]
+            (run / "config.yaml").write_text(plan.folder.config_of(name).read_text())
+            lines = [(25_000, 400.0), (50_000, 956.0 + 14 * seed)]
             (run / "metrics.jsonl").write_text(
                 "".join(
                     f'{{"env_steps": {steps}, "wall_seconds": {steps / 10}, "eval/return_mean": {value}}}\n'
@@ -39,38 +39,60 @@ def trained(tmp_path, monkeypatch):
             )
         return 0
 
-    monkeypatch.setattr(curves, "sweep", sweep)
+    monkeypatch.setattr(curves, "carry_out", carry_out)
     return asked
 
 
 def test_the_table_gives_the_difference_in_published_standard_deviations(trained, tmp_path, capsys):
     more = ["--train.device", "cpu"]
     assert curves.main(["--tasks", "cup-catch", "--seeds", "1,2", "--out", str(tmp_path), *more]) == 0
-    (argv,) = trained
-    assert argv[argv.index("--env.id") + 1] == "dm_control/ball_in_cup-catch-v0"
-    assert argv[:2] == ["--config", "configs/tdmpc2_dmc.yaml"]
-    assert argv[-2:] == more
-    row = (tmp_path / "table.md").read_text().splitlines()[-1]
-    assert "| dm_control/ball_in_cup-catch-v0 | 1, 2 | 100,000 | 100,000 | 977.0 ± 9.9 | 981.2 ± 7.0 | -0.6 |" in row
+    (runs,) = trained
+    assert list(runs) == ["ball_in_cup-catch-seed-1", "ball_in_cup-catch-seed-2"]
+    config = runs["ball_in_cup-catch-seed-2"]
+    assert (config.algorithm, config.env.id, config.env.action_repeat) == (
+        "tdmpc2:5m",
+        "dm_control/ball_in_cup-catch-v0",
+        2,
+    )
+    assert (config.train.device, config.train.total_steps, config.eval.interval) == ("cpu", 50_000, 25_000)
+    text = (tmp_path / "table.md").read_text()
+    assert "981.2 ± 7.0 | -0.6 |" in text
+    assert "| 1 (not finished), 2 (not finished) | 100,000 | 100,000 | 977.0 ± 9.9 |" in text
+    assert str(tmp_path) not in text
     with (tmp_path / "curves.csv").open() as file:
         assert [(row["frames"], row["return"]) for row in csv.DictReader(file)][:2] == [
             ("50000", "400.0"),
             ("100000", "970.0"),
         ]
     assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert "ball_in_cup-catch" in (tmp_path / "compare.html").read_text()
     assert "977.0" in capsys.readouterr().out
 
 
-def test_a_single_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(curves, "train", lambda argv: asked.append(argv) or 3)
-    monkeypatch.setattr(curves, "read_results", lambda out, metric: [])
-    monkeypatch.setattr(curves, "write", lambda results, out: (out / "table.md").write_text(""))
-    assert curves.main(["--tasks", "cup-catch", "--seeds", "4", "--out", str(tmp_path)]) == 3
-    (argv,) = asked
-    assert argv[argv.index("--run-dir") + 1] == str(tmp_path / "ball_in_cup-catch-seed-4")
-    assert argv[argv.index("--resume") + 1] == "auto"
-    assert argv[argv.index("--env.id") + 1] == "dm_control/ball_in_cup-catch-v0"
+def test_tasks_and_seeds_are_added_later_and_failures_stay_on_the_page(trained, tmp_path):
+    command = ["--out", str(tmp_path), "--steps", "50000"]
+    curves.main([*command, "--tasks", "cup-catch", "--seeds", "1"])
+    curves.main([*command, "--tasks", "cup-catch,reacher", "--seeds", "9"])
+    curves.main([*command, "--tasks", "cup-catch", "--seeds", "1..2"])
+    assert [len(runs) for runs in trained] == [1, 2, 2]
+    assert (tmp_path / "table.md").read_text().count("ball_in_cup-catch-v0 | 1 (not finished), 2 (not finished)") == 1
+    with pytest.raises(SystemExit, match=r"eval.interval is 25000, and now it is 35000. Choose another --out,"):
+        curves.main(["--out", str(tmp_path), "--steps", "70000", "--tasks", "cup-catch", "--seeds", "1"])
+
+
+def test_a_run_that_failed_stays_on_the_page(trained, tmp_path):
+    assert curves.main(["--out", str(tmp_path), "--tasks", "cup-catch", "--seeds", "9"]) == 0
+    assert "ball_in_cup-catch-seed-9 failed: OSError: no luck" in (tmp_path / "table.md").read_text()
+
+
+def test_a_table_of_nothing_says_so(tmp_path):
+    assert curves.main(["--table", "--out", str(tmp_path / "none")]) == 0
+    assert (tmp_path / "none" / "table.md").read_text().count("\n|") == 2
+
+
+def test_training_returns_are_compared_without_evaluations():
+    o, more = curves.parse(["--algorithm", "dreamerv3:size12m", "--tasks", "walker-walk"])
+    assert curves.our_config(o, o.tasks[0], 1, more).eval.interval == 0
 
 
 @pytest.mark.parametrize(
@@ -78,6 +100,7 @@ def test_a_single_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     [
         (["--tasks", "cup-throw"], "has no such task, expected some of: dm_control/cartpole-swingup-v0"),
         (["--algorithm", "tdmpc3:5m"], "unknown model 'tdmpc3:5m'"),
+        (["--seeds", "one"], "--seeds is 'one', expected numbers such as 1,2,3 or 1..3."),
     ],
 )
 def test_wrong_requests_are_refused_with_what_there_is(words, said, capsys):
@@ -120,5 +143,5 @@ def test_a_real_run_is_interrupted_goes_on_and_is_kept(algorithm, fields, tmp_pa
     subprocess.run([*command, "--seeds", "1"], cwd=ROOT, check=True)
     assert summary.read_text() == complete
     row = (tmp_path / "table.md").read_text().splitlines()[-1]
-    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1 | 2,000 | ")
+    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1 (completed) | 2,000 | ")
     assert "<svg" in (tmp_path / "curves.svg").read_text()

@@ -42,7 +42,7 @@ class SweepFolder:
         self._content: dict[str, Any] = {}
 
     def begin(self, runs: Mapping[str, RunConfig], search: Mapping[str, Any] | None, command: Sequence[str]) -> None:
-        """Write sweep.json and a configuration for each run, or go on with what is there.
+        """Write sweep.json and a configuration for each run, or go on with what is there; a grid may have grown.
 
         Raises ValueError if the folder holds another sweep.
         """
@@ -66,12 +66,14 @@ class SweepFolder:
         advice = "Choose another --sweep-dir, or repeat the command that is in its sweep.json."
         if before["search"] != now["search"]:
             raise ValueError(f"{self.path} holds a sweep with another search. {advice}")
-        if changed := set(before["runs"]) ^ set(now["runs"]):
-            raise ValueError(f"{self.path} holds a sweep of other runs (for example {min(changed)}). {advice}")
+        if gone := set(before["runs"]) - set(now["runs"]):
+            raise ValueError(f"{self.path} holds a sweep of other runs (for example {min(gone)}). {advice}")
         for name, config in now["runs"].items():
+            if name not in before["runs"]:
+                continue
             was, wants = flat(before["runs"][name]), flat(config)
             agent = {field for field in (*was, *wants) if field.startswith("agent.")}
-            for field in agent | (set(was) & set(wants)):  # a later version of the configuration may have other fields
+            for field in sorted(agent | (set(was) & set(wants))):  # a later version of the configuration may have other fields
                 old, new = was.get(field, "not set"), wants.get(field, "not set")
                 if old != new:
                     raise ValueError(
@@ -86,6 +88,11 @@ class SweepFolder:
 
     def log_of(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
+
+    def read_errors(self) -> dict[str, str]:
+        """Return the errors of the runs that failed in the last call, by their names."""
+        saved = self.path / "sweep.json"
+        return dict(json.loads(saved.read_text())["errors"]) if saved.is_file() else {}
 
     def failed(self, name: str, error: str) -> None:
         """Keep the error of a run in sweep.json."""

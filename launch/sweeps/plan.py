@@ -28,6 +28,7 @@ class Plan:
     search: SearchConfig | None
     parallel: int | None
     jobs: bool
+    program: str = "launch.sweep"  # that goes on with it
 
 
 def sweep_parser() -> Parser:

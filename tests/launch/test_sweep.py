@@ -194,11 +194,13 @@ def test_a_folder_goes_on_with_the_same_sweep_and_refuses_another(config, tmp_pa
         begin(sweep, config, "--train.seed", "0..1", "--train.total_steps", "400")
     with pytest.raises(ValueError, match=r"agent.rho is 'not set', and now it is 0.4"):
         begin(sweep, config, "--train.seed", "0..1", "--agent.rho", "0.4")
-    with pytest.raises(ValueError, match=r"a sweep of other runs \(for example seed-2\)"):
-        begin(sweep, config, "--train.seed", "0..2")
+    with pytest.raises(ValueError, match=r"a sweep of other runs \(for example seed-0\)"):
+        begin(sweep, config, "--train.seed", "1..2")
     del content["runs"]["seed-0"]["log"]["to"]  # an earlier version had no such field
     (sweep / "sweep.json").write_text(json.dumps(content))
     begin(sweep, config, "--train.seed", "0..1")
+    begin(sweep, config, "--train.seed", "0..2")  # a grid may grow
+    assert sorted(json.loads((sweep / "sweep.json").read_text())["runs"]) == ["seed-0", "seed-1", "seed-2"]
 
 
 def test_a_folder_with_other_files_is_refused(config, tmp_path):

@@ -21,7 +21,7 @@ from worldloom.runs.agent_state import take_agent, write_agent
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
 from worldloom.runs.config import StartConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
-from worldloom.runs.start import keep_network, read_start, with_network_of
+from worldloom.runs.start import _like, keep_network, read_start, with_network_of
 from worldloom.storm import STORMConfig, STORMWorldModel
 from worldloom.storm.behaviour import Behaviour as STORMBehaviour
 from worldloom.tdmpc2 import Task, TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel, save_official
@@ -321,6 +321,27 @@ def test_a_task_of_the_models_own_is_found_by_its_name(tmp_path):
     own = dataclasses.replace(start, start=StartConfig(checkpoint=str(source), like="Counting"))
     embedding = read_start(own, probe_env(own)).model["task_embedding.weight"]
     assert torch.equal(embedding[0], trained(obs=5, action=4, tasks=TASKS).task_embedding.weight[1])
+
+
+def test_names_of_tasks_are_those_of_papers():
+    tasks = [Task("cup-catch", 2), Task("finger-turn-easy", 2)]
+    config = tiny_config("dm_control/ball_in_cup-catch-v0", start=StartConfig(checkpoint="FILE"))
+    assert _like(config, trained(tasks=tasks, action=2), "FILE") == "cup-catch"
+    turning = dataclasses.replace(config, env=dataclasses.replace(config.env, id="dm_control/finger-turn_easy-v0"))
+    assert _like(turning, trained(tasks=tasks, action=2), "FILE") == "finger-turn-easy"
+
+
+def test_given_embeddings_stay_as_they_are_in_a_run_of_their_own(tmp_path):
+    model = trained(obs=5, action=4, tasks=TASKS, given_tasks=True)
+    with torch.no_grad():
+        model.task_embedding.weight.mul_(20)  # of any norm
+    model.save_pretrained(tmp_path / "three")
+    config = tiny_config(agent=CHEAP, start=StartConfig(checkpoint=str(tmp_path / "three"), like="mw-reach"))
+    start = read_start(config, probe_env(config))
+    agent = begun(with_network_of(config, start.description, "three"))
+    weight = agent.world_model.task_embedding.weight
+    assert torch.equal(weight[0], model.task_embedding.weight[2])
+    assert not weight.requires_grad
 
 
 def test_files_of_other_task_sets_are_read_with_their_tasks(config, tmp_path):

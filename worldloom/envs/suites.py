@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import re
 import sys
 from collections import deque
 from dataclasses import dataclass, replace
@@ -17,6 +18,12 @@ from worldloom.spaces import resize_image
 from worldloom.types import Array
 
 DM_CONTROL_STEPS = 1000  # the time limit of every task of the suite
+
+
+def paper_name(env_id: str) -> str:
+    """Return the name that papers give to a task: cup-catch for dm_control/ball_in_cup-catch-v0."""
+    name = re.sub(r"^.*/|-v\d+$", "", env_id)
+    return name.replace("ball_in_cup", "cup").replace("_", "-") if env_id.startswith("dm_control/") else name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ model becomes one of the run's task alone (Hansen et al. 2024, "few-shot learnin
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from worldloom.envs.suites import paper_name
 from worldloom.families import ACTION_CLASSES, OBS_CLASSES, build_config, find_family, load_agent, resolve
 from worldloom.family import Family
 from worldloom.locations import is_file, locate
@@ -81,7 +81,7 @@ def _like(config: RunConfig, model: nn.Module, source: str) -> str | None:
         return None
     if len(names) == 1:
         return None
-    like = like or re.sub(r"^.*/|-v\d+$", "", config.env.id)
+    like = like or paper_name(config.env.id)
     if like not in names:
         raise ValueError(
             f"{source} knows {len(names)} tasks, but none is called {like!r}. Give --like the one most like "

@@ -25,7 +25,7 @@ from worldloom.types import ActState, Array, Batch, ColumnSpec, Metrics, ObsArra
 
 NOT_EPISODIC = (
     "warning: episodes end truly here (terminated), but the model has no termination head, so its plans look past the "
-    "end. Set agent.episodic: true."
+    "end. Set agent.episodic: true, and agent.rho: 0.7, as the authors do on such tasks (configs/tdmpc2_mujoco.yaml)."
 )
 
 

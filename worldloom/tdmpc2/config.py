@@ -99,7 +99,7 @@ class TDMPC2Config:
     # What trained weights fit: the shapes of parameters, and what the networks compute with them
     network_fields = (
         "encoder_dim", "mlp_dim", "latent_dim", "encoder_layers", "num_q", "simnorm_dim", "num_bins", "bin_limit",
-        "log_std_min", "log_std_max", "episodic", "task_dim", "symlog_obs",
+        "log_std_min", "log_std_max", "episodic", "task_dim", "given_tasks", "symlog_obs",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
