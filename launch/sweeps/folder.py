@@ -73,7 +73,7 @@ class SweepFolder:
                 continue
             was, wants = flat(before["runs"][name]), flat(config)
             agent = {field for field in (*was, *wants) if field.startswith("agent.")}
-            for field in sorted(agent | (set(was) & set(wants))):  # a later version of the configuration may have other fields
+            for field in sorted(agent | (set(was) & set(wants))):  # a later version may have other fields
                 old, new = was.get(field, "not set"), wants.get(field, "not set")
                 if old != new:
                     raise ValueError(

@@ -11,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import errors
 
@@ -118,6 +119,23 @@ def test_the_example_of_a_card_runs(run, tmp_path):
     assert namespace["step"].rewards == [10.0]  # of the counter's first step
 
 
+def test_the_example_makes_the_environment_of_the_run(run, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    (moved / "summary.json").unlink()  # as of a run that goes on
+    env = {
+        "action_repeat": 2,
+        "frame_stack": 3,
+        "image_size": None,
+        "dmc": {"observations": "pixels", "image_size": 64},
+    }
+    (moved / "config.yaml").write_text(yaml.safe_dump({"env": env}))
+    text = (save_agent(moved, tmp_path / "shared") / "README.md").read_text()
+    assert "from worldloom.envs import AtariConfig, DMCConfig" in text
+    assert "action_repeat=2, frame_stack=3, dmc=DMCConfig(observations='pixels'))" in text
+    assert "300 (600 frames)" in text
+
+
 def test_a_return_of_other_weights_is_left_out(run, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(run, moved)
@@ -204,6 +222,12 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(tmp_path, monkeypatch):
         push_to_hub(tiny_agent(), "me/dreamer")
     refuse(errors.LocalEntryNotFoundError("offline"))
     with pytest.raises(ConnectionError, match="the Hub does not answer"):
+        push_to_hub(tiny_agent(), "me/dreamer")
+    refuse(httpx2.ConnectError("Connection refused"))
+    with pytest.raises(ConnectionError, match="push_to_hub: the Hub does not answer: Connection refused"):
+        push_to_hub(tiny_agent(), "me/dreamer")
+    refuse(KeyError("a defect"))
+    with pytest.raises(KeyError, match="a defect"):
         push_to_hub(tiny_agent(), "me/dreamer")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: push_to_hub(tiny_agent(), "me/dreamer"), lambda: from_hub("me/dreamer")):

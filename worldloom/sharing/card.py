@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from worldloom.envs.suites import AtariConfig, DMCConfig
 from worldloom.locations import Location, is_file, locate, read_bytes
 from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.report.origin import commit, versions
@@ -27,6 +30,7 @@ class ModelCard:
     algorithm: str
     task: str | None = None
     action_repeat: int = 1
+    environment: str = ""  # further arguments of make_env, as Python writes them
     return_mean: float | None = None
     return_std: float = 0.0  # over episodes
     episodes: int = 0  # that were played for the return
@@ -85,11 +89,12 @@ class ModelCard:
 
     def _example(self, name: str) -> list[str]:
         load = "from_hub" if "/" in name and not name.startswith((".", "/")) else "load_agent"
-        task, repeat = self.task or UNKNOWN_TASK, self.action_repeat
+        task, repeat, more = self.task or UNKNOWN_TASK, self.action_repeat, self.environment
         return [
             "import numpy as np, worldloom, worldloom.envs",
+            *(["from worldloom.envs import AtariConfig, DMCConfig"] if "Config(" in more else []),
             f"agent = worldloom.{load}({name!r})",
-            f"env = worldloom.envs.make_env({task!r}, action_repeat={repeat})",
+            f"env = worldloom.envs.make_env({task!r}, action_repeat={repeat}{more and f', {more}'})",
             "actions, state = agent.act(env.reset(), None, is_first=np.ones(1, bool), explore=False)",
             "step = env.step(actions)  # and so on, with act(step.obs, state, step.is_first, explore=False)",
         ]
@@ -108,16 +113,31 @@ def card_of_run(run: Location, licence: str = LIBRARY_LICENCE) -> ModelCard:
     if summary.get("env_steps") == steps and summary.get("eval_return_mean") is not None:
         facts |= {"return_mean": summary["eval_return_mean"], "return_std": summary["eval_return_std"]}
         facts["episodes"] = summary["eval_episodes"]
-    counted = summary.get("env_steps") or 0
+    config = root / "config.yaml"
+    env = yaml.safe_load(read_bytes(config))["env"] if is_file(config) else {}
     return ModelCard(
         algorithm=manifest["algorithm"],
         task=manifest["env_id"],
-        action_repeat=summary["frames"] // counted if counted else 1,
+        action_repeat=env.get("action_repeat", 1),
+        environment=_environment(env),
         env_steps=steps,
         updates=int(manifest["limiter"]["updates"]),
         licence=licence,
         **facts,
     )
+
+
+def _environment(env: dict[str, Any]) -> str:
+    """Return the arguments of make_env, other than id and action repeat, that differ from its own."""
+    plain = {"frame_stack": 1, "image_size": None}
+    given = [f"{name}={env[name]!r}" for name, value in plain.items() if env.get(name, value) != value]
+    kinds: tuple[tuple[str, Any], ...] = (("atari", AtariConfig()), ("dmc", DMCConfig()))
+    for section, own in kinds:
+        fields = {name: value for name, value in env.get(section, {}).items() if value != getattr(own, name, value)}
+        if fields:
+            words = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+            given.append(f"{section}={type(own).__name__}({words})")
+    return ", ".join(given)
 
 
 def card_of_agent(family: str, updates: int | None, licence: str) -> ModelCard:

@@ -103,3 +103,13 @@ def _as_sentences(hub: Any, who: str, repo_id: str, revision: str | None) -> Ite
         ) from error
     except errors.HfHubHTTPError as error:
         raise PermissionError(f"{who}: the Hub refuses {where}: {error}. Log in with: hf auth login") from error
+    except Exception as error:
+        if not _unreachable(error):
+            raise
+        raise ConnectionError(f"{who}: the Hub does not answer: {error or type(error).__name__}.") from error
+
+
+def _unreachable(error: Exception) -> bool:
+    """Return whether the Hub was not reached. Which package carries its requests depends on the Hub's own version."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"TransportError", "ConnectionError", "Timeout"})
