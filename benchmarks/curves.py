@@ -162,10 +162,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
             place.plot(
                 x, y, color=OWN, lw=1.4, marker="o" if len(x) < 20 else None, ms=3, label="ours, one line a seed"
             )
-        place.set_ylim(bottom=0)
+        if place.dataLim.y0 >= 0:  # returns that may be negative keep their own scale
+            place.set_ylim(bottom=0)
     handles = dict(zip(*reversed(places[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), fontsize=9, frameon=False, loc="outside lower left", ncols=2)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def short(task: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests import diamond_models
+from tests import diamond_models, storm_models
 from tests.dreamerv3_models import MIXED, batch_of, shake, tiny_agent
 from worldloom.tdmpc2 import TDMPC2Agent, TDMPC2Config, TDMPC2WorldModel
 
@@ -94,6 +94,27 @@ def test_compiled_tdmpc2_updates_give_the_numbers_of_eager_ones():
 def test_tdmpc2_refuses_bfloat16():
     with pytest.raises(ValueError, match="TD-MPC2 learns in float32"):
         tiny_tdmpc2().configure_learning("bfloat16", compiled=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])  # the latter is what GPUs do
+def test_compiled_storm_updates_give_the_numbers_of_eager_ones(precision):
+    made = ((3, 64, 64), 3, (3,))
+    eager, compiled = (storm_models.tiny_agent(*made) for _ in range(2))
+    eager.configure_learning(precision, compiled=False)
+    compiled.configure_learning(precision, compiled=True)
+    batch = storm_models.batch_of(eager)
+    near = {"float32": 5e-4, "bfloat16": 5e-2}[precision]
+    for update in range(3):
+        expected, metrics = eager.update(batch)[0], compiled.update(batch)[0]
+        for name in ("reconstruction_loss", "reward_loss", "termination_loss", "dynamics_loss"):
+            assert metrics[name] == pytest.approx(expected[name], rel=near, abs=near)
+        if not update:  # later a draw may flip, where probabilities tie
+            assert metrics["loss"] == pytest.approx(expected["loss"], rel=near)
+    means = [dict(agent.world_model.named_buffers()) for agent in (eager, compiled)]
+    for name, value in means[0].items():
+        if name.endswith("running_mean"):
+            assert_close(means[1][name], value, rtol=near, atol=near)
 
 
 @pytest.mark.slow  # compiling the U-Net took ten minutes on a busy machine

@@ -65,9 +65,20 @@ def test_starts_are_drawn_without_repetition_from_the_trained_rows():
     agent, _ = agent_and_batch(imagination_starts=10)
     noises = [agent.learning.draw_noise(4, 6) for _ in range(2)]
     rows = [chosen_rows(noise) for noise in noises]
-    assert rows[0] == [(int(i) // 6, int(i) % 6) for i in noises[0].chosen()]
+    assert rows[0] == [(int(i) // 6, int(i) % 6) for i in noises[0].chosen(torch.zeros(4, 6))]
     assert [window for window, _ in sorted(set(rows[0]))] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3  # 10 / 4, or more
     assert rows[0] != rows[1]
+
+
+def test_nothing_is_imagined_from_the_end_of_an_episode_while_there_are_other_rows():
+    agent, _ = agent_and_batch(imagination_starts=20)
+    noise, ends = agent.learning.draw_noise(4, 6), torch.zeros(4, 6)
+    ends[0, 2] = ends[1, 5] = 1
+    found = noise.chosen(ends).view(4, 5)
+    assert not {2, 11} & set(found.flatten().tolist())
+    assert torch.equal(found[2:], noise.chosen(torch.zeros(4, 6)).view(4, 5)[2:])
+    ends[0] = 1
+    assert noise.chosen(ends).view(4, 5)[0].max() < 6  # a window without other rows gives as many
 
 
 def test_contexts_hold_the_last_tokens_of_their_own_episode():

@@ -45,10 +45,8 @@ class Rows:
         return self.is_first.long().cumsum(1)
 
     def draw_stretch(self, share: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return frames [B, count, ...], actions and episode numbers [B, count] of `count` rows from anywhere.
-
-        share: [B] uniform in [0, 1).
-        """
+        """Return frames [B, count, ...], actions and episode numbers [B, count] of rows from anywhere; share: [B]
+        uniform in [0, 1)."""
         return self._leading_to(self._uniform_row(share, count - 1), count)
 
     def draw_start(self, share: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,14 @@ class ImaginationNoise:
     """Holds all random numbers of an imagination from N starts."""
 
     posterior: Tensor  # [B, T + 1, S, K] standard exponential, for the real rows
-    order: Tensor  # [B, T] uniform: the starts are the N / B trained rows of each window with the smallest
+    order: Tensor  # [B, T] uniform: the starts are the N / B trained rows of each window with the smallest, before ends
     prior: Tensor  # [H + 1, N, S, K] standard exponential, one window's starts after the other's
     policy: Tensor  # [H, N, A], as the policy draws it
 
-    def chosen(self) -> Tensor:
-        """Return the starts, N indices into B T trained rows."""
+    def chosen(self, ends: Tensor) -> Tensor:
+        """Return the starts, N indices into B T trained rows; rows where ends [B, T] is 1 come last."""
         windows, steps = self.order.shape
-        places = self.order.argsort(1)[:, : self.prior.shape[1] // windows]
+        places = (self.order + ends).argsort(1)[:, : self.prior.shape[1] // windows]
         return (places + steps * torch.arange(windows, device=places.device).unsqueeze(1)).flatten()
 
 
@@ -142,7 +142,7 @@ class STORMLearning(ImaginingUpdate):
         with self._autocast():
             _, z = model.see(obs, noise.posterior)
             tokens = model.token(z[:, :-1], actions, first)
-            chosen = noise.chosen()
+            chosen = noise.chosen(steps.terminated[:, 1:])  # nothing follows an end, so nothing was learned of it
             own, padding = contexts(tokens, segments(first)[0], chosen, c.context)
             cache = Cache(model.transformer, own, padding, c.imagination_length)
             start = z[:, 1:].flatten(0, 1)[chosen]
