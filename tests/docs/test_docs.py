@@ -270,10 +270,12 @@ def test_every_picture_of_a_page_is_there_and_all_but_rays_dashboard_are_made_by
         for page in PAGES
         for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text())
     }
-    folder = ROOT / "docs" / "pictures"
-    assert named == {path for path in folder.iterdir() if path.suffix in (".svg", ".gif", ".png")}
+    folder, curves = ROOT / "docs" / "pictures", set((ROOT / "docs" / "results").glob("*.svg"))
+    pictures = {path for path in folder.iterdir() if path.suffix in (".svg", ".gif", ".png")}
+    assert named == pictures | curves
     made = (folder / "make.py").read_text()
-    assert [path.name for path in sorted(named) if path.name not in made] == ["ray_dashboard.png"]  # of a live cluster
+    assert [p.name for p in sorted(pictures) if p.name not in made] == ["ray_dashboard.png"]  # of a live cluster
+    assert all(path.with_suffix(".csv").is_file() for path in curves)  # the numbers that were drawn
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
