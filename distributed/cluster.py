@@ -138,9 +138,22 @@ def share(config: RunConfig) -> Shares:
                 "Wait for other jobs to end, or add nodes."
             )
         time.sleep(0.2)
-    learner, server = _share_gpus(config, float(ray.available_resources().get("GPU", 0.0)), own_server)
+    device, processes_on_gpus = config.train.device, config.runtime.learners + int(own_server)
+    wanted = {"auto": processes_on_gpus, "cuda": processes_on_gpus, "cpu": 0}.get(device, 1)  # all share one cuda:0
+    learner, server = _share_gpus(config, _free_gpus(wanted, deadline), own_server)
     threads = config.runtime.learner_threads or learner_threads(config)
     return Shares(cpus, learner, server, threads, processes, config.runtime.learners)
+
+
+def _free_gpus(wanted: int, deadline: float) -> float:
+    """Return the GPUs that are free, once these are as many as wanted or as the cluster has, else at the deadline.
+
+    Those of actors that have just ended come free late.
+    """
+    enough = min(float(wanted), float(ray.cluster_resources().get("GPU", 0.0)))
+    while (free := float(ray.available_resources().get("GPU", 0.0))) < enough and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return free
 
 
 def _share_gpus(config: RunConfig, gpus: float, own_server: bool) -> tuple[float, float]:

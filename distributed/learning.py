@@ -77,9 +77,10 @@ class Learning:
         return self.ranks.nodes[0]
 
     def start(self) -> None:
-        """Start the learners, and wait until they have built their agents; tasks of earlier ones are forgotten."""
+        """Start the learners, and wait until they have built their agents; what earlier ones owed is forgotten."""
         state = self._state
         self.tasks.clear()
+        self._writes.clear()  # the columns that a dead learner made may be gone: each would count as a loss of its own
         self._picture = None
         state.spec = spec = self.ranks.start()
         self._batch_bytes = spec.batch_size * spec.windows.length * row_bytes(replay_columns(state.env, spec))
@@ -197,13 +198,7 @@ class Learning:
             raise _cause(errors, task.missing(ranks.names))
         made = [task.outcomes[rank] for rank in range(len(task.results))]
         results = [outcome for outcome in made if isinstance(outcome, UpdateResult)]
-        if other := ranks.different([result.receipt for result in results]):
-            ranks.broken = True
-            theirs = results[ranks.names.index(other)].receipt
-            raise ActorLost(
-                f"{other} differs from learner/0 after the same updates: {theirs} against {results[0].receipt}. All "
-                "learners need the same kind of processor or GPU and the same versions."
-            )
+        ranks.agree([result.receipt for result in results])
         return results
 
     def draw_picture(self) -> None:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distributed.acting import batching
 from distributed.actors.learner import LearnerActor
 from distributed.actors.member import About, Receipt, Seat
-from distributed.launcher import START_SECONDS, alive
+from distributed.launcher import START_SECONDS, ActorLost, alive
 from distributed.ray_internals import free_cpus_by_node
 from distributed.state import State
 from distributed.watching import PREPARE_SECONDS
@@ -180,8 +180,11 @@ class Ranks:
             own_gpus = state.shares.gpus >= 1 and all(each.cuda for each in about)
             self.backend = "nccl" if own_gpus else "gloo"
             host, port = state.launcher.wait(self.handles[0].host.remote(), self.names[0])
-            seconds = state.config.runtime.learner_timeout
-            seats = [Seat(rank, size, host, port, self.backend, seconds, PREPARE_SECONDS) for rank in range(size)]
+            seconds, compiles = state.config.runtime.learner_timeout, state.config.train.compile
+            if compiles == "auto":
+                compiles = any(each.cuda for each in about)
+            first = PREPARE_SECONDS if compiles else seconds
+            seats = [Seat(rank, size, host, port, self.backend, seconds, first) for rank in range(size)]
             joined = [handle.join.remote(seat) for handle, seat in zip(self.handles, seats, strict=True)]
             state.launcher.all(joined, self.names, START_SECONDS)
             spec: AgentSpec = self._ask("open", state.config, state.env, state.shares.learner_threads, state.version)[0]
@@ -243,9 +246,23 @@ class Ranks:
                 "versions, and the same files of the run."
             )
 
-    def different(self, receipts: list[Receipt | None]) -> str | None:
+    def receipts(self) -> list[Any]:
+        """Return references to the states of several learners, see `agree`."""
+        return [handle.receipt.remote() for handle in self.handles] if self.size > 1 else []
+
+    def agree(self, receipts: Sequence[Receipt | None]) -> None:
+        """Raise ActorLost, all of them being broken, unless their receipts of the same moment are equal."""
+        if other := self.different(receipts):
+            self.broken = True
+            theirs = receipts[self.names.index(other)]
+            raise ActorLost(
+                f"{other} differs from learner/0 after the same updates: {theirs} against {receipts[0]}. All "
+                "learners need the same kind of processor or GPU and the same versions."
+            )
+
+    def different(self, receipts: Sequence[Receipt | None]) -> str | None:
         """Return the name of the first learner whose receipt is not rank 0's, None if all agree."""
-        return next((name for name, each in zip(self.names, receipts, strict=True) if each != receipts[0]), None)
+        return next((name for name, each in zip(self.names, receipts, strict=False) if each != receipts[0]), None)
 
 
 def check_versions(about: Sequence[About]) -> None:

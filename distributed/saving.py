@@ -14,6 +14,7 @@ import ray
 
 from distributed.launcher import ActorLost, result_of
 from distributed.learning import Learning
+from distributed.ranks import Ranks
 from distributed.shards import Shards
 from distributed.state import State
 from worldloom.runs.rows import SavedReplay
@@ -39,19 +40,21 @@ def beside(work: Callable[[], T]) -> Future[T]:
 
 
 class Saving:
-    """A checkpoint that is being written. Learner and replay copy what they hold, then go on.
+    """A checkpoint that is being written. Learner and replay copy what they hold, then go on. Of several learners the
+    first writes, once all have told that their states are equal.
 
     copy: replay copies its new rows first and writes them while the run goes on; else nothing else may go on until they
     are written, which takes no second copy of them.
     """
 
-    def __init__(self, run: Run, manifest: Mapping[str, Any], learner: Any, replay: Shards, copy: bool) -> None:
+    def __init__(self, run: Run, manifest: Mapping[str, Any], ranks: Ranks, replay: Shards, copy: bool) -> None:
         self._run, self._manifest = run, manifest
-        self._learner, self._replay = learner, replay
+        self._ranks, self._learner, self._replay = ranks, ranks.handles[0], replay
         self._begun = time.monotonic()
         self.told = False  # the user knows that it takes long
         self.paused = 0.0  # seconds for which learning stood still
-        taken = learner.snapshot.remote(), replay.snapshot() if copy else None
+        taken = self._learner.snapshot.remote(), replay.snapshot() if copy else None
+        self._receipts = ranks.receipts()
         self._stages = self._write(*taken)
         self._under_way: Future[Any] | list[Any] = next(self._stages)
 
@@ -62,7 +65,7 @@ class Saving:
         folder = opened.result()
         learner = self._learner.write.remote(folder, [agent])
         shards = self._replay.save(folder) if rows is None else self._replay.write(folder, rows)
-        yield [learner, *shards]
+        yield [learner, *shards, *self._receipts]
         try:
             committed = beside(partial(self._run.commit_checkpoint, folder, self._complete(learner, shards)))
             yield committed
@@ -74,6 +77,7 @@ class Saving:
     def _complete(self, learner: Any, shards: list[Any]) -> dict[str, Any]:
         """Return the manifest with all files. Raises what an actor raised, or ActorLost."""
         self.paused, files = result_of(learner, "learner")
+        self._ranks.agree([result_of(*each) for each in zip(self._receipts, self._ranks.names, strict=False)])
         saved: list[SavedReplay] = [result_of(shard, "replay") for shard in shards]
         for shard in saved:
             files |= shard.files
@@ -138,7 +142,7 @@ class Checkpoints:
         run = self._state.run
         manifest = {**run.manifest(self._state.incarnation), "replay": self._replay.state_dict()}
         self.due = False
-        self.saving = Saving(run, manifest, self._learning.learner, self._replay, copy)
+        self.saving = Saving(run, manifest, self._learning.ranks, self._replay, copy)
 
     def pending(self) -> list[Any]:
         return self.saving.pending() if self.saving else []

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from distributed.acting import Batching, make_server
-from distributed.actors.member import About, Member, Receipt, Seat
+from distributed.actors.member import About, GangBroken, Member, Receipt, Seat
 from distributed.actors.pulse import Process, timed
 from distributed.actors.replay import Batches, WrittenColumns
 from worldloom.acting.rollout import Acted
@@ -79,6 +79,8 @@ class LearnerActor(Process):
         self._publish_every, self._compare_every = config.runtime.publish_interval, config.runtime.receipt_interval
         self._server: ActingServer | None = None
         self._interrupted, self._learned = threading.Event(), 0  # updates in this process
+        self._slow_ones = PREPARING if config.train.compile is True or "cuda" in self._device else 0
+        self.pulse_clock.preparing = self._slow_ones > 0
         return agent_spec(self._agent)
 
     def __repr__(self) -> str:
@@ -125,7 +127,7 @@ class LearnerActor(Process):
                 break
             fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
             self._learned += 1
-            self.pulse_clock.preparing = self._learned < PREPARING
+            self.pulse_clock.preparing = self._learned < self._slow_ones
             if self._learned == PREPARING:
                 self._member.prepared()
             self.pulse_clock.progress()
@@ -151,7 +153,10 @@ class LearnerActor(Process):
         heartbeat, or let a later call go first. Raises GangBroken, or what replay's loss raises before anything is
         learned.
         """
-        batches: Batches = ray.get(share[0])
+        try:
+            batches: Batches = ray.get(share[0], timeout=self._member.seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            raise GangBroken(f"{self._member.name} got no batch for {self._member.seconds:.0f} s") from error
         try:
             return self.update(batches)
         except RuntimeError as error:

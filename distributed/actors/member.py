@@ -64,15 +64,26 @@ class Member:
         self._store: Any = None  # rank 0's, which the process keeps alive
         self._seat: Seat | None = None
 
+    @property
+    def seconds(self) -> float | None:
+        """The bound on one exchange, None of a learner alone."""
+        return None if self._seat is None else self._seat.seconds
+
     @staticmethod
     def about() -> About:
         """Return what must fit the other learners' processes."""
         return About(str(ray.get_runtime_context().get_node_id()), str(torch.__version__), torch.cuda.is_available())
 
     def host(self) -> tuple[str, int]:
-        """Open the store at which all learners meet, on a port that is free; return its address."""
-        address = str(ray.util.get_node_ip_address())
-        self._store = _store(address, 0, is_master=True, wait_for_workers=False)
+        """Open the store at which all learners meet, on a port that is free; return its address. Raises GangBroken."""
+        address, seconds = str(ray.util.get_node_ip_address()), datetime.timedelta(seconds=JOIN_SECONDS)
+        try:
+            self._store = _store(address, 0, is_master=True, wait_for_workers=False, timeout=seconds)
+        except RuntimeError as error:
+            raise GangBroken(
+                f"{self.name} could not open a port at {address}, its node's address in Ray, where the learners meet: "
+                f"{error}. Look at the node's firewall, and at the address that `ray start` was given"
+            ) from error
         return address, int(self._store.port)
 
     def join(self, seat: Seat) -> None:

@@ -116,6 +116,19 @@ def test_learners_that_differ_are_started_again(what, monkeypatch, coordinator, 
 
 @clustered
 @pytest.mark.slow
+def test_no_checkpoint_is_kept_of_learners_that_differ(monkeypatch, coordinator, tmp_path, capsys):
+    monkeypatch.setattr(ranks, "LearnerActor", Spoilt)
+    made = coordinator(several(2, {"receipt_interval": 10**6}))  # between two comparisons
+    left = at(made, 450, lambda: learners_of(made)[1].spoil.remote("parameters"))
+    summary = finish(made, tmp_path)
+    assert not left
+    assert summary["learner_restarts"] == 1
+    assert "learner/1 differs from learner/0 after the same updates" in capsys.readouterr().out
+    assert_equal_learners(made, summary["updates"] - summary["updates_lost"])
+
+
+@clustered
+@pytest.mark.slow
 def test_replay_may_be_lost_and_the_learners_live_on(quick_to_see, monkeypatch, coordinator, tmp_path):
     monkeypatch.setattr(learning, "STRAGGLER_SECONDS", 60.0)  # both fail alike, however busy the machine is
     made = coordinator(several())

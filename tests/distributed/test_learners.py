@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from distributed.actors.member import About
 from distributed.actors.replay import ReplayActor
 from distributed.cluster import share
 from distributed.coordinator import Coordinator, train
+from distributed.learning import Learning
 from tests.distributed.ray_runs import assert_equal_learners, finish, learners_of, several
 from tests.distributed.test_lockstep import assert_equal, config, outcome
 from tests.run_configs import dreamer_config
@@ -44,6 +46,7 @@ def test_two_learners_make_the_updates_of_one_run(coordinator, tmp_path, capsys)
 
 def free(monkeypatch, gpus):
     monkeypatch.setattr("distributed.cluster.free_cpus_by_node", lambda: [8.0])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": gpus})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 8.0, "GPU": gpus})
 
 
@@ -72,6 +75,23 @@ def test_each_learner_has_a_gpu_of_its_own_or_all_share_one(device, gpus, server
     shares = share(made)
     assert (shares.gpus, shares.server_gpus) == expected
     assert shares.processes == 5 + (server == "actor")
+
+
+def test_gpus_of_processes_that_have_just_ended_are_waited_for(monkeypatch):
+    free(monkeypatch, 4.0)
+    found = iter([0.0, 3.0, 4.0])
+    monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": next(found)})
+    assert share(several(4, train=TrainConfig(device="auto"))).gpus == 1.0
+
+
+def test_what_a_lost_learner_owed_to_replay_is_forgotten(monkeypatch):
+    made = Learning(SimpleNamespace(env=None), SimpleNamespace())
+    made._writes, made.tasks = ["a reference that never comes"], deque(["a task"])
+    spec = SimpleNamespace(batch_size=8, windows=SimpleNamespace(length=4))
+    made.ranks = SimpleNamespace(start=lambda: spec)
+    monkeypatch.setattr("distributed.learning.replay_columns", lambda env, spec: {})
+    made.start()
+    assert not made.to_settle
 
 
 def test_versions_of_torch_must_agree():

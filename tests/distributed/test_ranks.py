@@ -156,6 +156,13 @@ def test_a_learner_that_cannot_join_says_what_must_be_open(monkeypatch):
         Member("learner/1").join(Seat(1, 2, "127.0.0.1", 1, "gloo", 60.0, 60.0))
 
 
+def test_a_learner_that_can_open_no_port_says_at_which_address(monkeypatch):
+    monkeypatch.setattr(member.ray.util, "get_node_ip_address", lambda: "192.0.2.1")  # of nobody
+    monkeypatch.setattr(member, "JOIN_SECONDS", 1.0)
+    with pytest.raises(GangBroken, match=r"learner/0 could not open a port at 192\.0\.2\.1, its node's address in Ray"):
+        Member("learner/0").host()
+
+
 # Places
 
 
