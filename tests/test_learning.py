@@ -96,3 +96,12 @@ def test_presets_of_images_start_learn_and_resume(tmp_path, preset):
     summary = InlineTrainer(longer, tmp_path, resume=True).train()
     assert (summary["status"], summary["env_steps"]) == ("completed", 92)
     assert summary["updates"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(2400)
+def test_two_learners_learn_what_one_does(no_cluster, tmp_path):
+    summary = train(preset_of("tdmpc2_pendulum", "--runtime.learners", "2"), tmp_path)
+    assert summary["learner_restarts"] == 0
+    assert summary["eval_return_mean"] >= -250

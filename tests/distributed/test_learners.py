@@ -5,17 +5,19 @@ import time
 from collections import deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 import torch
 
 from distributed import ranks
+from distributed.actors.learner import LearnerActor
 from distributed.actors.member import About
 from distributed.actors.replay import ReplayActor
 from distributed.cluster import share
 from distributed.coordinator import Coordinator, train
 from distributed.learning import Learning
-from tests.distributed.ray_runs import assert_equal_learners, finish, learners_of, several
+from tests.distributed.ray_runs import assert_equal_learners, finish, learners_of, matrix_config, several
 from tests.distributed.test_lockstep import assert_equal, config, outcome
 from tests.run_configs import dreamer_config
 from worldloom.manifest import newest_checkpoint, read_manifest
@@ -173,6 +175,48 @@ def test_in_turn_two_learners_that_are_resumed_give_the_bits_of_a_run_that_never
     for each in found:
         each.pop("metrics")  # those of the stretch that was lost stand there twice
     assert_equal(*found)
+
+
+@clustered
+@pytest.mark.slow
+def test_the_latents_of_every_learner_reach_replay(tmp_path):
+    found = {}
+    for learners in (1, 2):
+        made = config("dreamerv3", steps=160, learners=learners)
+        assert train(made, tmp_path / str(learners))["updates"] > 5
+        found[learners] = outcome(tmp_path / str(learners), made)["rows"]["deter"]
+    distance = np.abs(found[1] - found[2]).reshape(len(found[1]), -1).max(1)
+    assert (distance < 1e-3).mean() > 0.9  # half of the rows that were written back, were those of one learner lost
+
+
+@clustered
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["learner", "actor"])
+def test_learners_share_what_several_shards_hold_and_act_for_others(server, coordinator, tmp_path):
+    made = coordinator(
+        matrix_config("dreamerv3", 2, shards=2, learners=2, acting="server", acting_server=server, receipt_interval=10)
+    )
+    summary = finish(made, tmp_path)
+    assert summary["updates"] == (summary["env_steps"] - 100) * 4 // 32  # 4 replayed steps of 4 x 8 a step
+    assert summary["actor_restarts"] == 0
+    assert_equal_learners(made, summary["updates"])
+
+
+@clustered
+@pytest.mark.slow
+def test_nodes_with_different_versions_of_torch_end_the_run_before_it_learns(monkeypatch, coordinator, tmp_path):
+    monkeypatch.setattr(ranks, "LearnerActor", OfAnotherVersion)
+    with pytest.raises(RuntimeError, match="the learners have different versions of torch .* Install one version"):
+        coordinator(several())
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+class OfAnotherVersion(LearnerActor):
+    """A learner whose node, but for that of rank 0, has another version of torch."""
+
+    def about(self):
+        found = super().about()
+        return found if repr(self) == "learner/0" else dataclasses.replace(found, torch="2.0.0")
 
 
 # GPUs
