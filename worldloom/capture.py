@@ -32,8 +32,8 @@ class Captured:
     """Calls `function(inputs, **settings)`, which takes and returns tensors by name and reads nothing back to the host.
 
     On CUDA the first calls of each shape run uncaptured, on a stream of their own. The next call records the function
-    as a graph; this call and all later ones replay it. The outputs are buffers that the next call overwrites: copy what
-    you keep. The function may change tensors outside of it (parameters, optimiser states) that stay at one address;
+    as a graph; this call and all later ones replay it. The outputs are buffers that the next call overwrites: keep
+    their `own`. The function may change tensors outside of it (parameters, optimiser states) that stay at one address;
     call `forget` after they moved. generator: the source of the function's random numbers.
     """
 
@@ -62,6 +62,10 @@ class Captured:
         assert recording.graph is not None
         recording.graph.replay()
         return recording.outputs
+
+    def own(self, outputs: Tensors) -> Tensors:
+        """Return outputs that the next call leaves as they are: copies, where it would overwrite them."""
+        return {name: value.clone() for name, value in outputs.items()} if self.enabled else dict(outputs)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> Tensors:
         return {name: value.to(self._device, non_blocking=True) for name, value in inputs.items()}

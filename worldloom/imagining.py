@@ -82,8 +82,7 @@ class ImaginingAgent(ABC):
         shown = {name: torch.as_tensor(value) for name, value in as_mapping(obs).items()}
         shown = self.world_model.as_mapping(shown, "act", 1)
         state = self._previous(act_state, len(next(iter(shown.values()))))
-        found = self._act({**split_obs(shown), "is_first": torch.as_tensor(is_first), **state})
-        kept = {name: value.clone() for name, value in found.items()}  # the next call fills the same buffers
+        kept = self._act.own(self._act({**split_obs(shown), "is_first": torch.as_tensor(is_first), **state}))
         return kept["action"].cpu().numpy(), kept
 
     @abstractmethod

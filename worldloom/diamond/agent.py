@@ -50,16 +50,16 @@ class DiamondAgent(ImaginingAgent):
         chance `epsilon`, and the new act_state. Raises ValueError for another shape or number of rows."""
         shown = self.world_model.check_image("act", obs, 1)
         given = {"obs/obs": shown, "is_first": torch.as_tensor(is_first), **self._previous(act_state, len(shown))}
-        kept = {name: value.clone() for name, value in self._act(given, explore=explore).items()}
+        kept = self._act.own(self._act(given, explore=explore))
         return kept.pop("action").cpu().numpy(), kept
 
     def _choose(self, given: Tensors, explore: bool = True) -> Tensors:
         """Return the LSTM's state after these frames, and drawn actions; runs on the device alone."""
         rows, generator = len(given["hidden"]), self.acting_generator
-        noise = {"uniform_explore": torch.ones(rows, 1, device=self.device)}
-        if explore:
-            noise["uniform_explore"] = torch.rand(rows, 1, generator=generator, device=self.device)
-        noise["exponential_action"] = fn.exponential_noise((rows, self.world_model.action_dim), generator, self.device)
+        shape, device = (rows, 1), self.device
+        coin = torch.rand(shape, generator=generator, device=device) if explore else torch.ones(shape, device=device)
+        noise = {"uniform_explore": coin}
+        noise["exponential_action"] = fn.exponential_noise((rows, self.world_model.action_dim), generator, device)
         return act_step(self.behaviour, {**given, **noise}, self.config.epsilon)
 
     def _fresh(self, envs: int) -> dict[str, Tensor]:
