@@ -65,6 +65,8 @@ class Launcher:
         """
         options = {"name": name, "namespace": self.namespace, "num_cpus": cpus, "num_gpus": gpus}
         options["allow_out_of_order_execution"] = any_order
+        if where != "DEFAULT" and not cpus and not gpus:
+            options["memory"] = 1  # byte: Ray places actors that need nothing at all at random, wherever they are to go
         actor = ray.remote(concurrency_groups=threads or {})(kind)  # type: ignore[call-overload]
         deadline = time.monotonic() + START_SECONDS
         while True:

@@ -1,5 +1,6 @@
 """One of several learners is lost, or differs: all start again together, as many as the cluster has room for."""
 
+import dataclasses
 import os
 import signal
 
@@ -11,6 +12,7 @@ from ray.cluster_utils import Cluster
 from distributed import learning, ranks, watching
 from distributed.actors.learner import LearnerActor
 from tests.distributed.ray_runs import assert_equal_learners, finish, learners_of, several
+from worldloom.runs.config import ReplayConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 clustered = pytest.mark.usefixtures("small_cluster")
@@ -160,9 +162,13 @@ def cluster(no_cluster):
 def test_a_node_takes_its_learners_with_it_and_fewer_go_on(
     learners, env_actors, expected, cluster, coordinator, tmp_path, capsys
 ):
-    made = coordinator(several(learners, {"env_actors": env_actors}, total_steps=2000))
+    replay = ReplayConfig(capacity=2000, shards=min(2, env_actors))
+    configured = several(learners, {"env_actors": env_actors}, total_steps=2000)
+    made = coordinator(dataclasses.replace(configured, replay=replay))
     nodes = made.parts.learning.ranks.nodes
     assert len(set(nodes)) >= learners // 2  # of two processors
+    assert set(made.parts.replay.nodes) <= set(nodes)  # shards lie near the learners
+    assert {collector.node for collector in made.parts.collecting.collectors} - set(nodes)  # not all act there
 
     def remove():
         cluster.remove_node(next(n for n in cluster.worker_nodes if n.node_id == nodes[-1]), allow_graceful=False)
