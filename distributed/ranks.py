@@ -240,19 +240,15 @@ class Ranks:
 
     def compare(self) -> None:
         """Raise RuntimeError unless the parameters of all are equal, bit for bit."""
-        if self.size > 1 and (other := self.different(self._ask("receipt"))):
+        if self.size > 1 and (other := different(self.names, self._ask("receipt"))):
             raise RuntimeError(
                 f"{other} has other parameters than learner/0 at the start. All nodes of learners need the same "
                 "versions, and the same files of the run."
             )
 
-    def receipts(self) -> list[Any]:
-        """Return references to the states of several learners, see `agree`."""
-        return [handle.receipt.remote() for handle in self.handles] if self.size > 1 else []
-
     def agree(self, receipts: Sequence[Receipt | None]) -> None:
         """Raise ActorLost, all of them being broken, unless their receipts of the same moment are equal."""
-        if other := self.different(receipts):
+        if other := different(self.names, receipts):
             self.broken = True
             theirs = receipts[self.names.index(other)]
             raise ActorLost(
@@ -260,9 +256,10 @@ class Ranks:
                 "learners need the same kind of processor or GPU and the same versions."
             )
 
-    def different(self, receipts: Sequence[Receipt | None]) -> str | None:
-        """Return the name of the first learner whose receipt is not rank 0's, None if all agree."""
-        return next((name for name, each in zip(self.names, receipts, strict=False) if each != receipts[0]), None)
+
+def different(names: Sequence[str], receipts: Sequence[Receipt | None]) -> str | None:
+    """Return the name of the first learner whose receipt is not rank 0's, None if all agree."""
+    return next((name for name, each in zip(names, receipts, strict=False) if each != receipts[0]), None)
 
 
 def check_versions(about: Sequence[About]) -> None:

@@ -54,7 +54,7 @@ class Saving:
         self.told = False  # the user knows that it takes long
         self.paused = 0.0  # seconds for which learning stood still
         taken = self._learner.snapshot.remote(), replay.snapshot() if copy else None
-        self._receipts = ranks.receipts()
+        self._receipts = [handle.receipt.remote() for handle in ranks.handles] if ranks.size > 1 else []
         self._stages = self._write(*taken)
         self._under_way: Future[Any] | list[Any] = next(self._stages)
 

@@ -79,8 +79,7 @@ class LearnerActor(Process):
         self._publish_every, self._compare_every = config.runtime.publish_interval, config.runtime.receipt_interval
         self._server: ActingServer | None = None
         self._interrupted, self._learned = threading.Event(), 0  # updates in this process
-        self._slow_ones = PREPARING if config.train.compile is True or "cuda" in self._device else 0
-        self.pulse_clock.preparing = self._slow_ones > 0
+        self.pulse_clock.preparing = config.train.compile is True or "cuda" in self._device
         return agent_spec(self._agent)
 
     def __repr__(self) -> str:
@@ -127,7 +126,7 @@ class LearnerActor(Process):
                 break
             fresh.append((batch["rows"], self._agent.learn(_copy(batch))))
             self._learned += 1
-            self.pulse_clock.preparing = self._learned < self._slow_ones
+            self.pulse_clock.preparing &= self._learned < PREPARING
             if self._learned == PREPARING:
                 self._member.prepared()
             self.pulse_clock.progress()
