@@ -103,7 +103,7 @@ def update(agent: Agent, batch: Any) -> float:
 
 
 def act_seconds(agent: Agent, batch: Any, calls: int) -> list[float]:
-    """Of `act` in one environment, within an episode."""
+    """Return the seconds of each `act` in one environment, within an episode."""
     shown = batch["obs"]
     obs = {k: v[:1, 0].numpy() for k, v in shown.items()} if isinstance(shown, dict) else shown[:1, 0].cpu().numpy()
     _, state = agent.act(obs, None, np.ones(1, bool))

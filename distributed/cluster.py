@@ -150,8 +150,11 @@ def _free_gpus(wanted: int, deadline: float) -> float:
 
     Those of actors that have just ended come free late.
     """
-    enough = min(float(wanted), float(ray.cluster_resources().get("GPU", 0.0)))
+    enough, told = min(float(wanted), float(ray.cluster_resources().get("GPU", 0.0))), False
     while (free := float(ray.available_resources().get("GPU", 0.0))) < enough and time.monotonic() < deadline:
+        if not told:
+            print(f"waiting for free GPUs in the cluster: {enough:g} are wanted, {free:g} are free", flush=True)
+            told = True
         time.sleep(0.2)
     return free
 

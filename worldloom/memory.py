@@ -1,7 +1,7 @@
 """Memory that an update on a CPU frees stays with the process, for the next update.
 
 An update asks for hundreds of MiB and frees them. The C library (glibc) by itself returns large blocks to the system at
-once, and the next update waits while the system maps and clears every page again: a fifth of its time.
+once, and the next update waits while the system maps and clears every page again: up to a fifth of its time.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from distributed import ranks
 from distributed.actors.learner import LearnerActor
-from distributed.actors.member import About
+from distributed.actors.member import About, GangBroken
 from distributed.actors.replay import ReplayActor
 from distributed.cluster import share
 from distributed.coordinator import Coordinator, train
@@ -30,6 +30,8 @@ clustered = pytest.mark.usefixtures("small_cluster")
 @clustered
 def test_two_learners_make_the_updates_of_one_run(coordinator, tmp_path, capsys):
     made = coordinator(several(total_steps=300, checkpoint=CheckpointConfig(interval=0)))
+    pulses = ray.get([handle.pulse.remote() for handle in learners_of(made)])
+    assert not any(preparing for _, preparing in pulses)  # nothing is compiled: a hang is seen from the first update on
     summary = finish(made, tmp_path)
     assert summary["updates"] == summary["env_steps"] // 2  # 12 replayed steps of 8 x 3 a step
     assert summary["actor_restarts"] == summary["learner_restarts"] == summary["updates_lost"] == 0
@@ -79,11 +81,26 @@ def test_each_learner_has_a_gpu_of_its_own_or_all_share_one(device, gpus, server
     assert shares.processes == 5 + (server == "actor")
 
 
-def test_gpus_of_processes_that_have_just_ended_are_waited_for(monkeypatch):
+def test_gpus_of_processes_that_have_just_ended_are_waited_for(monkeypatch, capsys):
     free(monkeypatch, 4.0)
     found = iter([0.0, 3.0, 4.0])
     monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": next(found)})
     assert share(several(4, train=TrainConfig(device="auto"))).gpus == 1.0
+    assert capsys.readouterr().out.count("waiting for free GPUs in the cluster: 4 are wanted, 0 are free") == 1
+
+
+def test_a_learner_whose_batch_never_comes_says_so(monkeypatch):
+    waited = []
+
+    def get(reference, timeout):
+        waited.append(timeout)
+        raise ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", get)
+    member = SimpleNamespace(name="learner/1", seconds=600.0)
+    with pytest.raises(GangBroken, match="learner/1 got no batch for 600 s"):
+        LearnerActor.update_share(SimpleNamespace(_member=member), ["a reference"])
+    assert waited == [600.0]
 
 
 def test_what_a_lost_learner_owed_to_replay_is_forgotten(monkeypatch):

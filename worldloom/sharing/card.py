@@ -115,10 +115,11 @@ def card_of_run(run: Location, licence: str = LIBRARY_LICENCE) -> ModelCard:
         facts["episodes"] = summary["eval_episodes"]
     config = root / "config.yaml"
     env = yaml.safe_load(read_bytes(config))["env"] if is_file(config) else {}
+    counted = summary.get("env_steps") or 0
     return ModelCard(
         algorithm=manifest["algorithm"],
         task=manifest["env_id"],
-        action_repeat=env.get("action_repeat", 1),
+        action_repeat=env.get("action_repeat", summary["frames"] // counted if counted else 1),
         environment=_environment(env),
         env_steps=steps,
         updates=int(manifest["limiter"]["updates"]),

@@ -123,9 +123,8 @@ class TDMPC2Agent:
             check_act_state(act_state, len(shown))
             previous = act_state["mean"]
         given = {"obs": shown, "is_first": torch.as_tensor(is_first), "mean": previous}
-        found = self._act(given if numbers is None else {**given, "task": numbers}, explore=explore)
-        mean = found["mean"].clone()  # the next call fills the same buffers
-        return found["action"].cpu().numpy(), {"mean": mean}
+        found = self._act.own(self._act(given if numbers is None else {**given, "task": numbers}, explore=explore))
+        return found["action"].cpu().numpy(), {"mean": found["mean"]}
 
     def _choose(self, given: Tensors, explore: bool) -> Tensors:
         """Return actions and plans for these observations; runs on the device alone."""
