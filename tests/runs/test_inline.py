@@ -34,6 +34,13 @@ from worldloom.runs.verify import verify
 # Clocks
 
 
+@pytest.mark.parametrize(
+    ("ratio", "said"), [(8, "1 update every 4 steps"), (32, "1 update a step"), (64, "2 updates a step")]
+)
+def test_the_train_ratio_is_said_in_updates(ratio, said):
+    assert said in RateLimiter(ratio, 32, 0, pretrain=False).describe()
+
+
 def test_rate_limiter_owes_updates_in_proportion_to_steps():
     limiter = RateLimiter(train_ratio=512, replayed_per_update=1024, learning_starts=100, pretrain=False)
     limiter.env_steps = 99

@@ -76,7 +76,8 @@ class RateLimiter:
     def describe(self) -> str:
         """Describe the ratio in all the usual units."""
         per_step = self.updates_per_step
-        updates = f"{per_step:g} updates a step" if per_step >= 1 else f"1 update every {1 / per_step:g} steps"
+        many = "1 update" if per_step == 1 else f"{per_step:g} updates"
+        updates = f"{many} a step" if per_step >= 1 else f"1 update every {1 / per_step:g} steps"
         return (
             f"train ratio {self.train_ratio:g}: {self.train_ratio:g} replayed steps per environment step, "
             f"{updates} ({self.replayed_per_update} steps in a batch), from step {self.learning_starts:,} on"
