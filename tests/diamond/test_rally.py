@@ -1,15 +1,21 @@
 """Rally, the task to judge imagined frames by: its rules, and how a frame is read."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from examples import judge_rally
 from examples.rally import LAST, LIMIT, PADDLE, SIZE, Rally, read_frames
+from worldloom import create_agent
 from worldloom.adamw import GuardedAdamW, Part
 from worldloom.diamond import SIZES, DiamondConfig
 from worldloom.diamond.denoiser import Denoiser
 from worldloom.diamond.rows import as_frames
+from worldloom.runs.build import make_run_env
+from worldloom.runs.config import EnvConfig
 
 
 def follow(env):
@@ -123,3 +129,25 @@ def test_a_thousand_updates_foresee_fifteen_frames():
     print(f"squared error {error}, of copying {copying}")
     assert np.mean(right) > 0.8
     assert error < 0.2 * copying
+
+
+def test_the_judge_counts_frames_that_are_right_to_a_pixel(monkeypatch):
+    agent = create_agent("diamond:tiny", Rally().observation_space, Rally().action_space, seed=0)
+    imagine = judge_rally.open_loop
+
+    def share():
+        right = judge_rally.right_frames(
+            agent, lambda seed: make_run_env(EnvConfig(id="examples.rally:Rally"), 1, seed), 3
+        )
+        assert right.shape == (3, 15)
+        return right.mean()
+
+    assert share() < 0.5  # it has learned nothing
+    for shift, expected in ((0, 1.0), (2, 0.0)):
+
+        def moved(*given, shift=shift):
+            loop = imagine(*given)
+            return dataclasses.replace(loop, predicted={"obs": np.roll(loop.truth["obs"], shift, -1)})
+
+        monkeypatch.setattr(judge_rally, "open_loop", moved)
+        assert share() == expected
