@@ -122,6 +122,7 @@ def test_films_show_truth_prediction_and_error_side_by_side():
     assert (border[5:] == border[5]).all()
     assert (border[0] != border[5]).any()  # seen, and imagined
     assert film(images(3), "obs", scale=2).shape == (8, 12, 48, 3)
+    assert film(images(3), "obs").shape == (8, 6 * 36, 24 * 36, 3)  # 4 pixels become 144
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 9])

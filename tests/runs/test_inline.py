@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import time
 from itertools import pairwise
 
@@ -173,6 +174,29 @@ def test_inline_run_trains_evaluates_and_leaves_a_run_directory(tmp_path):
     assert sum("eval/return_mean" in line for line in lines) == 2
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(0, 300), (150, 150)])
+def test_ctrl_c_ends_an_evaluation_and_a_resume_goes_on(monkeypatch, capsys, tmp_path, interval, steps):
+    """An evaluation may take minutes: it is said that it runs, and the first Ctrl-C is enough."""
+    slices = []
+
+    def play(self, seconds):
+        slices.append(seconds)
+        if len(slices) == 3:
+            signal.raise_signal(signal.SIGINT)
+        assert len(slices) <= 3, "the evaluation goes on after Ctrl-C"
+
+    config = tiny_config(eval=EvalConfig(interval=interval, episodes=3))
+    with monkeypatch.context() as patched:
+        patched.setattr("worldloom.runs.inline.RunEvaluation.play", play)
+        patched.setattr("worldloom.runs.inline.SAID_AFTER", -1.0)
+        summary = InlineTrainer(config, tmp_path).train()
+    assert (summary["status"], summary["eval_return_mean"]) == ("interrupted", None)
+    assert steps <= summary["env_steps"] < steps + 16
+    assert capsys.readouterr().out.count("evaluating over 3 episodes") == 1
+    summary = InlineTrainer(config, tmp_path, resume=True).train()
+    assert (summary["status"], summary["eval_return_mean"]) == ("completed", 280)
 
 
 @pytest.mark.parametrize(

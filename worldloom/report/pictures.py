@@ -17,6 +17,7 @@ WHITE = (1.0, 1.0, 1.0)
 NO_DECODER = "This model has no decoder: it predicts rewards, not observations."
 MOST_NUMBERS = 6  # entries of vectors that a plot shows
 STRIP_COLUMNS = 12
+FILM_SIDE = 144  # screen pixels, the least height of a film's images
 PICTURE_ROWS = 50  # of a sequence from replay
 
 
@@ -41,15 +42,19 @@ def sequence_picture(model: WorldModel, sequence: Mapping[str, Array] | None, ti
     return plot(open_loop(model, join_obs(rows), rows["actions"], rows["rewards"], observed), title)
 
 
-def film(loop: OpenLoop, key: str, scale: int = 3) -> Array:
+def film(loop: OpenLoop, key: str, scale: int | None = None) -> Array:
     """Return frames [T, H, W, 3] uint8: truth, prediction and their absolute error side by side. The border of the
-    prediction is green while the model sees the truth, blue while it imagines."""
+    prediction is green while the model sees the truth, blue while it imagines.
+
+    scale: screen pixels per pixel, by default 3, and more for images that would be less than FILM_SIDE high.
+    """
     truth, predicted = _rgb(loop.truth[key]), _rgb(loop.predicted[key])
     frames = []
     for t, (true, guess) in enumerate(zip(truth, predicted, strict=True)):
         colour = SEEN_FRAME if t < loop.observed else IMAGINED_FRAME
         parts = [_framed(true, WHITE), _framed(guess, colour), _framed(np.abs(true - guess), WHITE)]
         frames.append(np.concatenate(parts, 1))
+    scale = scale or max(3, -(-FILM_SIDE // truth.shape[1]))
     return _bytes(np.stack(frames).repeat(scale, 1).repeat(scale, 2))
 
 

@@ -195,12 +195,6 @@ class RunEvaluation:
             self._evaluator = start_evaluation(self._agent, make, episodes, EVAL_SEED)
         return self._evaluator.play(seconds)
 
-    def finish(self) -> Evaluation:
-        """Play all of it."""
-        result = self.play()
-        assert result is not None, "play without a limit ends"
-        return result
-
 
 def actor_seed(config: RunConfig, actor: int, incarnation: int, lane: int = 0) -> int:
     """Return a seed for the environments of one lane of one incarnation of one actor, different from all others."""

@@ -34,6 +34,7 @@ from worldloom.runs.run import Run
 from worldloom.types import Array, FreshColumns
 
 COLLECT_EVERY = 100  # updates on a GPU, because reading metrics waits for the GPU
+SAID_AFTER = 10.0  # seconds of an evaluation, after which the user is told of it
 
 
 class InlineTrainer:
@@ -85,14 +86,14 @@ class InlineTrainer:
                     if run.picture_clock.due(limiter.env_steps) and not run.finished:
                         self._picture()
                     if run.eval_clock.due(limiter.env_steps) and not run.finished:
-                        run.recorder.evaluated(limiter.env_steps, self._evaluate())
+                        self._evaluate(stop)
                     if run.checkpoint_clock.due(limiter.env_steps) and not run.finished:
                         self.save()
                         if self.config.runtime.sync:  # restart all episodes, as a resumed run would
                             self.rollout.close()
                             run.incarnation += 1
                             self.rollout = self._new_rollout()
-                return self._finish(stop.requested and not run.finished)
+                return self._finish(stop)
             except EnvironmentFailed:
                 self.save()  # keep the accepted rows for --resume
                 raise
@@ -136,8 +137,18 @@ class InlineTrainer:
         self.run.recorder.updated(metrics, self._uncollected, seconds)
         self._uncollected, self._learning_seconds = 0, 0.0
 
-    def _evaluate(self) -> Evaluation:
-        return RunEvaluation(self.config, self.agent).finish()
+    def _evaluate(self, stop: GracefulStop) -> Evaluation | None:
+        """Evaluate and record the result; return None if Ctrl-C came first, since an evaluation may take minutes."""
+        steps, recorder = self.run.limiter.env_steps, self.run.recorder
+        evaluation, begun, said = RunEvaluation(self.config, self.agent), time.monotonic(), False
+        while not stop.requested:
+            if result := evaluation.play(1.0):
+                recorder.evaluated(steps, result)
+                return result
+            if not said and time.monotonic() - begun > SAID_AFTER:
+                recorder.say(f"step {steps:,}: evaluating over {self.config.eval.episodes} episodes …")
+                said = True
+        return None
 
     def _picture(self) -> None:
         sequence = self.replay.draw_sequence(PICTURE_ROWS, np.random.default_rng(self.run.limiter.env_steps))
@@ -159,12 +170,10 @@ class InlineTrainer:
                 self.run.drop_checkpoint(folder)
                 raise
 
-    def _finish(self, interrupted: bool) -> dict[str, Any]:
+    def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         self.save()
         if self.run.unsaved:
             self.run.end_unsaved(rescue_agent(self.run.dir, take_agent(self.agent)))
-        evaluation = None if interrupted else self._evaluate()
-        if evaluation:
-            self.run.recorder.evaluated(self.run.limiter.env_steps, evaluation)
+        evaluation = self._evaluate(stop) if self.run.finished else None
         self._picture()
-        return self.run.recorder.summarise(self.run.status(not interrupted), self.run.spec.device, evaluation)
+        return self.run.recorder.summarise(self.run.status(evaluation is not None), self.run.spec.device, evaluation)
