@@ -1,8 +1,9 @@
 """Makes the pictures of the README and of these pages: make pictures, or python docs/pictures/make.py [--only PICTURE]
 
-It trains what `make train` trains, a short DreamerV3 on CartPole and one on Catch, unless these runs are there already.
-From them it draws learning_curve.svg, imagination.gif, catch.gif (true beside imagined: `make demo`) and, if there is a
-Chromium, report.png. Further arguments, such as --train.total_steps 500, go to the training.
+It trains what `make train` trains, a short DreamerV3 on CartPole, one on Catch and DIAMOND on Rally, unless these runs
+are there already. From them it draws learning_curve.svg, imagination.gif, catch.gif (true beside imagined: `make
+demo`), rally.gif (the same) and, if there is a Chromium, report.png. Further arguments, such as --train.total_steps
+500, go to the training.
 """
 
 from __future__ import annotations
@@ -53,9 +54,18 @@ def make_imagination(runs: Path, out: Path, more: Sequence[str]) -> None:
 
 
 def make_catch(runs: Path, out: Path, more: Sequence[str]) -> None:
-    """Film an episode of Catch: 5 frames that the model sees, and 40 that it imagines from the true actions."""
     train(runs / "catch", "dreamerv3_catch.yaml", "--runtime", "inline", *more)
-    run("launch.imagine", "--run-dir", str(runs / "catch"), "--out", str(out), "--steps", "45", "--observed", "5")
+    film_episode(runs / "catch", out)
+
+
+def make_rally(runs: Path, out: Path, more: Sequence[str]) -> None:
+    train(runs / "rally", "diamond_rally.yaml", "--runtime", "inline", *more)
+    film_episode(runs / "rally", out)
+
+
+def film_episode(run_dir: Path, out: Path) -> None:
+    """Film the start of an episode: 5 frames that the model sees, and 40 that it imagines from the true actions."""
+    run("launch.imagine", "--run-dir", str(run_dir), "--out", str(out), "--steps", "45", "--observed", "5")
     shrink(out)
 
 
@@ -106,6 +116,7 @@ MAKERS = {
     "learning_curve.svg": make_learning_curve,
     "imagination.gif": make_imagination,
     "catch.gif": make_catch,
+    "rally.gif": make_rally,
     "report.png": make_report,
 }
 

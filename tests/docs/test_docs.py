@@ -41,6 +41,7 @@ TINY = {
     "iterations=1",
     "dreamerv3": "deter=32 hidden=8 units=8 stoch=4 classes=4 batch_size=2 batch_length=8",
     "storm": "hidden=16 stoch=4 classes=4 units=16 batch_size=2 batch_length=8 imagination_length=2",
+    "diamond": "channels=8 reward_channels=8 cond=16 reward_lstm=8 policy_lstm=8 batch_size=2 horizon=2",
     "gru_family": "units=16 batch_size=8 batch_length=6 candidates=16 elites=4",
 }
 NETWORK = ("encoder_dim", "mlp_dim", "latent_dim")  # which a run has from the published file that it starts from
