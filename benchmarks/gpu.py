@@ -23,6 +23,12 @@ from typing import Any
 
 IMAGES = {"obs": "image", "batch": 16, "length": 64}
 LEARNING = ("walker", "pixels")  # stages that train
+OTHERS: dict[str, dict[str, Any]] = {  # as published
+    "storm:18m": {"batch": 16, "length": 64, "precision": "bfloat16"},
+    "diamond:atari": {"batch": 32, "length": 15, "precision": "float32"},
+    "storm:tiny": {"batch": 8, "length": 32, "precision": "bfloat16"},
+    "diamond:tiny": {"batch": 16, "length": 5, "precision": "float32"},
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,13 @@ def correctness(o: argparse.Namespace) -> list[Job]:
     tiny = {"obs": "image", "batch": 4, "length": 8}
     dreamer = {"model": "dreamerv3:size1m", **tiny, "precisions": o.precisions}
     tdmpc2 = {"model": "tdmpc2:1m", "obs": "vector", "batch": 32, "precisions": ["float32"]}
+    storm = {"model": "storm:tiny", **tiny, "precisions": o.precisions, "beside_cpu": False}
+    diamond = {"model": "diamond:tiny", "obs": "rally", "batch": 4, "length": 3, "precisions": ["float32"]}
     return [
         own("correctness dreamerv3", "correctness", "correctness", 150, **common, **dreamer),
         own("correctness tdmpc2", "correctness", "correctness", 150, **common, **tdmpc2),
+        own("correctness storm", "correctness", "correctness", 150, **common, **storm),
+        own("correctness diamond", "correctness", "correctness", 150, **common, **diamond, beside_cpu=False),
     ]
 
 
@@ -65,6 +75,11 @@ def timing(o: argparse.Namespace) -> list[Job]:
         jobs.append(own(f"update dreamerv3:{size}", "timing", "update", o.bound, **learning, modes=o.modes))
         acting = {**common, **model, "envs": o.envs[:2]}
         jobs.append(own(f"act dreamerv3:{size}", "timing", "act", o.bound, **acting, modes=acting_modes))
+    for name in o.others:
+        model = {"model": name, "obs": "image", **OTHERS[name]}
+        jobs.append(own(f"update {name}", "timing", "update", o.bound, **common, **model, modes=o.modes))
+        acting = {**common, **model, "envs": o.envs[:2]}
+        jobs.append(own(f"act {name}", "timing", "act", o.bound, **acting, modes=acting_modes))
     return jobs
 
 
@@ -197,6 +212,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", default="correctness,timing,peers,walker,pixels")
     parser.add_argument("--tdmpc2-sizes", default="5m,1m,19m,48m,317m")
     parser.add_argument("--dreamer-sizes", default="size12m,size1m,size50m,size200m")
+    parser.add_argument("--others", default="storm:18m,diamond:atari", help=f"of {', '.join(OTHERS)}")
     parser.add_argument("--modes", default="eager,captured,compiled,both")
     parser.add_argument("--precisions", default="float32,bfloat16", help="of DreamerV3's correctness")
     parser.add_argument("--envs", default="1,16,64,256", help="numbers of environments to plan for")
@@ -213,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dreamerv3", type=Path, help="checkout of danijar/dreamerv3")
     parser.add_argument("--jax", default=sys.executable, help="a Python that has what the JAX code needs")
     options = parser.parse_args()
-    for name in ("tdmpc2_sizes", "dreamer_sizes", "envs", "modes", "precisions"):
+    for name in ("tdmpc2_sizes", "dreamer_sizes", "others", "envs", "modes", "precisions"):
         setattr(options, name, [part for part in getattr(options, name).split(",") if part])
     options.envs = [int(count) for count in options.envs]
     options.out = options.out.resolve()

@@ -11,8 +11,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TINY = [
     *("--device", "cpu", "--minutes", "12", "--tdmpc2-sizes", "1m", "--dreamer-sizes", "size1m", "--envs", "1"),
     *("--batch", "2", "--length", "4", "--repeats", "1", "--modes", "eager,captured", "--parallel", "2"),
-    *("--precisions", "float32"),
+    *("--precisions", "float32", "--others", "storm:tiny,diamond:tiny"),
 ]
+MODELS = ("tdmpc2:1m", "dreamerv3:size1m", "storm:tiny", "diamond:tiny")
 
 
 def measure(out, *more):
@@ -27,8 +28,8 @@ def test_correctness_and_timing_give_figures_and_are_not_done_twice(tmp_path):
     said, figures = measure(tmp_path, "--stages", "correctness,timing")
     jobs = {figure["job"] for figure in figures if "done" in figure}
     assert jobs == {
-        *("correctness dreamerv3", "correctness tdmpc2"),
-        *(f"{kind} {model}" for kind in ("update", "act") for model in ("tdmpc2:1m", "dreamerv3:size1m")),
+        *(f"correctness {family}" for family in ("dreamerv3", "tdmpc2", "storm", "diamond")),
+        *(f"{kind} {model}" for kind in ("update", "act") for model in MODELS),
     }, (tmp_path / "log.txt").read_text()
     timed = [figure for figure in figures if "median_ms" in figure]
     assert {figure["mode"] for figure in timed} == {"eager", "captured"}
