@@ -301,11 +301,13 @@ def load_agent(
     device: torch.device | str = "cpu",
     seed: int = 0,
     episode_length: int | None = None,
+    obs_shape: tuple[int, ...] | None = None,
     **settings: Any,
 ) -> Agent:
     """Load a trained agent from a run (its newest checkpoint; a folder, or a URL such as s3://bucket/runs/NAME), a
     model directory, or a file that a family's authors published (see `create_world_model` for its options).
     settings: configuration fields that shape no parameter, such as num_samples=256 for half of TD-MPC2's planning.
+    obs_shape: for a file alone: how many numbers are observed, where Newt's model of one task fills them up with zeros.
 
         agent = load_agent("runs/pendulum")
         obs, act_state, is_first = env.reset(), None, np.ones(env.num_envs, bool)
@@ -318,7 +320,7 @@ def load_agent(
     """
     folder = locate(directory)
     if is_file(folder):
-        family, model = _load_file(folder, None, None, device, episode_length, settings)
+        family, model = _load_file(folder, obs_shape, None, device, episode_length, settings)
         return cast(Agent, family.agent(model, seed, ()))
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"

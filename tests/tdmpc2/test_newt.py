@@ -6,10 +6,12 @@ tests/data/newt.tar.xz: two checkpoints, of four tasks and of one, and the input
 import tarfile
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from launch.train import main
 from worldloom import create_world_model, load_agent
 from worldloom.tdmpc2 import Task, TDMPC2Agent, load_official, save_official
 from worldloom.tdmpc2.official.mmbench import MMBENCH
@@ -25,6 +27,22 @@ CASES = {
     "multitask": {"tasks": TASKS, "overrides": PLANNING},
     "single": {"obs_shape": (4,), "overrides": {**PLANNING, "discount": 0.99}},
 }
+
+
+class FourNumbers(gym.Env):
+    """What the model of one task observes, without the zeros that its file fills observations up with."""
+
+    observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self._steps += 1
+        return self.observation_space.sample(), 0.0, False, self._steps == 20, {}
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +188,28 @@ def test_a_tensor_of_another_shape_is_refused_by_name(folder, tmp_path, case, na
         changed = rewritten(folder, tmp_path, lambda state, shape=shape: state.update({name: torch.ones(shape)}), case)
         with pytest.raises(ValueError, match=r"changed.pt"):
             load_official(changed, tasks=CASES[case].get("tasks", ()))
+
+
+PRESET = """
+algorithm: tdmpc2:1m
+agent: {batch_size: 4, num_samples: 12, num_elites: 4, num_pi_trajs: 2, iterations: 2, lr: 1.0e-30}
+env: {id: "tests.tdmpc2.test_newt:FourNumbers", num_envs: 1}
+train: {total_steps: 60, learning_starts: 30, train_ratio: 3}
+runtime: {kind: inline, learner_threads: 1}
+eval: {interval: 0, episodes: 1}
+"""
+
+
+def test_a_file_of_one_task_acts_and_starts_a_run_without_the_zeros(folder, tmp_path):
+    obs, first = np.random.default_rng(0).normal(size=(2, 10)).astype(np.float32), np.ones(2, bool)
+    obs[:, 4:] = 0
+    short = load_agent(folder / "single.pt", obs_shape=(4,), **PLANNING)
+    expected, _ = load_agent(folder / "single.pt", **PLANNING).act(obs, None, first, explore=False)
+    found, _ = short.act(obs[:, :4], None, first, explore=False)
+    assert found == pytest.approx(expected, abs=1e-5)
+    preset, run = tmp_path / "preset.yaml", tmp_path / "run"
+    preset.write_text(PRESET)
+    assert main(["--config", str(preset), "--from", str(folder / "single.pt"), "--run-dir", str(run)]) == 0
+    trained = load_agent(run).world_model
+    assert trained.obs_shape == (4,)
+    assert torch.equal(trained.encoder[0].weight, short.world_model.encoder[0].weight)  # the learning rate is 1e-30

@@ -6,6 +6,7 @@ model becomes one of the run's task alone (Hansen et al. 2024, "few-shot learnin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_start(config: RunConfig, env: Spaces) -> AgentSnapshot:
     Raises ValueError that names what does not fit, FileNotFoundError for a checkpoint that is not there.
     """
     source = str(config.start.checkpoint)
-    agent = _load(config, source)
+    agent = _load(config, source, observation_shape(env.observation_space))
     taken, model = dataclasses.replace(take_agent(agent), state={}), agent.world_model  # optimisers begin anew
     if (like := _like(config, model, source)) is not None:
         shape = observation_shape(env.observation_space)
@@ -66,10 +67,19 @@ def read_start(config: RunConfig, env: Spaces) -> AgentSnapshot:
     return taken
 
 
-def _load(config: RunConfig, source: str) -> Agent:
-    place = locate(source)
-    named = {"tasks": config.agent["tasks"]} if is_file(place) and "tasks" in config.agent else {}
-    return load_agent(source, **named)
+def _load(config: RunConfig, source: str, obs_shape: ObsShape) -> Agent:
+    if not is_file(locate(source)):
+        return load_agent(source)
+    agent = load_agent(source, **({"tasks": config.agent["tasks"]} if "tasks" in config.agent else {}))
+    if (
+        getattr(agent.world_model, "tasks", ())
+        or obs_shape == agent.world_model.obs_shape
+        or isinstance(obs_shape, Mapping)
+    ):
+        return agent
+    with contextlib.suppress(ValueError):  # of a file that fills nothing up; `_check_fits` says what differs
+        return load_agent(source, obs_shape=obs_shape)
+    return agent
 
 
 def _like(config: RunConfig, model: nn.Module, source: str) -> str | None:
