@@ -322,6 +322,10 @@ def load_agent(
     if is_file(folder):
         family, model = _load_file(folder, obs_shape, None, device, episode_length, settings)
         return cast(Agent, family.agent(model, seed, ()))
+    if obs_shape is not None:
+        raise ValueError(
+            f"load_agent: obs_shape is for a file that authors published; {directory} says its own. Leave it out."
+        )
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
     elif not is_file(folder / "config.json"):

@@ -30,7 +30,7 @@ CASES = {
 
 
 class FourNumbers(gym.Env):
-    """What the model of one task observes, without the zeros that its file fills observations up with."""
+    """Observes what the model of one task does, without the zeros that its file fills observations up with."""
 
     observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
@@ -207,6 +207,9 @@ def test_a_file_of_one_task_acts_and_starts_a_run_without_the_zeros(folder, tmp_
     expected, _ = load_agent(folder / "single.pt", **PLANNING).act(obs, None, first, explore=False)
     found, _ = short.act(obs[:, :4], None, first, explore=False)
     assert found == pytest.approx(expected, abs=1e-5)
+    short.world_model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="obs_shape is for a file"):
+        load_agent(tmp_path / "saved", obs_shape=(4,))
     preset, run = tmp_path / "preset.yaml", tmp_path / "run"
     preset.write_text(PRESET)
     assert main(["--config", str(preset), "--from", str(folder / "single.pt"), "--run-dir", str(run)]) == 0
