@@ -268,9 +268,22 @@ def images_agent():
     return dreamerv3_models.shake(tiny_agent(**DREAMERS["images and choices"]))
 
 
-@pytest.mark.parametrize(("made", "parts"), [(choices_agent, (3, 2)), (tasks_agent, ()), (images_agent, (3, 2))])
-def test_the_example_acts_with_numpy_and_onnxruntime_alone(made, parts, tmp_path):
-    path = worldloom.export(made(), tmp_path / "actor.onnx", envs=2)
+def indices_agent():
+    return dreamerv3_models.shake(tiny_agent(**DREAMERS["class indices"]))
+
+
+@pytest.mark.parametrize(
+    ("made", "parts", "options"),
+    [
+        (choices_agent, (3, 2), {}),
+        (tasks_agent, (), {}),
+        (images_agent, (3, 2), {}),
+        (states_agent, (), {"plan": False}),  # a policy without state asks for nothing but observations
+        (indices_agent, (), {}),
+    ],
+)
+def test_the_example_acts_with_numpy_and_onnxruntime_alone(made, parts, options, tmp_path):
+    path = worldloom.export(made(), tmp_path / "actor.onnx", envs=2, **options)
     program = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys(("torch", "worldloom", "gymnasium")))

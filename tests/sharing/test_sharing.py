@@ -110,8 +110,10 @@ def test_the_hub_reads_the_card(run, tmp_path):
     assert "tdmpc2" in card.data.tags
 
 
-def test_the_example_of_a_card_runs(run, tmp_path):
-    folder = save_agent(run, tmp_path / "shared")
+def test_the_example_of_a_card_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_agent(save_agent(run, "shared/first"), "shared/second")  # as the tutorial names folders
+    shutil.rmtree("shared/first")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) == 5
     namespace = {}
@@ -190,6 +192,15 @@ def test_agents_go_to_the_hub_and_come_back(run, hub):
     assert "280.0 ± 0.0" in text
 
 
+def test_a_directory_that_goes_to_the_hub_is_loaded_from_there(run, hub, tmp_path):
+    folder = save_agent(run, tmp_path / "shared", licence="cc-by-4.0")
+    push_to_hub(folder, "me/counting")
+    text = (hub.root / "me" / "counting" / "main" / "README.md").read_text()
+    assert "agent = worldloom.from_hub('me/counting')" in text
+    assert str(folder) not in text
+    assert '"cc-by-4.0"' in text
+
+
 def test_a_branch_is_made_and_loaded(hub):
     agent = tiny_agent()
     push_to_hub(agent, "me/dreamer", revision="wide")
@@ -202,10 +213,32 @@ def test_a_branch_is_made_and_loaded(hub):
         from_hub("me/dreamer", "narrow")
 
 
+def official(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_official(tiny_model(simnorm_dim=8, latent_dim=32), folder / "walker-walk-1.pt")
+    return folder / "walker-walk-1.pt"
+
+
+def test_the_card_of_a_file_of_the_authors_names_it_and_their_licence(tmp_path):
+    file = official(tmp_path)
+    with pytest.raises(ValueError, match=r"whose licence has walker-walk-1\.pt\? Give the one of its authors"):
+        save_agent(file, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
+    text = (save_agent(file, tmp_path / "shared", licence="mit") / "README.md").read_text()
+    assert "the weights of `walker-walk-1.pt`, converted" in text
+    assert "trained with" not in text
+    assert "commit" not in text
+
+
+def test_the_card_of_a_run_says_which_checkpoint_it_started_from(run, tmp_path):
+    tuned = shutil.copytree(run, tmp_path / "tuned")
+    (tuned / "config.yaml").write_text(yaml.safe_dump({"env": {}, "start": {"checkpoint": "mt30-5M.pt"}}))
+    text = (save_agent(tuned, tmp_path / "shared") / "README.md").read_text()
+    assert "| started from | `mt30-5M.pt` |" in text
+
+
 def test_files_of_the_authors_load_from_the_hub(hub):
-    (hub.root / "them" / "tdmpc2" / "main").mkdir(parents=True)
-    config = {"simnorm_dim": 8, "latent_dim": 32}
-    save_official(tiny_model(**config), hub.root / "them" / "tdmpc2" / "main" / "walker-walk-1.pt")
+    official(hub.root / "them" / "tdmpc2" / "main")
     agent = from_hub("them/tdmpc2", filename="walker-walk-1.pt", episode_length=200)
     assert agent.world_model.obs_shape == (3,)
 

@@ -40,16 +40,18 @@ class ModelCard:
     command: str | None = None
     commit: str | None = None
     versions: str | None = None
+    started_from: str | None = None  # the checkpoint whose weights training began with
+    converted_from: str | None = None  # the file of a family's authors that the weights are of
     licence: str = LIBRARY_LICENCE
 
     @property
     def title(self) -> str:
         return f"{self.algorithm} on {self.task}" if self.task else self.algorithm
 
-    def text(self, name: str = "PATH OR REPO") -> str:
-        """Return the README: facts that the Hub reads, then those that people read. name: where the agent lies."""
+    def text(self, load: str = "load_agent('PATH')") -> str:
+        """Return the README: facts that the Hub reads, then those that people read. load: how the example loads it."""
         parts = ["---", *self._front(), "---", "", f"# {self.title}", "", self._lead(), "", *self._facts(), ""]
-        return "\n".join([*parts, "## Use", "", "```python", *self._example(name), "```", ""])
+        return "\n".join([*parts, "## Use", "", "```python", *self._example(load), "```", ""])
 
     def _front(self) -> Iterator[str]:
         """Yield the Hub's metadata. JSON's strings are YAML's too."""
@@ -67,6 +69,8 @@ class ModelCard:
             yield f"    metrics: [{{type: mean_reward, name: mean_reward, value: {value}, verified: false}}]"
 
     def _lead(self) -> str:
+        if self.converted_from is not None:
+            return f"A world model and the agent that acts with it: the weights of `{self.converted_from}`, converted."
         made = "A world model and the agent that acts with it, trained with WorldLoom."
         if self.return_mean is None:
             return f"{made} It was not evaluated at its last step."
@@ -80,6 +84,7 @@ class ModelCard:
             "environment steps": self.env_steps if frames is None else f"{self.env_steps:,} ({frames:,} frames)",
             "updates": None if self.updates is None else f"{self.updates:,}",
             "seed": self.seed,
+            "started from": self.started_from and f"`{self.started_from}`",
             "command": self.command and f"`{self.command}`",
             "commit": self.commit and f"`{self.commit}`",
             "versions": self.versions,
@@ -87,13 +92,12 @@ class ModelCard:
         }
         return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
 
-    def _example(self, name: str) -> list[str]:
-        load = "from_hub" if "/" in name and not name.startswith((".", "/")) else "load_agent"
+    def _example(self, load: str) -> list[str]:
         task, repeat, more = self.task or UNKNOWN_TASK, self.action_repeat, self.environment
         return [
             "import numpy as np, worldloom, worldloom.envs",
             *(["from worldloom.envs import AtariConfig, DMCConfig"] if "Config(" in more else []),
-            f"agent = worldloom.{load}({name!r})",
+            f"agent = worldloom.{load}",
             f"env = worldloom.envs.make_env({task!r}, action_repeat={repeat}{more and f', {more}'})",
             "actions, state = agent.act(env.reset(), None, is_first=np.ones(1, bool), explore=False)",
             "step = env.step(actions)  # and so on, with act(step.obs, state, step.is_first, explore=False)",
@@ -114,7 +118,8 @@ def card_of_run(run: Location, licence: str = LIBRARY_LICENCE) -> ModelCard:
         facts |= {"return_mean": summary["eval_return_mean"], "return_std": summary["eval_return_std"]}
         facts["episodes"] = summary["eval_episodes"]
     config = root / "config.yaml"
-    env = yaml.safe_load(read_bytes(config))["env"] if is_file(config) else {}
+    settings = yaml.safe_load(read_bytes(config)) if is_file(config) else {}
+    env = settings.get("env", {})
     counted = summary.get("env_steps") or 0
     return ModelCard(
         algorithm=manifest["algorithm"],
@@ -123,6 +128,7 @@ def card_of_run(run: Location, licence: str = LIBRARY_LICENCE) -> ModelCard:
         environment=_environment(env),
         env_steps=steps,
         updates=int(manifest["limiter"]["updates"]),
+        started_from=settings.get("start", {}).get("checkpoint"),
         licence=licence,
         **facts,
     )
@@ -141,8 +147,10 @@ def _environment(env: dict[str, Any]) -> str:
     return ", ".join(given)
 
 
-def card_of_agent(family: str, updates: int | None, licence: str) -> ModelCard:
-    """Return the card of an agent of which no run is known, made here and now."""
+def card_of_agent(family: str, updates: int | None, licence: str, published: str | None = None) -> ModelCard:
+    """Return the card of an agent of which no run is known. published: the file of its family's authors, if it is."""
+    if published is not None:
+        return ModelCard(algorithm=family, converted_from=published, versions=versions(), licence=licence)
     return ModelCard(algorithm=family, updates=updates, commit=commit(), versions=versions(), licence=licence)
 
 

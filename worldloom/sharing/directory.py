@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from worldloom.families import load_agent
@@ -21,37 +22,50 @@ def save_agent(
     directory: Location,
     *,
     card: ModelCard | None = None,
-    licence: str = LIBRARY_LICENCE,
-    name: str | None = None,
+    licence: str | None = None,
+    repo_id: str | None = None,
 ) -> Path:
     """Write the directory of an agent: what `load_agent` reads, and README.md, its model card.
 
     agent: an agent, a run (its newest checkpoint), a model directory, or a file that a family's authors published.
     card: its facts, which a run knows by itself; the card that a model directory already has is kept. licence: of the
-    weights, for a card that is made here. name: what the card's example loads, by default the directory. Returns the
-    directory. Raises FileNotFoundError or ValueError for what is no agent, FloatingPointError for NaN parameters.
+    weights, for a card that is made here; mit by default, but what authors published needs theirs. repo_id: where on
+    the Hub the card's example finds the agent, by default in this directory. Returns the directory. Raises
+    FileNotFoundError or ValueError for what is no agent, FloatingPointError for NaN parameters.
     """
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    source = agent if isinstance(agent, Agent) else locate(agent)
-    if isinstance(source, Path) and is_file(source):
+    target, source = Path(directory), agent if isinstance(agent, Agent) else locate(agent)
+    published = source.name if isinstance(source, Path) and is_file(source) else None
+    if published is not None and card is None and licence is None:
+        raise ValueError(f"whose licence has {published}? Give the one of its authors, as in licence='mit'.")
+    if isinstance(source, Path) and published is not None:
         source = load_agent(source)
+    target.mkdir(parents=True, exist_ok=True)
+    load = f"from_hub({repo_id!r})" if repo_id is not None else f"load_agent({str(directory)!r})"
     if isinstance(source, Agent):
         _write(source, target)
-        made = card_of_agent(source.describe()["family"], source.updates or None, licence)
+        family, updates = source.describe()["family"], source.updates or None
+        made = card_of_agent(family, updates, licence or LIBRARY_LICENCE, published)
     else:
         run = (source / "checkpoints").is_dir()
         folder = newest_checkpoint(source) / "agent" if run else source
         family = str(read_description(folder).get("family"))
-        made = card_of_run(source, licence) if run else card_of_agent(family, None, licence)
+        own = licence or LIBRARY_LICENCE
+        made = card_of_run(source, own) if run else card_of_agent(family, None, own)
         names = [path.name for path in find(folder, "*") if path.name in PARTS]
         kept = card is None and is_file(folder / CARD)
         for part in [*names, *([CARD] if kept else [])]:
             download(folder / part, target / part)
         if kept:
+            _load_by(load, target / CARD)
             return target
-    (target / CARD).write_text((card or made).text(name or str(directory)))
+    (target / CARD).write_text((card or made).text(load))
     return target
+
+
+def _load_by(load: str, card: Path) -> None:
+    """Let the example of a card that was made elsewhere load the agent from where it lies now."""
+    line = re.compile(r"^agent = worldloom\.(load_agent|from_hub)\(.*\)$", re.MULTILINE)
+    card.write_text(line.sub(lambda _: f"agent = worldloom.{load}", card.read_text()))
 
 
 def _write(agent: Agent, target: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from worldloom.extras import how_to_install
 from worldloom.families import load_agent
 from worldloom.locations import Location
-from worldloom.sharing.card import LIBRARY_LICENCE, ModelCard
+from worldloom.sharing.card import ModelCard
 from worldloom.sharing.directory import PARTS, save_agent
 from worldloom.types import Agent
 
@@ -22,7 +22,7 @@ def push_to_hub(
     repo_id: str,
     *,
     card: ModelCard | None = None,
-    licence: str = LIBRARY_LICENCE,
+    licence: str | None = None,
     private: bool = False,
     revision: str | None = None,
     message: str | None = None,
@@ -38,7 +38,7 @@ def push_to_hub(
     hub = _hub()
     hub.utils.validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="worldloom-") as folder:
-        save_agent(agent, folder, card=card, licence=licence, name=repo_id)
+        save_agent(agent, folder, card=card, licence=licence, repo_id=repo_id)
         with _as_sentences(hub, "push_to_hub", repo_id, revision):
             api = hub.HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
