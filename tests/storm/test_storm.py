@@ -47,6 +47,13 @@ def test_parameters_are_as_many_as_published(actions, stem, world, policy, train
     assert count(model, behaviour) == trained
 
 
+def test_the_tiny_preset_has_as_many_parameters_as_its_table_says():
+    with torch.device("meta"):
+        model = create_world_model("storm:tiny", (3, 64, 64), 6, "meta")
+        behaviour = Behaviour(model.config, 6, (6,))
+    assert (count(model), count(behaviour.policy), count(behaviour.value)) == (1_067_235, 66_822, 98_943)
+
+
 def test_the_published_preset_acts_on_the_prior_and_replays_1024_steps_for_each():
     config = get_config("storm:18m")
     assert config == dataclasses.replace(STORMConfig(), act_on="prior")

@@ -17,6 +17,6 @@ FAMILY = Family(
         "obs_classes": "by key, the class count of observations that are class indices, which are read one-hot",
         "action_classes": "the number of choices of each one-hot part of an action",
     },
-    "DreamerV3 (Hafner et al. 2025): a recurrent state-space model with a decoder; it learns to act in imagination",
+    "DreamerV3 (Hafner et al. 2025): a recurrent state-space model, decoder or not; it learns to act in imagination",
     "image",
 )

@@ -88,7 +88,7 @@ def _show_rewards(axis: Any, loop: OpenLoop, until: int) -> None:
     """Draw the rewards of the first `until` imagined steps on an axis for all steps."""
     steps = np.arange(loop.observed, loop.observed + until)
     axis.axvspan(-0.5, loop.observed - 0.5, color="#e8f3ec", lw=0)
-    axis.plot(steps, loop.true_rewards[:until], color=TRUE, lw=1.6, label="true reward")
+    axis.plot(steps, loop.true_rewards[:until], color=TRUE, lw=1.6, label=f"true {loop.reward}")
     axis.plot(steps, loop.predicted_rewards[:until], color=PREDICTED, lw=1.6, ls="--", label="predicted")
     axis.set_xlim(-0.5, loop.steps - 0.5)
     axis.spines[["top", "right"]].set_visible(False)

@@ -128,7 +128,7 @@ def configure_agent(agent: Agent, train: TrainConfig, device: str) -> None:
     compiled = cuda if train.compile == "auto" else train.compile
     if compiled:
         drop_damaged_libraries(compiler_cache())
-    if cuda:  # products of float32 in TF32, as both papers' code computes them
+    if cuda:  # products of float32 in TF32, as the papers' code computes them
         torch.set_float32_matmul_precision("high")
     agent.configure_learning(precision, compiled and _can_compile(device), bool(train.capture))
 
