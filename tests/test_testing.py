@@ -59,6 +59,12 @@ def test_the_example_of_an_own_family_holds_it_and_learns(package, capsys):
 BROKEN = [
     (checks.is_an_agent, "def replay_columns", "def columns_of_replay", "the agent has no replay_columns"),
     (checks.describes_itself, '"config": dataclasses.asdict(self.config),', "", "describe() lacks config"),
+    (
+        checks.has_states_of_one_shape,
+        "return LatentState(self.step(action, state.deterministic))",
+        "return LatentState(self.step(action, state.deterministic), memory={'steps': action[:1]})",
+        "predict: memory holds {'steps'",
+    ),
     (checks.decodes_and_imagines, "going_on.sigmoid()[:, None]", "going_on[:, None]", "continue leaves [0, 1]"),
     (checks.decodes_and_imagines, "symexp(reward)[:, None]", "symexp(reward)", "reward is (3,), expected (3, 1)"),
     (checks.has_a_loss, '{"loss": sum(means.values()), **means}', "means", 'expected "loss" among them'),

@@ -45,7 +45,11 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class LatentState:
-    """A model's state of B environments: `deterministic` [B, D] and, in some models, `stochastic` [B, S K], flat."""
+    """A model's state of B environments: `deterministic` [B, D] and, in some models, `stochastic` [B, S K], flat.
+
+    `features` is what heads read. `memory` holds what else must be remembered, tensors [B, ...] by name, the same names
+    from every method of a model: STORM's last tokens, DIAMOND's last frames and actions.
+    """
 
     deterministic: Tensor
     stochastic: Tensor | None = None

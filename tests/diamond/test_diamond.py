@@ -252,6 +252,18 @@ def test_predictions_are_frames_at_grey_levels_and_observations_are_kept():
     assert predicted.features.shape == (2, 64)
 
 
+def test_a_state_to_which_no_move_led_has_no_reward_and_goes_on():
+    model = shake(tiny_agent()).world_model
+    obs, action = torch.from_numpy(images()), torch.eye(ACTIONS)[[0] * len(images())]
+    for state in (model.encode(obs), model.initial_state(2)):
+        told = model.decode(state)
+        assert told["reward"].tolist() == [[0.0]] * state.batch_size
+        assert told["continue"].tolist() == [[1.0]] * state.batch_size
+    moved = model.decode(model.observe(model.encode(obs), action, obs))
+    assert moved["reward"].all()
+    assert (moved["continue"] < 1).all()
+
+
 def test_an_imagined_trajectory_is_predictions_in_a_row():
     model = shake(tiny_agent()).world_model
     state, actions = model.encode(torch.from_numpy(images())), torch.eye(ACTIONS)[torch.tensor([[0, 1], [2, 1]])]

@@ -54,7 +54,7 @@ def test_acting_keeps_what_observing_keeps(act_on, monkeypatch):
 def test_the_memory_loses_its_oldest_token_first(monkeypatch):
     model = tiny_agent().world_model
     certain(model, monkeypatch)
-    state, made = model.initial_state(1), []
+    state, made = model.encode(torch.zeros(1, 3)), []
     for action in torch.randn(7, 1, 2):
         made.append(model.token(state.stochastic, action))
         state = model.predict(state, action)
@@ -71,6 +71,11 @@ def test_an_environment_that_starts_anew_forgets_and_the_others_do_not(monkeypat
     _, state = agent.act(obs, state, np.array([True, False]))
     assert state["filled"].tolist() == [1, 5]
     fresh = agent.world_model.encode(torch.from_numpy(obs))
+    begun = agent.world_model.initial_state(2)
+    for action in (torch.zeros(2, 2), torch.ones(2, 2)):  # before the first observation nothing came
+        observed = agent.world_model.observe(begun, action, torch.from_numpy(obs))
+        assert_close(observed.features, fresh.features)
+        assert observed.memory["filled"].tolist() == [1, 1]
     assert_close(state["memory"][0, 0], fresh.memory["tokens"][0, 0])
     assert_close(state["stoch"][0], fresh.stochastic[0])
 

@@ -31,8 +31,8 @@ def act_step(policy: ActorCritic, given: Tensors, epsilon: float) -> Tensors:
     standard distribution, and `uniform_explore` [E, 1]: where it is below epsilon, the action is a uniform one.
     """
     kept = (~given["is_first"]).float().unsqueeze(1)
-    features = policy.encode(as_frames(given["obs/obs"]))
-    hidden, cell = policy.lstm(features, (given["hidden"] * kept, given["cell"] * kept))
+    before = (given["hidden"] * kept, given["cell"] * kept)
+    hidden, cell = policy.lstm(policy.encode(as_frames(given["obs/obs"])), before)
     probs = policy.log_probs(hidden).exp()
     probs = torch.where(given["uniform_explore"] < epsilon, 1 / probs.shape[1], probs)
     return {"hidden": hidden, "cell": cell, "action": fn.draw_one_hot(probs, given["exponential_action"])}

@@ -74,8 +74,7 @@ class DiamondLearning(ImaginingUpdate):
     def core(self, given: Tensors) -> Tensors:
         """Make the update on the device alone; return no columns for replay. See `worldloom.learner.Update`."""
         rows = self.model.rows(cast(Batch, given))
-        noise = self.draw_noise(len(rows.frames))
-        loss, scalars = self.loss(rows, *noise)
+        loss, scalars = self.loss(rows, *self.draw_noise(len(rows.frames)))
         made, norms = self.optimizer.step(loss)
         named = {f"{part}_grad_norm": norm for part, norm in zip(("denoiser", "reward", "policy"), norms, strict=True)}
         self.tally.add({"loss": loss, **scalars, **named}, made)
@@ -115,10 +114,8 @@ class DiamondLearning(ImaginingUpdate):
         """
         model, policy = self.model, self.behaviour
         frames, moves = rows.draw_start(noise.rows, model.config.context)
-        never = torch.zeros_like(moves, dtype=torch.bool)
-        dream = Dream(frames, moves, model.reward_end.unroll(frames, moves, never)[1])
-        before = frames[:, :-1].transpose(0, 1)
-        start = memory = policy.unroll(before, policy.lstm.initial(len(frames)))[1]
+        dream = Dream(frames, moves, model.reward_end.unroll(frames, moves)[1])
+        start = memory = policy.unroll(frames[:, :-1].transpose(0, 1), policy.lstm.initial(len(frames)))[1]
         told = []
         for draws, *drawn in zip(noise.frame, noise.action, noise.reward, noise.end, strict=True):
             frame = dream.frames[:, -1]

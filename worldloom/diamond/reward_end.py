@@ -66,15 +66,15 @@ class RewardEnd(nn.Module):
         kept = self.levels(self.conv_in(torch.cat([before, after], 1)), cond)
         return cast(Tensor, self.last(kept[-1][-1], cond)[-1])
 
-    def unroll(self, frames: Tensor, actions: Tensor, is_first: Tensor) -> tuple[Tensor, Memory]:
+    def unroll(self, frames: Tensor, actions: Tensor, is_first: Tensor | None = None) -> tuple[Tensor, Memory]:
         """Return the LSTM's hidden states [B, T, D] after T moves between frames, from zeros, and its last state.
 
         frames: [B, T + 1, C, S, S]; actions: [B, T]; is_first: [B, T], whether a move goes into a new episode. Such a
         move starts from zeros, from a grey frame, 0.0, with action 0.
         """
-        kept = (~is_first).float()
+        kept = torch.ones(actions.shape, device=frames.device) if is_first is None else (~is_first).float()
         before = frames[:, :-1] * kept[:, :, None, None, None]
-        seen = self.features(before.flatten(0, 1), (actions * ~is_first).flatten(), frames[:, 1:].flatten(0, 1))
+        seen = self.features(before.flatten(0, 1), (actions * kept.long()).flatten(), frames[:, 1:].flatten(0, 1))
         memory, hidden = self.lstm.initial(len(frames)), []
         for features, keep in zip(seen.flatten(1).unflatten(0, kept.shape).unbind(1), kept.unbind(1), strict=True):
             memory = self.lstm(features, (memory[0] * keep[:, None], memory[1] * keep[:, None]))

@@ -35,9 +35,10 @@ class Dream:
         """Return the moves out of the frames [B, n], of which action [B] is the last."""
         return torch.cat([self.actions, action.unsqueeze(1)], 1)
 
-    def as_latent(self) -> LatentState:
-        hidden, cell = self.memory
-        return LatentState(hidden, memory={"frames": self.frames, "actions": self.actions, "cell": cell})
+    def as_latent(self, moved: bool = True) -> LatentState:
+        """moved: whether a move led here."""
+        (hidden, cell), seen = self.memory, torch.full((len(self.frames),), moved, device=self.frames.device)
+        return LatentState(hidden, memory={"frames": self.frames, "actions": self.actions, "cell": cell, "moved": seen})
 
 
 class DiamondWorldModel(nn.Module):
@@ -78,15 +79,14 @@ class DiamondWorldModel(nn.Module):
         return self.denoiser.noise_emb.device
 
     def initial_state(self, batch_size: int) -> LatentState:
-        return self._grey(batch_size).as_latent()
+        return self._grey(batch_size).as_latent(moved=False)
 
     def encode(self, obs: Any) -> LatentState:
         """Return the state after seeing only obs [B, C, S, S], uint8 or floats in [0, 1], after grey frames."""
         frame = self.check_image("encode", obs, 1)
         grey = self._grey(len(frame))
         frames = torch.cat([grey.frames[:, 1:], as_frames(frame).unsqueeze(1)], 1)
-        never = torch.zeros_like(grey.actions, dtype=torch.bool)
-        return Dream(frames, grey.actions, self.reward_end.unroll(frames, grey.actions, never)[1]).as_latent()
+        return Dream(frames, grey.actions, self.reward_end.unroll(frames, grey.actions)[1]).as_latent(moved=False)
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
         chosen, dream = self._chosen("predict", action, (state.batch_size,)), as_dream(state)
@@ -101,18 +101,17 @@ class DiamondWorldModel(nn.Module):
 
     def decode(self, state: LatentState) -> dict[str, Any]:
         """Return `obs` [B, C, S, S] in [0, 1], and of the move that led here `reward` [B, 1], the expected sign of the
-        reward in [-1, 1], and `continue` [B, 1]."""
-        reward, goes_on = self.reward_end.outcome(state.deterministic).expected()
-        images = (as_dream(state).frames[:, -1] + 1) / 2
-        return {"obs": images, "reward": reward.unsqueeze(1), "continue": goes_on.unsqueeze(1)}
+        reward in [-1, 1], and `continue` [B, 1]: 0 and 1 for `encode` and `initial_state`, to which no move led."""
+        images, moved = (as_dream(state).frames[:, -1] + 1) / 2, state.memory["moved"].unsqueeze(1)
+        reward, goes_on = (each.unsqueeze(1) for each in self.reward_end.outcome(state.deterministic).expected())
+        return {"obs": images, "reward": reward * moved, "continue": goes_on.where(moved, 1.0)}
 
     def imagine(self, state: LatentState, actions: Tensor) -> Trajectory:
         """Roll the model forward under actions [T, B, A]; rewards are expected signs of rewards, in [-1, 1]."""
         states = [state]
         for action in actions:
             states.append(self.predict(states[-1], action))
-        outcome = self.reward_end.outcome(torch.stack([later.deterministic for later in states[1:]]))
-        reward, goes_on = outcome.expected()
+        reward, goes_on = self.reward_end.outcome(torch.stack([s.deterministic for s in states[1:]])).expected()
         return Trajectory(tuple(states), reward.unsqueeze(-1), goes_on.unsqueeze(-1))
 
     def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -142,8 +141,11 @@ class DiamondWorldModel(nn.Module):
         first = rows.is_first[:, 1:]
         outcome = self.reward_end.outcome(self.reward_end.unroll(rows.frames, rows.actions[:, 1:], first)[0])
         reward_loss, end_loss = outcome.losses(rows.rewards[:, 1:], rows.terminated[:, 1:], ~first, gang)
-        denoising_loss = self.denoiser.loss(*denoised, noise)
-        return {"denoising_loss": denoising_loss, "reward_loss": reward_loss, "end_loss": end_loss}
+        return {
+            "denoising_loss": self.denoiser.loss(*denoised, noise),
+            "reward_loss": reward_loss,
+            "end_loss": end_loss,
+        }
 
     def next_frame(self, dream: Dream, action: Tensor, noise: Tensor) -> Tensor:
         """Draw the frame [B, C, S, S] that action [B] leads to; noise: of `Denoiser.draw_frame_noise`."""
@@ -191,6 +193,6 @@ class DiamondWorldModel(nn.Module):
 
 def as_dream(state: LatentState) -> Dream:
     """Return a `LatentState` as this model's. Raises ValueError for a state of another kind of model."""
-    if lacking := {"frames", "actions", "cell"} - state.memory.keys():
+    if lacking := {"frames", "actions", "cell", "moved"} - state.memory.keys():
         raise ValueError(f"the state remembers no {', '.join(sorted(lacking))}, expected a state that this model made.")
     return Dream(state.memory["frames"], state.memory["actions"], (state.deterministic, state.memory["cell"]))

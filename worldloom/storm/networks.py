@@ -84,8 +84,7 @@ class STORMNetworks(nn.Module):
 
         first: bools [...]; where True nothing came before, and the token is that of zeros.
         """
-        both = torch.cat([z, action], -1)
-        out: Tensor = self.stem(both if first is None else both * ~first.unsqueeze(-1))
+        out: Tensor = self.stem(torch.cat([z, action], -1) * (1 if first is None else ~first.unsqueeze(-1)))
         return out
 
     def advance(
@@ -101,9 +100,8 @@ class STORMNetworks(nn.Module):
 
     def empty_memory(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return a memory without tokens, [rows, M, D], and its counts [rows]."""
-        c, device = self.config, self.bins.device
-        memory = torch.zeros(rows, c.acting_context, c.hidden, device=device)
-        return memory, torch.zeros(rows, dtype=torch.int64, device=device)
+        memory = torch.zeros(rows, self.config.acting_context, self.config.hidden, device=self.bins.device)
+        return memory, memory.new_zeros(rows, dtype=torch.int64)
 
     def expected(self, logits: Tensor) -> Tensor:
         """Return the number [...] that a two-hot head's logits [..., bins] mean.

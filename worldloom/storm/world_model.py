@@ -28,7 +28,7 @@ class STORMWorldModel(STORMNetworks):
         Raises ValueError that names the key of a missing or wrong observation."""
         shown = self.as_mapping(obs, "encode", 1)
         rows = len(next(iter(shown.values())))
-        return dataclasses.replace(self.initial_state(rows), stochastic=self.see(shown, self.draw_noise(rows))[1])
+        return dataclasses.replace(self._begin(rows), stochastic=self.see(shown, self.draw_noise(rows))[1])
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
         moved = self._move("predict", state, action)
@@ -47,17 +47,20 @@ class STORMWorldModel(STORMNetworks):
         if state.stochastic is None or not {"tokens", "filled"} <= state.memory.keys():
             raise ValueError(f"{where}: the state has no tokens, expected a state that this model made.")
         memory, filled = state.memory["tokens"], state.memory["filled"]
-        return self._state(*self.advance(memory, filled, state.stochastic, action), state.stochastic)
+        return self._state(*self.advance(memory, filled, state.stochastic, action, filled == 0), state.stochastic)
 
     def _state(self, memory: Tensor, filled: Tensor, h: Tensor, z: Tensor) -> LatentState:
         return LatentState(h, z, self.config.classes, memory={"tokens": memory, "filled": filled})
 
     def initial_state(self, batch_size: int) -> LatentState:
-        """Return the state before any observation: the token of zeros, and a latent of zeros."""
-        c, device = self.config, self.bins.device
-        z = torch.zeros(batch_size, c.stoch * c.classes, device=device)
-        action = torch.zeros(batch_size, self.action_dim, device=device)
-        return self._state(*self.advance(*self.empty_memory(batch_size), z, action), z)
+        """Return the state before any observation: no token yet; that of zeros is first, whatever the action."""
+        tokens, filled = self.empty_memory(batch_size)
+        return dataclasses.replace(self._begin(batch_size), memory={"tokens": tokens, "filled": filled})
+
+    def _begin(self, rows: int) -> LatentState:
+        """Return the token of zeros, and a latent of zeros."""
+        z = torch.zeros(rows, self.config.stoch * self.config.classes, device=self.bins.device)
+        return self._state(*self.advance(*self.empty_memory(rows), z, z.new_zeros(rows, self.action_dim)), z)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
         """Return `obs` (numbers in their units, images in [0, 1]), `reward` [B, 1] and `continue` [B, 1]."""

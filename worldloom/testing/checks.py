@@ -103,6 +103,11 @@ def has_states_of_one_shape(subject: Subject) -> str:
             value, expected = getattr(state, part), getattr(first, part)
             same = value.shape == expected.shape and len(value) == ENVS and value.dtype == torch.float32
             require(same, f"{name}: {part} is {value.dtype} {tuple(value.shape)}, encode's {tuple(expected.shape)}.")
+        kept = {key: (value.dtype, tuple(value.shape)) for key, value in state.memory.items()}
+        encoded = {key: (value.dtype, tuple(value.shape)) for key, value in first.memory.items()}
+        require(kept == encoded, f"{name}: memory holds {kept}, encode's {encoded}.")
+        lead = {key: shape[:1] for key, (_, shape) in kept.items() if shape[:1] != (ENVS,)}
+        require(not lead, f"{name}: memory entries {sorted(lead)} have no axis of {ENVS} environments in front.")
     return f"{first.features.shape[-1]} features"
 
 
