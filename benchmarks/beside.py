@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.beside_page import AUTHORS, DONE, OURS, REPEAT, RETURNS, Settings, write
+from benchmarks.calls import note_call
 from launch.arguments import run_config, run_parser
+from launch.sweeps.grid import values_of
 from worldloom.replay.chunk import ChunkInfo
 from worldloom.runs.build import probe_env
 from worldloom.runs.config import RunConfig
 from worldloom.runs.inline import InlineTrainer
 
+PLACES = {"--tdmpc2": "DIR", "--dreamerv3": "DIR", "--python": "PYTHON", "--out": "OUT"}
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "log.txt"
 
@@ -158,11 +161,14 @@ def refuse_other_settings(folder: Path, asked: dict[str, Any]) -> None:
         sys.exit(f"{folder} is complete with {told}. Give these again, or another --out.")
 
 
-def train_all(what: Comparison, settings: Settings, o: argparse.Namespace, more: Sequence[str]) -> None:
+def train_all(
+    what: Comparison, settings: Settings, o: argparse.Namespace, argv: Sequence[str], more: Sequence[str]
+) -> None:
     """Train every seed on both sides that is not complete; seeds first, so that both sides grow together."""
     asked = {**dataclasses.asdict(settings), "more": list(more)}
     configs = {seed: our_config(what, settings, seed, more) for seed in o.seeds}
     probe_env(configs[o.seeds[0]])  # a wrong task is refused before hours of the authors' training
+    note_call(o.out, "benchmarks.beside", argv, PLACES)
     for seed in o.seeds:
         for side in (AUTHORS, OURS):
             folder = o.out / f"{side}-{seed}"
@@ -192,7 +198,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--python", default=sys.executable, help="the Python that runs the authors' code")
     parser.add_argument("--task", default="cartpole-swingup", help="of DeepMind Control, by the authors' name")
     parser.add_argument("--steps", type=int, default=10_000, help="agent steps of each run")
-    parser.add_argument("--seeds", default="1,2", help="comma-separated")
+    parser.add_argument("--seeds", default="1,2", help="comma-separated, or 1..3")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each run")
     parser.add_argument("--train-ratio", type=float, default=512.0, help="DreamerV3's")
     parser.add_argument("--batch", type=int, default=16, help="DreamerV3's windows in a batch")
@@ -204,7 +210,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     o.checkout = o.tdmpc2 or o.dreamerv3
     if not o.table and not (o.checkout / o.family).is_dir():
         parser.error(f"{o.checkout} has no folder {o.family}, expected a checkout of the authors' repository.")
-    o.seeds = [int(seed) for seed in o.seeds.split(",")]
+    try:
+        o.seeds = [int(seed) for seed in values_of(o.seeds)]
+    except ValueError:
+        parser.error(f"--seeds is {o.seeds!r}, expected numbers such as 1,2,3 or 1..3.")
+    if not o.table and shutil.which(o.python) is None:
+        parser.error(f"--python is {o.python}, expected a Python that has what the authors' code needs.")
     o.out = o.out or Path("runs") / f"beside-{o.family}-{o.task}"
     return o, more
 
@@ -218,12 +229,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
     try:
         if not o.table:
-            train_all(what, settings, o, more)
-    except (RuntimeError, ValueError) as error:
+            train_all(what, settings, o, argv, more)
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"benchmarks.beside: {error}", file=sys.stderr)
         return 1
     finally:
-        write(what.name, settings, o.out, argv)
+        write(what.name, settings, o.out)
     print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, returns.csv, curves.svg")
     return 0
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.calls import read_calls
 from worldloom.report.page import OWN, PUBLISHED, axes
 
 OURS, AUTHORS = "ours", "authors"
@@ -118,13 +117,6 @@ def table(curves: Sequence[Curve]) -> str:
     return text
 
 
-def shown(argv: Sequence[str]) -> str:
-    """Return the command without the places of this machine."""
-    places = {"--tdmpc2": "DIR", "--dreamerv3": "DIR", "--python": "PYTHON", "--out": "OUT"}
-    words = [places.get(before, word) for before, word in zip(["", *argv], argv, strict=False)]
-    return f"`python -m benchmarks.beside {' '.join(words)}`"
-
-
 def settings_of(out: Path, asked: Settings) -> Settings:
     """Return the settings that a complete run had; those asked for before there is one."""
     for path in sorted(out.glob(f"*/{DONE}")):
@@ -133,7 +125,7 @@ def settings_of(out: Path, asked: Settings) -> Settings:
     return asked
 
 
-def write(name: str, settings: Settings, out: Path, argv: Sequence[str]) -> None:
+def write(name: str, settings: Settings, out: Path) -> None:
     """Write returns.csv, curves.svg and table.md."""
     settings = settings_of(out, settings)
     curves = read_curves(out)
@@ -145,6 +137,6 @@ def write(name: str, settings: Settings, out: Path, argv: Sequence[str]) -> None
             rows.writerows((curve.side, curve.seed, at, round(value, 2)) for at, value in points)
     if curves:
         draw(curves, f"{name} on {settings.task}", out / "curves.svg")
-    machine = f"{platform.machine()}, {settings.threads} threads, our torch {torch.__version__}"
     text = f"{name} on {settings.task}, {settings.steps:,} agent steps ({REPEAT * settings.steps:,} frames)."
-    (out / "table.md").write_text(f"{text} {machine}. {shown(argv)}\n\n{table(curves)}")
+    calls = "\n".join(f"{call}, {settings.threads} threads." for call in read_calls(out))
+    (out / "table.md").write_text(f"{text}\n\n{calls}\n\n{table(curves)}")

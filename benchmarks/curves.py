@@ -3,9 +3,9 @@
 Trains every task and seed with the published settings of a preset, nothing tuned, several runs at a time as
 launch.sweep does: runs that are complete are kept, and one that was interrupted goes on. Tasks and seeds may be added
 later. Then it writes, into the folder OUT: compare.html with every curve over the published mean and spread, table.md
-with our value, theirs and the difference in their standard deviations, curves.csv and curves.svg. TD-MPC2's authors
-report evaluations, DreamerV3's the returns of training. Arguments that it does not know go to the configuration of
-every run.
+with our value, theirs and the difference in their standard deviations, curves.csv and curves.svg. Values are compared
+at the last published frame that half of a task's seeds reached. TD-MPC2's authors report evaluations, DreamerV3's the
+returns of training. Arguments that it does not know go to the configuration of every run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ import contextlib
 import csv
 import dataclasses
 import math
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from benchmarks.calls import note_call, read_calls
 from launch.arguments import run_config, run_parser
 from launch.sweep import begun, carry_out
 from launch.sweeps.folder import SweepFolder
@@ -69,7 +66,7 @@ PUBLISHED_EVERY = 50_000  # agent steps between two points of TD-MPC2's publishe
 
 @dataclass(frozen=True)
 class Result:
-    """One task: frames reached by every seed, and both values at the last frame that both curves have."""
+    """One task: its runs, and both values at a frame that both curves have."""
 
     task: str
     runs: list[ComparedRun]
@@ -78,57 +75,67 @@ class Result:
 
     @property
     def reached(self) -> int:
-        return min(run.env_steps for run in self.runs) * self.runs[0].subject.action_repeat
+        return max(frames(run) for run in self.runs)
 
     @property
     def values(self) -> tuple[int, list[float]]:
-        """The frame of the comparison, and the value of each seed there; without a published one the last frame."""
-        curves = [run.curve(self.metric, "frames") for run in self.runs]
-        last = min((int(x[-1]) for x, _ in curves if len(x)), default=0)
-        known = [frame for frame in (self.published.frames if self.published else ()) if 0 < frame <= last]
-        frame = known[-1] if known else last
-        return frame, [float(np.interp(frame, x, y)) for x, y in curves if len(x)]
+        """The last published frame that half of the seeds reached, and the value there of each that did.
+
+        Without one, the last frame that all have in common.
+        """
+        curves = [(x, y) for x, y in (run.curve(self.metric, "frames") for run in self.runs) if len(x)]
+        ends = sorted(int(x[-1]) for x, _ in curves)
+        need = (len(self.runs) + 1) // 2
+        half = ends[-need] if len(ends) >= need else 0
+        known = [frame for frame in (self.published.frames if self.published else ()) if 0 < frame <= half]
+        frame = known[-1] if known else ends[0] if ends else 0
+        return frame, [float(np.interp(frame, x, y)) for x, y in curves if x[-1] >= frame]
 
     def row(self) -> list[str]:
         """Return task, frames, ours, theirs, and the difference in published standard deviations."""
         frame, ours = self.values
         shown = f"{np.mean(ours):.1f}" + (f" ± {np.std(ours, ddof=1):.1f}" if len(ours) > 1 else "") if ours else "none"
+        if 0 < len(ours) < len(self.runs):
+            shown += f" ({len(ours)} of {len(self.runs)} seeds)"
         theirs, apart = "none reported at these frames", ""
         if self.published and frame in self.published.frames and ours:
             at = self.published.frames.index(frame)
             mean, std = self.published.mean[at], self.published.std[at]
             theirs = f"{mean:.1f} ± {std:.1f}"
             apart = f"{(np.mean(ours) - mean) / std:+.1f}" if std else ""
-        seeds = ", ".join(f"{run.subject.seed} ({run.status})" for run in self.runs)
+        seeds = ", ".join(f"{run.subject.seed} ({run.status} at {frames(run):,})" for run in self.runs)
         hours = f"{sum(run.wall_seconds for run in self.runs) / 3600:.1f}"
-        return [self.task, seeds, f"{self.reached:,}", f"{frame:,}", shown, theirs, apart, hours]
+        return [self.task, seeds, f"{frame:,}", shown, theirs, apart, hours]
 
 
-HEADER = ("task", "seeds", "frames reached", "compared at", "ours", "published", "apart, in their σ", "hours")
+HEADER = ("task", "seeds, frames reached", "compared at", "ours", "published", "apart, in their σ", "hours")
 
 
-def read_results(out: Path, metric: str) -> list[Result]:
+def frames(run: ComparedRun) -> int:
+    return run.env_steps * run.subject.action_repeat
+
+
+def read_results(out: Path) -> list[Result]:
     """Read what has been trained so far, task by task."""
     by_task: dict[str, list[ComparedRun]] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):  # no run has metrics yet
         for run in read_compared([out]):
             by_task.setdefault(run.subject.env_id, []).append(run)
-    return [Result(task, runs, published_curve(runs[0].subject), metric) for task, runs in by_task.items()]
+    return [Result(task, runs, published_curve(runs[0].subject), metric_of(runs[0])) for task, runs in by_task.items()]
 
 
-def shown(argv: Sequence[str]) -> str:
-    """Return the command and the machine, without the places of this machine."""
-    words = ["OUT" if before == "--out" else word for before, word in zip(["", *argv], argv, strict=False)]
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-    return f"`{shlex.join(['python', '-m', 'benchmarks.curves', *words])}` on {machine}"
+def metric_of(run: ComparedRun) -> str:
+    """Return what the authors of a run's family report."""
+    return METRICS[resolve(run.subject.algorithm)[0]]
 
 
-def write(results: Sequence[Result], out: Path, argv: Sequence[str]) -> None:
+def write(results: Sequence[Result], out: Path) -> None:
     """Write table.md, curves.csv, curves.svg and compare.html."""
     lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER), *(" | ".join(r.row()) for r in results)]
     table = "".join(f"| {line} |\n" for line in lines)
     failed = [f"{name} failed: {last_line(error)}" for name, error in SweepFolder(out).read_errors().items()]
-    (out / "table.md").write_text("\n\n".join([shown(argv) + ".", table, *failed]).rstrip() + "\n")
+    calls = "\n".join(f"{call}." for call in read_calls(out))
+    (out / "table.md").write_text("\n\n".join([calls, table, *failed]).strip() + "\n")
     if not results:
         return
     write_comparison([out], out / "compare.html")
@@ -240,6 +247,7 @@ def train_all(o: argparse.Namespace, argv: Sequence[str], more: Sequence[str]) -
         for path in sorted((o.out / "configs").glob("*.yaml"))
     }
     with begun(dataclasses.replace(plan, runs={**before, **asked})):
+        note_call(o.out, "benchmarks.curves", argv, {"--out": "OUT"})
         return carry_out(plan)
 
 
@@ -254,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             sys.exit(f"benchmarks.curves: {error}".replace("--sweep-dir", "--out"))
     o.out.mkdir(parents=True, exist_ok=True)
-    write(read_results(o.out, METRICS[o.family]), o.out, argv)
+    write(read_results(o.out), o.out)
     print(f"\n{(o.out / 'table.md').read_text()}\n{o.out / 'table.md'}, compare.html, curves.csv, curves.svg")
     return ended
 

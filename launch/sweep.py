@@ -71,7 +71,7 @@ def _run(plan: Plan) -> int:
     finished = [name for name in plan.runs if is_finished(folder.path / name)]
     done = f", of which {len(finished)} are finished already" if finished else ""
     print(f"sweep: {_what(plan)}{done}; in {folder.path}", flush=True)
-    folder.errors.clear()
+    folder.try_again(plan.runs if plan.search is None else list(folder.errors))
     with GracefulStop() as stop:
         if plan.search is not None:
             _search(plan, plan.search, stop)

@@ -104,6 +104,20 @@ def test_a_table_alone_tells_what_was_trained_and_names_no_place(command, tmp_pa
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "one"], "--seeds is 'one', expected numbers such as 1,2,3 or 1..3."),
+        (["--python", "no/python"], "--python is no/python, expected a Python that has what the authors' code needs."),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_trains(words, said, command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command(*words)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_the_authors_code_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         beside.main(["--dreamerv3", str(tmp_path)])

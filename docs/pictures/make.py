@@ -1,15 +1,16 @@
 """Makes the pictures of the README and of these pages: make pictures, or python docs/pictures/make.py [--only PICTURE]
 
-It trains what `make train` trains, a short DreamerV3 on CartPole, one on Catch and DIAMOND on Rally, unless these runs
-are there already. From them it draws learning_curve.svg, imagination.gif, catch.gif (true beside imagined: `make
-demo`), rally.gif (the same) and, if there is a Chromium, report.png. Further arguments, such as --train.total_steps
-500, go to the training.
+It trains what `make train` trains, a short DreamerV3 on CartPole, one on Catch and DIAMOND on Rally; a run that is
+complete is kept, and one that was interrupted goes on. From them it draws learning_curve.svg, imagination.gif,
+catch.gif (true beside imagined: `make demo`), rally.gif (the same) and, if there is a Chromium, report.png. Further
+arguments, such as --train.total_steps 500, go to the training.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,12 +84,17 @@ def make_report(runs: Path, out: Path, more: Sequence[str]) -> None:
 
 
 def train(run_dir: Path, preset: str, *overrides: str) -> None:
-    if not (run_dir / "report.html").is_file():
-        run("launch.train", "--config", f"configs/{preset}", "--run-dir", str(run_dir), *overrides)
+    run("launch.train", "--config", f"configs/{preset}", "--run-dir", str(run_dir), "--resume", "auto", *overrides)
 
 
 def run(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], cwd=CHECKOUT, check=True)
+    """Run a command of the project; end with its status if it fails or is interrupted, for it has said why."""
+    command = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=CHECKOUT)
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command itself, which then saves
+    ended = command.wait()
+    signal.signal(signal.SIGINT, answer)
+    if ended:
+        sys.exit(ended)
 
 
 def draw_learning_curve(run_dir: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class SweepFolder:
         for name, config in runs.items():
             write_text(self.config_of(name), dump_config(config))
         self._content = content
+        self.errors = {name: error for name, error in self.read_errors().items() if name in runs}
         self._write()
 
     def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -90,9 +91,15 @@ class SweepFolder:
         return self.path / "logs" / f"{name}.log"
 
     def read_errors(self) -> dict[str, str]:
-        """Return the errors of the runs that failed in the last call, by their names."""
+        """Return the errors of the runs that failed when they were last tried, by their names."""
         saved = self.path / "sweep.json"
         return dict(json.loads(saved.read_text())["errors"]) if saved.is_file() else {}
+
+    def try_again(self, names: Iterable[str]) -> None:
+        """Forget the errors of runs that are about to be tried again."""
+        for name in names:
+            self.errors.pop(name, None)
+        self._write()
 
     def failed(self, name: str, error: str) -> None:
         """Keep the error of a run in sweep.json."""
