@@ -133,9 +133,10 @@ def export(
     `act(explore=False)`, without random shifts of images. plan: search with the model, whose noise is an input, or act
     with the policy alone (obs to mean action), which does worse on hard tasks; by default as the agent does.
 
-    Actions [E, A] lie in [-1, 1] (samples of DreamerV3 may lie outside, and are to be clipped) or are one-hot. They
-    equal those of `agent.act` up to rounding and, in plans, the order of sequences with exactly the same value. Returns
-    the path. Raises ValueError for another suffix, an agent that has no program, or what it cannot do; ImportError,
+    Actions [E, A] lie in [-1, 1] (samples of DreamerV3 may lie outside, and are to be clipped) or are one-hot. With
+    the same noise they equal those of `agent.act`, up to rounding and, in plans, the order of sequences with exactly
+    the same value; the modes that DreamerV3, STORM and DIAMOND give by default are not what `act` draws. Returns the
+    path. Raises ValueError for another suffix, an agent that has no program, or what it cannot do; ImportError,
     which names the extra, without onnx.
     """
     target = Path(path)

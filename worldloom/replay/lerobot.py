@@ -112,7 +112,14 @@ class Layout:
         if found is None or found.kind not in kinds:
             fitting = [feature.name for feature in self.features.values() if feature.kind in kinds]
             problem = "has no feature" if found is None else f"has {found.kind} as"
-            raise ValueError(f"{self.root / INFO} {problem} {name!r}, expected {' or '.join(kinds)}: one of {fitting}.")
+            without = {
+                REWARD: " Without rewards: read_lerobot(reward=None).",
+                DONE: " Without ends: read_lerobot(done=None).",
+            }
+            raise ValueError(
+                f"{self.root / INFO} {problem} {name!r}, expected {' or '.join(kinds)}: one of {fitting}."
+                + without.get(name, "")
+            )
         return found
 
     def observed(self, names: Sequence[str] | None) -> list[Feature]:
