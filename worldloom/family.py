@@ -28,7 +28,7 @@ class Family:
     model: Callable[..., Any]  # (obs_shape, action_dim, config, episode_length, **options) -> WorldModel
     agent: Callable[..., Any]  # (model, seed, action_classes) -> Agent
     options: Mapping[str, str] = field(default_factory=dict)  # further arguments of `model`: name -> meaning
-    description: str = ""  # one sentence
+    description: str = ""  # one sentence, which also names what the family does not take
     default_obs: str = "vector"  # what the published settings observe: vector or image
     # (size, options as create_world_model or a description has them) -> (config fields that follow, options of `model`)
     read_options: Callable[[str, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] = as_given

@@ -7,5 +7,5 @@ from worldloom.family import Family
 
 __all__ = ["FAMILY", "SIZES", "DiamondAgent", "DiamondConfig", "DiamondWorldModel"]
 
-WHAT = "DIAMOND (Alonso et al. 2024): a diffusion model draws frames; it learns to act in imagination"
+WHAT = "DIAMOND (Alonso et al. 2024): a diffusion model draws frames; for one square image and one choice of actions"
 FAMILY = Family(DiamondConfig, SIZES, "atari", DiamondWorldModel, DiamondAgent, description=WHAT, default_obs="image")
