@@ -253,6 +253,8 @@ def test_a_run_is_filmed_and_its_imagination_shown(tmp_path, capsys):
         arguments += [f"--agent.{name}", value]
     assert main([*arguments, "--run-dir", str(run_dir)]) == 0
     assert imageio.imread(run_dir / "imagined.png").ndim == 3
+    assert len(imageio.imread(run_dir / "imagined.gif", index=None)) > 1
+    assert "data:image/gif;base64," in (run_dir / "report.html").read_text()
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Images("imagination")] == [10, 20, 30]

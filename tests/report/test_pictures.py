@@ -22,12 +22,12 @@ from worldloom.report.origin import commit, origin
 from worldloom.report.page import read_metrics, write_report
 from worldloom.report.pictures import (
     NO_DECODER,
+    draw_sequence,
     figure_of,
     film,
     image_keys,
     plot,
     reward_film,
-    sequence_picture,
     strip,
 )
 from worldloom.report.published import published_curve
@@ -188,13 +188,28 @@ def test_rewards_of_a_model_that_knows_their_signs_are_compared_by_sign():
 def test_pictures_are_drawn_from_a_sequence_of_replay():
     model = tiny_agent().world_model
     buffer = ReplayBuffer(100, (3,), 2)
-    assert sequence_picture(model, buffer.draw_sequence(50), "x") is None
+    assert draw_sequence(model, buffer.draw_sequence(50), "x") is None
     obs = np.random.default_rng(0).normal(size=(13, 3))
     buffer.add_episode(obs=obs, actions=np.zeros((12, 2)), rewards=np.ones(12), dones=np.zeros(12))
     sequence = buffer.draw_sequence(50)
     assert len(sequence["actions"]) == 12  # of 13 rows: 50 halved twice
     assert not sequence["is_first"][1:].any()
-    assert sequence_picture(model, sequence, "x").dtype == np.uint8
+    picture, shown = draw_sequence(model, sequence, "x")
+    assert picture.dtype == np.uint8
+    assert shown is None  # vectors are drawn, not filmed
+
+
+def test_predicted_images_of_a_sequence_are_filmed_and_others_are_not():
+    buffer = ReplayBuffer(100, (3, 48, 48), 2)
+    obs = np.random.default_rng(0).integers(256, size=(13, 3, 48, 48), dtype=np.uint8)
+    buffer.add_episode(obs=obs, actions=np.zeros((12, 2)), rewards=np.ones(12), dones=np.zeros(12))
+    sequence = buffer.draw_sequence(50)
+    _, shown = draw_sequence(tiny_agent(obs_shape=(3, 48, 48)).world_model, sequence, "x")
+    assert (shown.shape[0], shown.dtype) == (12, np.uint8)
+    assert (
+        draw_sequence(tiny_agent(obs_shape=(3, 48, 48), representation="r2dreamer").world_model, sequence, "x").film
+        is None
+    )
 
 
 # The report
@@ -268,6 +283,8 @@ def fake_run(folder, scale=1, **changes):
 def test_the_report_is_one_file_with_everything(tmp_path):
     fake_run(tmp_path, scale=1000)
     imageio.imwrite(tmp_path / "imagined.png", np.full((4, 5, 3), 77, np.uint8))
+    frames = np.stack([np.full((4, 5, 3), grey, np.uint8) for grey in (0, 255)])
+    imageio.imwrite(tmp_path / "imagined.gif", frames, duration=100, loop=0)
     about = subject("dm_control/walker-walk-v0", action_repeat=2)
     page = write_report(tmp_path, about, "algorithm: <b>tdmpc2:5m</b>").read_text()
     for words in (
@@ -281,6 +298,8 @@ def test_the_report_is_one_file_with_everything(tmp_path):
     assert "<!-- TD-MPC2, published (3 seeds) -->" in page  # how the drawing marks its legend
     embedded = re.search(r'src="data:image/png;base64,([^"]+)"', page).group(1)
     assert (imageio.imread(io.BytesIO(base64.b64decode(embedded))) == 77).all()
+    film = re.search(r'src="data:image/gif;base64,([^"]+)"', page).group(1)
+    assert imageio.imread(io.BytesIO(base64.b64decode(film)), index=None).shape == (2, 4, 5, 3)
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is fetched
     assert len(read_metrics(tmp_path)) == 4
     fake_run(tmp_path)

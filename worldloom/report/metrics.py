@@ -15,13 +15,15 @@ from worldloom.contract import as_floats
 from worldloom.replay.chunk import ChunkInfo
 from worldloom.report.display import Display, Standing
 from worldloom.report.origin import origin
-from worldloom.report.page import PICTURE, write_report
+from worldloom.report.page import FILM, PICTURE, write_report
+from worldloom.report.pictures import Drawn
 from worldloom.report.sinks import MetricsLogger, Sink
 from worldloom.report.subject import Subject
 from worldloom.report.timing import Staleness, Timing
-from worldloom.types import Array, Metrics
+from worldloom.types import Metrics
 
 RECENT_EPISODES = 20
+FRAME_MS = 100  # of a film, as launch.imagine has it
 LOSSES = (
     "env_failures",
     "actor_restarts",
@@ -186,17 +188,19 @@ class Recorder:
             f"{evaluation.mean:.1f} ± {evaluation.std:.1f}"
         )
 
-    def picture(self, image: Array | None) -> None:
-        """Record a picture [H, W, 3] uint8 of the model's imagination on the boards; the report shows the newest."""
-        if image is None:
+    def picture(self, drawn: Drawn | None) -> None:
+        """Record a picture of the model's imagination on the boards; the report shows the newest, and its film."""
+        if drawn is None:
             return
         import imageio.v3 as imageio
 
-        self._logger.picture(self._limiter.env_steps, "imagination", image)
+        self._logger.picture(self._limiter.env_steps, "imagination", drawn.picture)
         try:
-            imageio.imwrite(self._run_dir / PICTURE, image)
+            imageio.imwrite(self._run_dir / PICTURE, drawn.picture)
+            if drawn.film is not None:
+                imageio.imwrite(self._run_dir / FILM, drawn.film, duration=FRAME_MS, loop=0)
         except OSError as error:
-            self.say(f"{PICTURE} was not written: {error}")
+            self.say(f"the picture of imagination was not written: {error}")
 
     def log(self) -> None:
         """Write a line of metrics for the time since the last line."""

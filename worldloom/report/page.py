@@ -18,7 +18,7 @@ from worldloom.report.subject import Subject
 from worldloom.report.timing import WARM_UP
 
 INK, SOFT, OWN, TRAINING, PUBLISHED = "#1c2430", "#5b6675", "#2a6fdb", "#9db8e8", "#c2571a"
-PICTURE = "imagined.png"
+PICTURE, FILM = "imagined.png", "imagined.gif"
 FEW = 3  # points of a line that are drawn as points, too: one alone would not be seen
 STEADY = 0.02  # of a value's size: smaller changes are not magnified to the height of a plot
 
@@ -61,9 +61,9 @@ class Page:
 
 
 def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
-    """Write report.html from a run's metrics.jsonl, summary.json and imagined.png; settings: text of its config.yaml.
+    """Write report.html from a run's metrics.jsonl, summary.json, imagined.png and imagined.gif.
 
-    Needs matplotlib and jinja2. Raises FileNotFoundError for a run without a summary.
+    settings: text of its config.yaml. Needs matplotlib and jinja2. Raises FileNotFoundError without summary.json.
     """
     summary = json.loads((run_dir / "summary.json").read_text())
     lines = read_metrics(run_dir)
@@ -195,7 +195,7 @@ def _rates(lines: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> 
 
 
 def _imagined(run_dir: Path) -> Section | None:
-    path = run_dir / PICTURE
+    path, film = run_dir / PICTURE, run_dir / FILM
     if not path.is_file():
         return None
     text = (
@@ -203,8 +203,18 @@ def _imagined(run_dir: Path) -> Section | None:
         "The command launch.imagine makes such pictures, and films if observations are images or the model has no "
         "decoder."
     )
+    shown = _embedded(path, "true and predicted")
+    if film.is_file():
+        text += (
+            " The film shows truth, prediction (bordered green while the model sees, then blue) and their difference."
+        )
+        shown = f"{_embedded(film, 'film: truth, prediction, difference')}\n{shown}"
+    return Section("Imagination", text, shown)
+
+
+def _embedded(path: Path, told: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return Section("Imagination", text, f'<img alt="true and predicted" src="data:image/png;base64,{data}">')
+    return f'<img alt="{told}" src="data:image/{path.suffix[1:]};base64,{data}">'
 
 
 def _multiples(lines: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> str:

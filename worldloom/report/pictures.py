@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,13 @@ FILM_SIDE = 144  # screen pixels, the least height of a film's images
 PICTURE_ROWS = 50  # of a sequence from replay
 
 
+class Drawn(NamedTuple):
+    """What a run shows of an imagination: a picture [H, W, 3] and, of predicted images, a film [T, H, W, 3], uint8."""
+
+    picture: Array
+    film: Array | None
+
+
 def image_keys(loop: OpenLoop) -> list[str]:
     """Return the keys of observations that can be shown as images next to their prediction."""
     return [key for key, value in loop.predicted.items() if is_image(value.shape[1:])]
@@ -31,15 +38,17 @@ def can_draw() -> bool:
     return all(find_spec(name) for name in ("matplotlib", "imageio"))
 
 
-def sequence_picture(model: WorldModel, sequence: Mapping[str, Array] | None, title: str) -> Array | None:
-    """Draw a picture [H, W, 3] uint8 of one sequence from `ReplayBuffer.draw_sequence`.
+def draw_sequence(model: WorldModel, sequence: Mapping[str, Array] | None, title: str) -> Drawn | None:
+    """Draw one sequence from `ReplayBuffer.draw_sequence`, and film the first of its images that are predicted.
 
     Returns None if there is no sequence, or if the libraries for pictures are missing."""
     if sequence is None or not can_draw():
         return None
     rows = {name: np.array(value) for name, value in sequence.items()}  # what Ray hands over is read-only
     observed = min(OBSERVED, len(rows["actions"]) - 1)
-    return plot(open_loop(model, join_obs(rows), rows["actions"], rows["rewards"], observed), title)
+    loop = open_loop(model, join_obs(rows), rows["actions"], rows["rewards"], observed)
+    keys = image_keys(loop)
+    return Drawn(plot(loop, title), film(loop, keys[0]) if keys else None)
 
 
 def film(loop: OpenLoop, key: str, scale: int | None = None) -> Array:
