@@ -246,6 +246,33 @@ class Target(gym.Env):
         return self._obs(), reward, False, self.count >= 20, {}
 
 
+class Doors(gym.Env):
+    """Images [16, 16, 3] of a walker between two doors, two steps from each: +1 at the lit one, -1 at the other.
+
+    The reward comes at the door alone, so one step's reward does not tell the right action at the start.
+    """
+
+    observation_space = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.steps, self.lit = 2, 0, int(self.np_random.integers(2))
+        return self.image(), {}
+
+    def step(self, action):
+        self.place, self.steps = self.place + 2 * int(action) - 1, self.steps + 1
+        arrived = self.place in (0, 4)
+        reward = (1.0 if (self.place == 4) == (self.lit == 1) else -1.0) if arrived else 0.0
+        return self.image(), reward, arrived, self.steps == 8, {}
+
+    def image(self):
+        image = np.zeros((16, 16, 3), np.uint8)
+        image[:5, 8 * self.lit : 8 * self.lit + 8, 0] = 255
+        image[8:, 3 * self.place : 3 * self.place + 4, 1:] = 255
+        return image
+
+
 class AlwaysFaulty(Faulty):
     """Raises at every second step."""
 

@@ -1,8 +1,8 @@
 """Tests that agents learn: a tiny task here, the presets of small tasks in the slow tests.
 
-The quick tests of learning are this one and those that end in "beats chance": TD-MPC2 and DreamerV3 in
-`test_testing.py`, STORM and DIAMOND in their folders. Each takes a fixed seed and one thread, so that it gives the same
-numbers again.
+The quick tests of learning are the first two here, each family in a loop of acting, replay and updates, and those that
+end in "beats chance", which learn from random rows: TD-MPC2 and DreamerV3 in `test_testing.py`, STORM and DIAMOND in
+their folders. Each takes a fixed seed and one thread, so that it gives the same numbers again.
 """
 
 import json
@@ -15,7 +15,7 @@ from launch.arguments import run_config, run_parser
 from tests.run_configs import tiny_config
 from worldloom import load_agent
 from worldloom.runs.build import make_run_env
-from worldloom.runs.config import EnvConfig, EvalConfig, RuntimeConfig, TrainConfig
+from worldloom.runs.config import EnvConfig, EvalConfig, ReplayConfig, RuntimeConfig, TrainConfig
 from worldloom.runs.inline import InlineTrainer
 
 LEARNER = {
@@ -34,6 +34,43 @@ def test_tdmpc2_learns_to_copy_its_observation(tmp_path):
     )
     summary = InlineTrainer(config, tmp_path).train()
     assert summary["eval_return_mean"] > 15  # of 20; acting at random gives 6.7
+
+
+DOORS = {  # tiny networks, env steps and train ratio, with which each family learns them in less than a minute
+    "dreamerv3:size1m": (
+        {"deter": 64, "hidden": 32, "units": 32, "stoch": 8, "classes": 4, "depth": 4, "blocks": 4, "batch_size": 8,
+         "batch_length": 16, "lr": 1e-3, "warmup": 50, "entropy_scale": 3e-3, "imagination_length": 5},
+        1300, 64,
+    ),
+    "storm:tiny": (
+        {"hidden": 32, "heads": 4, "max_length": 16, "stem_channels": 4, "stoch": 8, "classes": 4, "units": 32,
+         "batch_size": 8, "batch_length": 12, "context": 3, "acting_context": 5, "imagination_length": 4,
+         "imagination_starts": 48, "world_lr": 1e-3, "agent_lr": 1e-3, "entropy_scale": 3e-3},
+        1700, 48,
+    ),
+    "diamond:tiny": (
+        {"cond": 16, "channels": 8, "context": 2, "reward_cond": 16, "reward_channels": 8, "reward_lstm": 32,
+         "policy_lstm": 32, "horizon": 4, "lr": 2e-3, "warmup": 20},
+        400, 48,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("preset", DOORS)
+def test_families_learn_from_images_in_imagination_what_pays_two_steps_later(tmp_path, preset):
+    agent, steps, ratio = DOORS[preset]
+    side = None if preset.startswith("diamond") else 48
+    config = tiny_config(
+        algorithm=preset,
+        agent=agent,
+        env=EnvConfig(id="tests.environments:Doors-v0", num_envs=4, image_size=side),
+        replay=ReplayConfig(capacity=5000),
+        train=TrainConfig(total_steps=steps, learning_starts=200, train_ratio=ratio),
+        runtime=RuntimeConfig(kind="inline", learner_threads=1),
+        eval=EvalConfig(interval=0, episodes=40),
+    )
+    assert InlineTrainer(config, tmp_path).train()["eval_return_mean"] > 0.5  # of 1; acting at random gives 0
 
 
 def preset_of(name, *more):
