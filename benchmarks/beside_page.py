@@ -77,7 +77,8 @@ def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
             continue
         steps, mean, std = spread(same)
         axis.fill_between(steps, mean - std, mean + std, color=COLOURS[side], alpha=0.15, lw=0)
-        axis.plot(steps, mean, color=COLOURS[side], lw=2, label=f"{side}: mean ± std of {len(same)} seeds")
+        told = f"mean ± std of {len(same)} seeds" if len(same) > 1 else "one seed"
+        axis.plot(steps, mean, color=COLOURS[side], lw=2, label=f"{side}: {told}")
         for curve in same:
             axis.plot(curve.steps, curve.returns, color=COLOURS[side], lw=0.7, alpha=0.7)
     axis.set_title(title, fontsize=10)
@@ -110,10 +111,11 @@ def table(curves: Sequence[Curve]) -> str:
         return text
     for place, name in enumerate(("mean return", "mean of the last 5")):
         ours, theirs = ([means[place] for means in sides[side]] for side in (OURS, AUTHORS))
-        text += (
-            f"\n{name.capitalize()}: ours minus theirs {np.mean(ours) - np.mean(theirs):+.1f}; between seeds of one"
-            f" side at most {max(np.ptp(ours), np.ptp(theirs)):.1f}.\n"
+        apart = max(np.ptp(ours), np.ptp(theirs))
+        seeds = (
+            f"between seeds of one side at most {apart:.1f}" if len(ours + theirs) > 2 else "one seed each says little"
         )
+        text += f"\n{name.capitalize()}: ours minus theirs {np.mean(ours) - np.mean(theirs):+.1f}; {seeds}.\n"
     return text
 
 
