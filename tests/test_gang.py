@@ -28,6 +28,7 @@ KINDS = {f"{make.__name__}-{kind}": (make, kind) for make, kind in ALL_KINDS if 
 QUICK = ["dreamer-vectors", "dreamer-r2dreamer", "storm-vectors", "tdmpc2-states", "tdmpc2-tasks", "diamond-published"]
 UPDATES, QUICK_UPDATES = 20, 3
 ORDERS = 2  # of rows, in which one learner is given its batches
+ROUNDINGS = 3  # in which one learner's weights are off by one rounding; one draw of them says little
 FIRST = 1e-5  # of each array's maximum: what may differ after one update
 DRAWN = 0.1  # from here on a rounding in the weights has made a draw fall otherwise, which is no measure of anything
 
@@ -64,13 +65,13 @@ def part(batch, gang):
     return {name: share(entry) for name, entry in batch.items()}
 
 
-def record(name, updates, gang, compiled=False, rounded=False):
-    """Return states after the first update and all, as arrays; rounded: from weights off by one rounding."""
+def record(name, updates, gang, compiled=False, rounded=None):
+    """Return states after the first update and all, as arrays; rounded: a seed, for weights off by one rounding."""
     agent, found = learner(name), []
     if compiled:
         agent.configure_learning("float32", compiled=True)
-    if rounded:
-        round_otherwise(agent)
+    if rounded is not None:
+        round_otherwise(agent, rounded)
     agent.learning.join(gang)
     for batch in batches(name, updates):
         agent.update(part(batch, gang))
@@ -87,8 +88,8 @@ def other_kernels():
 
 
 @torch.no_grad()
-def round_otherwise(agent):
-    generator = torch.Generator().manual_seed(6)
+def round_otherwise(agent, seed):
+    generator = torch.Generator().manual_seed(seed)
     for module in filter(None, (agent.world_model, agent.behaviour)):
         for weight in module.parameters():
             up = torch.randint(2, weight.shape, generator=generator) > 0
@@ -159,7 +160,7 @@ def alone(name):
     generator = torch.Generator().manual_seed(5)
     orders = [torch.randperm(windows, generator=generator).tolist() for _ in range(ORDERS)]
     reordered = [record(name, UPDATES, Reordered(order=tuple(order))) for order in orders]
-    rounded = [record(name, UPDATES, Gang(), rounded=True)]
+    rounded = [record(name, UPDATES, Gang(), rounded=seed) for seed in range(ROUNDINGS)]
     with other_kernels():
         rounded.append(record(name, UPDATES, Gang()))
     return record(name, UPDATES, Gang()), reordered, rounded
