@@ -73,6 +73,18 @@ TINY_DIAMOND = {
 }  # fmt: skip
 
 
+def ne_config(**sections):
+    """DreamerV3 with NE-Dreamer's loss: 4 windows of 8 trained rows, an update every second step; from images."""
+    train = TrainConfig(total_steps=300, learning_starts=100, train_ratio=16)
+    agent = {**TINY_DREAMER, "representation": "ne"}
+    return dreamer_config("Screen", **{"agent": agent, "train": train, **sections})
+
+
+def r2dreamer_config(**sections):
+    """The same with R2-Dreamer's loss."""
+    return ne_config(**{"agent": {**TINY_DREAMER, "representation": "r2dreamer"}, **sections})
+
+
 def storm_config(**sections):
     """4 windows of 6 trained rows an update, an update every second step; from images [3, 64, 64]."""
     parts = {
