@@ -82,6 +82,8 @@ def main() -> None:
 
     config = make_config(checkout, options)
     begun = time.perf_counter()
+    if options["obs"] not in SHAPES:
+        sys.exit(f"--obs is {options['obs']}, expected {' or '.join(SHAPES)} beside the authors' code.")
     agent = make_agent(config, SHAPES[options["obs"]])
     print(f"agent made in {time.perf_counter() - begun:.1f} s", flush=True)
     rows = (options["batch"], options["length"] + config.replay_context)
