@@ -49,10 +49,10 @@ def arrays(name):
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def thin(gradient):
-    """Return at most 100 numbers of a gradient, as the arrays keep them."""
-    flat = gradient.flatten()
-    return flat[:: -(-len(flat) // 100)]
+def thin(values, most=100):
+    """Return at most so many numbers of a gradient or parameter, as the arrays keep them."""
+    flat = values.detach().flatten()
+    return flat[:: -(-len(flat) // most)]
 
 
 def off(found, expected):

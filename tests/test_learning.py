@@ -70,7 +70,8 @@ def test_families_learn_from_images_in_imagination_what_pays_two_steps_later(tmp
         runtime=RuntimeConfig(kind="inline", learner_threads=1),
         eval=EvalConfig(interval=0, episodes=40),
     )
-    assert InlineTrainer(config, tmp_path).train()["eval_return_mean"] > 0.5  # of 1; acting at random gives 0
+    # Of 1; at random it is 0. A policy that drifts, as with a model that does not read actions, gets up to 0.7.
+    assert InlineTrainer(config, tmp_path).train()["eval_return_mean"] > 0.85
 
 
 def preset_of(name, *more):

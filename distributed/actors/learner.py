@@ -19,7 +19,7 @@ from distributed.actors.replay import Batches, WrittenColumns
 from worldloom.acting.rollout import Acted
 from worldloom.acting.server import ActingServer, Client
 from worldloom.replay.buffer import as_batch
-from worldloom.report.pictures import Drawn, draw_sequence
+from worldloom.report.pictures import Drawn, show_sequence
 from worldloom.runs.agent_state import copy_agent, load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.build import AgentSpec, EnvSpec, agent_spec, choose_device, make_run_agent
 from worldloom.runs.config import RunConfig
@@ -184,7 +184,7 @@ class LearnerActor(Process):
 
     @timed
     def picture(self, sequence: dict[str, Array] | None, title: str) -> Drawn | None:
-        return draw_sequence(self._agent.world_model, sequence, title)
+        return show_sequence(self._agent.world_model, sequence, title)
 
     def picture_of(self, sequence: list[Any], title: str) -> Drawn | None:
         """Draw `picture`; the sequence is a reference in a list, see `update_share`."""

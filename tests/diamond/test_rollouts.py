@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.diamond.test_parity import CLOSE, CONFIG, loaded, ours
-from tests.diamond_models import arrays, off
+from tests.diamond_models import arrays, off, thin
 from worldloom import functional as fn
 from worldloom.adamw import GuardedAdamW, Part
 from worldloom.diamond.actor_critic import ActorCritic, behaviour_losses
@@ -21,11 +21,8 @@ from worldloom.diamond.rows import Rows, as_frames
 from worldloom.diamond.world_model import DiamondWorldModel
 
 WARMUP = 2  # of their recorded updates
-
-
-def thin(values, most=60):
-    flat = values.detach().flatten()
-    return flat[:: -(-len(flat) // most)]
+MOST = 60  # numbers of a gradient or parameter
+MOVED = 100  # times as far apart may be what follows from a frame with another grey level
 
 
 def part_of(given, start):
@@ -70,8 +67,8 @@ def test_imagined_rollouts_their_losses_and_three_updates_are_the_authors(learni
     for number in (1, 2, 3):
         theirs = part_of(given, f"rollout{number}/")
         imagined = learning.imagine(*start_of(theirs))
-        if levels_apart(imagined.frames[:-1], theirs["frames"].transpose(0, 1)):
-            close = 30 * CLOSE  # what follows from such a frame moves with it
+        if levels_apart(imagined.frames, theirs["frames"].transpose(0, 1)):
+            close = MOVED * CLOSE
         assert torch.equal(imagined.actions, fn.one_hot(theirs["actions"].long().T, 5).float())
         assert torch.equal(imagined.rewards, theirs["rewards"].float().T)
         assert torch.equal(imagined.ends, theirs["ends"].float().T)
@@ -87,11 +84,10 @@ def test_imagined_rollouts_their_losses_and_three_updates_are_the_authors(learni
         assert made
         assert_close(norm, theirs["grad_norm"], rtol=close, atol=0)
         if number == 1:
-            levels_apart(imagined.frames[-1], (given["final"] + 1) / 2 * 255)
             for name, expected in part_of(given, "grad/").items():
                 found = dict(policy.named_parameters())[ours("policy", name)].grad
-                assert off(thin(found), expected) < close, name
+                assert off(thin(found, MOST), expected) < close, name
     for name, expected in part_of(given, "after/").items():
         found = dict(policy.named_parameters())[ours("policy", name)]
-        assert_close(thin(found), expected, rtol=0, atol=1000 * close * CONFIG.lr)
+        assert_close(thin(found, MOST), expected, rtol=0, atol=min(1000 * close, 1) * CONFIG.lr)
         assert not torch.equal(found, before[ours("policy", name)])

@@ -57,7 +57,7 @@ def test_ends_that_are_truncated_are_no_true_ends(tmp_path):
 
 def test_datasets_of_demonstrations_have_neither_rewards_nor_ends(tmp_path):
     root = write_lerobot(tmp_path / "set", features={"observation.state": STATE, "action": ACTION})
-    with pytest.raises(ValueError, match=r"info.json has no feature 'next.reward', expected numbers: one of \["):
+    with pytest.raises(ValueError, match=r"meta/info.json has no feature 'next.reward', expected numbers: one of \["):
         buffer_of(root)
     with pytest.raises(ValueError, match=r"read_lerobot\(reward=None\)"):
         list(read_episodes(root))

@@ -22,12 +22,12 @@ from worldloom.report.origin import commit, origin
 from worldloom.report.page import read_metrics, write_report
 from worldloom.report.pictures import (
     NO_DECODER,
-    draw_sequence,
     figure_of,
     film,
     image_keys,
     plot,
     reward_film,
+    show_sequence,
     strip,
 )
 from worldloom.report.published import published_curve
@@ -188,13 +188,13 @@ def test_rewards_of_a_model_that_knows_their_signs_are_compared_by_sign():
 def test_pictures_are_drawn_from_a_sequence_of_replay():
     model = tiny_agent().world_model
     buffer = ReplayBuffer(100, (3,), 2)
-    assert draw_sequence(model, buffer.draw_sequence(50), "x") is None
+    assert show_sequence(model, buffer.draw_sequence(50), "x") is None
     obs = np.random.default_rng(0).normal(size=(13, 3))
     buffer.add_episode(obs=obs, actions=np.zeros((12, 2)), rewards=np.ones(12), dones=np.zeros(12))
     sequence = buffer.draw_sequence(50)
     assert len(sequence["actions"]) == 12  # of 13 rows: 50 halved twice
     assert not sequence["is_first"][1:].any()
-    picture, shown = draw_sequence(model, sequence, "x")
+    picture, shown = show_sequence(model, sequence, "x")
     assert picture.dtype == np.uint8
     assert shown is None  # vectors are drawn, not filmed
 
@@ -204,10 +204,10 @@ def test_predicted_images_of_a_sequence_are_filmed_and_others_are_not():
     obs = np.random.default_rng(0).integers(256, size=(13, 3, 48, 48), dtype=np.uint8)
     buffer.add_episode(obs=obs, actions=np.zeros((12, 2)), rewards=np.ones(12), dones=np.zeros(12))
     sequence = buffer.draw_sequence(50)
-    _, shown = draw_sequence(tiny_agent(obs_shape=(3, 48, 48)).world_model, sequence, "x")
+    _, shown = show_sequence(tiny_agent(obs_shape=(3, 48, 48)).world_model, sequence, "x")
     assert (shown.shape[0], shown.dtype) == (12, np.uint8)
     assert (
-        draw_sequence(tiny_agent(obs_shape=(3, 48, 48), representation="r2dreamer").world_model, sequence, "x").film
+        show_sequence(tiny_agent(obs_shape=(3, 48, 48), representation="r2dreamer").world_model, sequence, "x").film
         is None
     )
 

@@ -36,7 +36,7 @@ class Dream:
         return torch.cat([self.actions, action.unsqueeze(1)], 1)
 
     def as_latent(self, moved: bool = True) -> LatentState:
-        """moved: whether a move led here."""
+        """Return the state; moved: whether a move led to it, so that rewards and ends are known."""
         (hidden, cell), seen = self.memory, torch.full((len(self.frames),), moved, device=self.frames.device)
         return LatentState(hidden, memory={"frames": self.frames, "actions": self.actions, "cell": cell, "moved": seen})
 
@@ -141,11 +141,8 @@ class DiamondWorldModel(nn.Module):
         first = rows.is_first[:, 1:]
         outcome = self.reward_end.outcome(self.reward_end.unroll(rows.frames, rows.actions[:, 1:], first)[0])
         reward_loss, end_loss = outcome.losses(rows.rewards[:, 1:], rows.terminated[:, 1:], ~first, gang)
-        return {
-            "denoising_loss": self.denoiser.loss(*denoised, noise),
-            "reward_loss": reward_loss,
-            "end_loss": end_loss,
-        }
+        denoising_loss = self.denoiser.loss(*denoised, noise)
+        return {"denoising_loss": denoising_loss, "reward_loss": reward_loss, "end_loss": end_loss}
 
     def next_frame(self, dream: Dream, action: Tensor, noise: Tensor) -> Tensor:
         """Draw the frame [B, C, S, S] that action [B] leads to; noise: of `Denoiser.draw_frame_noise`."""

@@ -22,7 +22,7 @@ PICTURE_ROWS = 50  # of a sequence from replay
 
 
 class Drawn(NamedTuple):
-    """What a run shows of an imagination: a picture [H, W, 3] and, of predicted images, a film [T, H, W, 3], uint8."""
+    """Holds what a run shows of an imagination, uint8: a picture [H, W, 3]; of predicted images a film [T, H, W, 3]."""
 
     picture: Array
     film: Array | None
@@ -38,7 +38,7 @@ def can_draw() -> bool:
     return all(find_spec(name) for name in ("matplotlib", "imageio"))
 
 
-def draw_sequence(model: WorldModel, sequence: Mapping[str, Array] | None, title: str) -> Drawn | None:
+def show_sequence(model: WorldModel, sequence: Mapping[str, Array] | None, title: str) -> Drawn | None:
     """Draw one sequence from `ReplayBuffer.draw_sequence`, and film the first of its images that are predicted.
 
     Returns None if there is no sequence, or if the libraries for pictures are missing."""

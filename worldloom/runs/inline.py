@@ -14,7 +14,7 @@ from worldloom.acting.local import LocalActing
 from worldloom.acting.rollout import Lane, Rollout
 from worldloom.envs import EnvironmentFailed
 from worldloom.interrupt import GracefulStop
-from worldloom.report.pictures import PICTURE_ROWS, draw_sequence
+from worldloom.report.pictures import PICTURE_ROWS, show_sequence
 from worldloom.runs.agent_state import load_agent_state, rescue_agent, take_agent, write_agent
 from worldloom.runs.build import (
     RunEvaluation,
@@ -152,7 +152,7 @@ class InlineTrainer:
 
     def _picture(self) -> None:
         sequence = self.replay.draw_sequence(PICTURE_ROWS, np.random.default_rng(self.run.limiter.env_steps))
-        self.run.recorder.picture(draw_sequence(self.agent.world_model, sequence, self.run.title()))
+        self.run.recorder.picture(show_sequence(self.agent.world_model, sequence, self.run.title()))
 
     def save(self) -> None:
         """Write a checkpoint of everything; a disk error ends the run only if checkpoint.on_error is stop."""

@@ -84,7 +84,8 @@ class STORMNetworks(nn.Module):
 
         first: bools [...]; where True nothing came before, and the token is that of zeros.
         """
-        out: Tensor = self.stem(torch.cat([z, action], -1) * (1 if first is None else ~first.unsqueeze(-1)))
+        both = torch.cat([z, action], -1)
+        out: Tensor = self.stem(both if first is None else both * ~first.unsqueeze(-1))
         return out
 
     def advance(

@@ -104,10 +104,5 @@ class STORMWorldModel(STORMNetworks):
         save_model(directory, self.describe(), self)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "family": "storm",
-            "obs_shape": as_lists(self.obs_shape),
-            "action_dim": self.action_dim,
-            "episode_length": self.episode_length,
-            "config": dataclasses.asdict(self.config),
-        }
+        sizes = {"family": "storm", "obs_shape": as_lists(self.obs_shape), "action_dim": self.action_dim}
+        return {**sizes, "episode_length": self.episode_length, "config": dataclasses.asdict(self.config)}
