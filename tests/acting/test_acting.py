@@ -11,7 +11,7 @@ import torch
 
 from tests.run_configs import TINY_AGENT, TINY_DREAMER
 from worldloom import create_agent
-from worldloom.acting.evaluation import evaluate
+from worldloom.acting.evaluation import evaluate, record_episode
 from worldloom.acting.local import LocalActing
 from worldloom.acting.rollout import Acted, ActingLost, Lane, Rollout
 from worldloom.acting.server import ActingServer, Client
@@ -143,6 +143,33 @@ def test_weights_are_taken_up_between_batches_and_never_go_back(serve):
     assert agent.loaded == [7.0]
     with pytest.raises(ValueError, match="version 2 came after version 3"):
         server.load(Weights(2, np.array([1.0])))
+
+
+def evaluate_two(agent, make):
+    evaluate(agent, make, episodes=2, seed=0)
+
+
+def record_one(agent, make):
+    record_episode(agent, make(1), rows=5, seed=0)
+
+
+@pytest.mark.parametrize("play", [evaluate_two, record_one])
+def test_ctrl_c_and_errors_close_the_environments_of_an_evaluation(play):
+    class Interrupted(Summing):
+        def act(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    closed = []
+
+    def make(count):
+        env = make_env("tests.environments:Counting-v0", num_envs=count)
+        close = env.close
+        env.close = lambda: (closed.append(count), close())
+        return env
+
+    with pytest.raises(KeyboardInterrupt):
+        play(Interrupted(), make)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +46,9 @@ class Player(Protocol):
 
 
 class Evaluator:
-    """Plays `episodes` whole episodes on `env`, in one or several calls of `play`; closes `env` at the end.
+    """Plays `episodes` whole episodes on `env`, in one or several calls of `play`.
+
+    `env` is closed at the end, and by an error or Ctrl-C in `play`.
 
     The agent's acting generator is seeded for the evaluation and restored afterwards, so that an evaluation does not
     change the run. Each environment plays a fixed share of the episodes: short episodes count no more than long ones.
@@ -79,6 +82,9 @@ class Evaluator:
                 self._step(on_frame)
                 if time.monotonic() - begun > seconds and self._left.any():
                     return None
+        except BaseException:  # Ctrl-C, too, must not leave windows and simulators behind
+            self._env.close()
+            raise
         finally:
             self._generator = generator.get_state()
             generator.set_state(before)
@@ -110,18 +116,18 @@ def record_episode(agent: Agent, env: VectorEnv, rows: int, seed: int) -> tuple[
 
     Returns obs [T, ...] (or a mapping), actions [T, A] and rewards [T], aligned as rows (`worldloom.types`)."""
     agent.acting_generator.manual_seed(seed)
-    seen, act_state, is_first = env.reset(), None, np.ones(1, bool)
-    obs, actions, rewards = [split_obs(seen)], [np.zeros((1, env.action_dim), np.float32)], [0.0]
-    while len(obs) < rows:
-        action, act_state = agent.act(seen, act_state, is_first, explore=False)
-        step = env.step(action)
-        obs.append(split_obs(step.final_obs))
-        actions.append(action)
-        rewards.append(float(step.rewards[0]))
-        if step.is_first[0]:
-            break
-        seen, is_first = step.obs, step.is_first
-    env.close()
+    with closing(env):
+        seen, act_state, is_first = env.reset(), None, np.ones(1, bool)
+        obs, actions, rewards = [split_obs(seen)], [np.zeros((1, env.action_dim), np.float32)], [0.0]
+        while len(obs) < rows:
+            action, act_state = agent.act(seen, act_state, is_first, explore=False)
+            step = env.step(action)
+            obs.append(split_obs(step.final_obs))
+            actions.append(action)
+            rewards.append(float(step.rewards[0]))
+            if step.is_first[0]:
+                break
+            seen, is_first = step.obs, step.is_first
     columns = {name: np.concatenate([each[name] for each in obs]) for name in obs[0]}
     return join_obs(columns), np.concatenate(actions), np.array(rewards, np.float32)
 
