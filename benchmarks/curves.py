@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from worldloom.families import resolve
 from worldloom.report.compare import write_comparison
 from worldloom.report.compared import EVALUATION, TRAINING, ComparedRun, read_compared
 from worldloom.report.page import OWN, PUBLISHED, axes
+from worldloom.report.page import TRAINING as SOFT_OWN
 from worldloom.report.published import Curve, published_curve
 from worldloom.runs.build import check_config
 from worldloom.runs.config import RunConfig
@@ -61,6 +63,7 @@ METRICS = {  # what the authors report
     "tdmpc2": EVALUATION,
     "dreamerv3": TRAINING,
 }
+NAMES = {EVALUATION: "evaluations", TRAINING: "training, last 20 episodes"}
 PUBLISHED_EVERY = 50_000  # agent steps between two points of TD-MPC2's published curves
 
 
@@ -94,7 +97,8 @@ class Result:
     def row(self) -> list[str]:
         """Return task, frames, ours, theirs, and the difference in published standard deviations."""
         frame, ours = self.values
-        shown = f"{np.mean(ours):.1f}" + (f" ± {np.std(ours, ddof=1):.1f}" if len(ours) > 1 else "") if ours else "none"
+        spread = f" ± {np.std(ours, ddof=1):.1f}" if len(ours) > 1 else ""
+        shown = f"{np.mean(ours):.1f}{spread}" if ours else self.training_so_far()
         if 0 < len(ours) < len(self.runs):
             shown += f" ({len(ours)} of {len(self.runs)} seeds)"
         theirs, apart = "none reported at these frames", ""
@@ -106,6 +110,17 @@ class Result:
         seeds = ", ".join(f"{run.subject.seed} ({run.status} at {frames(run):,})" for run in self.runs)
         hours = f"{sum(run.wall_seconds for run in self.runs) / 3600:.1f}"
         return [self.task, seeds, f"{frame:,}", shown, theirs, apart, hours]
+
+    def training_so_far(self) -> str:
+        """Say what training episodes returned, where nothing else has been measured yet."""
+        curves = [(x, y) for x, y in (run.curve(TRAINING, "frames") for run in self.runs) if len(x)]
+        each = ", ".join(f"{y[-1]:.1f} at {int(x[-1]):,}" for x, y in curves)
+        return f"none; the last 20 training episodes: {each}" if each else "none"
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """What is drawn and noted: what the authors report, and the returns of training."""
+        return tuple(dict.fromkeys((self.metric, TRAINING)))
 
 
 HEADER = ("task", "seeds, frames reached", "compared at", "ours", "published", "apart, in their σ", "hours")
@@ -141,11 +156,13 @@ def write(results: Sequence[Result], out: Path) -> None:
     write_comparison([out], out / "compare.html")
     with (out / "curves.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(("task", "seed", "frames", "return"))
+        table.writerow(("task", "seed", "measured", "frames", "return"))
         for result in results:
-            for run in result.runs:
-                points = zip(*run.curve(result.metric, "frames"), strict=True)
-                table.writerows((result.task, run.subject.seed, int(x), round(float(y), 2)) for x, y in points)
+            for run, metric in itertools.product(result.runs, result.drawn):
+                first = (result.task, run.subject.seed, NAMES[metric])
+                table.writerows(
+                    (*first, int(x), round(float(y), 2)) for x, y in zip(*run.curve(metric, "frames"), strict=True)
+                )
     draw(results, out / "curves.svg")
 
 
@@ -160,19 +177,22 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for place, result in zip(places, results, strict=False):
         place.set_title(short(result.task), fontsize=10)
         if result.published:
-            shown = [i for i, x in enumerate(result.published.frames) if x <= 1.25 * max(result.reached, 1)]
+            first = min(x for x in result.published.frames if x > 0)  # what a run that is under way goes towards
+            shown = [i for i, x in enumerate(result.published.frames) if x <= max(1.25 * result.reached, first)]
             x, mean, std = (np.array([part[i] for i in shown], float) for part in curve_parts(result.published))
             place.fill_between(x, mean - std, mean + std, color=PUBLISHED, alpha=0.2, lw=0)
             place.plot(x, mean, color=PUBLISHED, lw=1.4, marker="o", ms=3, label=result.published.label)
-        for run in result.runs:
-            x, y = run.curve(result.metric, "frames")
-            place.plot(
-                x, y, color=OWN, lw=1.4, marker="o" if len(x) < 20 else None, ms=3, label="ours, one line a seed"
-            )
+        for run, metric in itertools.product(result.runs, reversed(result.drawn)):
+            x, y = run.curve(metric, "frames")
+            marked = "o" if metric == EVALUATION and len(x) < 20 else None
+            color = OWN if metric == result.metric else SOFT_OWN
+            place.plot(x, y, color=color, lw=1.4, marker=marked, ms=3, label=f"ours: {NAMES[metric]}")
         if place.dataLim.y0 >= 0:  # returns that may be negative keep their own scale
             place.set_ylim(bottom=0)
     handles = dict(zip(*reversed(places[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), fontsize=9, frameon=False, loc="outside lower left", ncols=2)
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=9, frameon=False, loc="outside lower left", ncols=min(columns, 3)
+    )
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

@@ -32,9 +32,10 @@ def trained(tmp_path, monkeypatch):
             run.mkdir(exist_ok=True)
             (run / "config.yaml").write_text(plan.folder.config_of(name).read_text())
             lines = [(25_000, 400.0), (50_000, 956.0 + 14 * seed)][: 1 if seed == 3 else None]
+            metric = "episode/return" if seed == 4 else "eval/return_mean"
             (run / "metrics.jsonl").write_text(
                 "".join(
-                    f'{{"env_steps": {steps}, "wall_seconds": {steps / 10}, "eval/return_mean": {value}}}\n'
+                    f'{{"env_steps": {steps}, "wall_seconds": {steps / 10}, "{metric}": {value}}}\n'
                     for steps, value in lines
                 )
             )
@@ -67,9 +68,9 @@ def test_the_table_gives_the_difference_in_published_standard_deviations(trained
     curves.main(["--table", "--out", str(tmp_path)])
     assert (tmp_path / "table.md").read_text() == text  # which says how the runs were made, not the table
     with (tmp_path / "curves.csv").open() as file:
-        assert [(row["frames"], row["return"]) for row in csv.DictReader(file)][:2] == [
-            ("50000", "400.0"),
-            ("100000", "970.0"),
+        assert [(row["measured"], row["frames"], row["return"]) for row in csv.DictReader(file)][:2] == [
+            ("evaluations", "50000", "400.0"),
+            ("evaluations", "100000", "970.0"),
         ]
     assert "<svg" in (tmp_path / "curves.svg").read_text()
     assert "ball_in_cup-catch" in (tmp_path / "compare.html").read_text()
@@ -95,6 +96,17 @@ def test_a_seed_that_did_not_get_far_leaves_the_others_comparable(trained, tmp_p
     curves.main(["--out", str(tmp_path), "--tasks", "cup-catch", "--seeds", "1,3"])
     seeds = "1 (not finished at 100,000), 3 (not finished at 50,000)"
     assert f"| {seeds} | 100,000 | 970.0 (1 of 2 seeds) | 981.2 ± 7.0 | -1.6 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_run_that_was_not_evaluated_yet_shows_its_training(trained, tmp_path):
+    curves.main(["--out", str(tmp_path), "--tasks", "cup-catch", "--seeds", "4"])
+    said = "4 (not finished at 100,000) | 0 | none; the last 20 training episodes: 1012.0 at 100,000 | none reported"
+    assert said in (tmp_path / "table.md").read_text()
+    with (tmp_path / "curves.csv").open() as file:
+        rows = [(row["measured"], row["frames"], row["return"]) for row in csv.DictReader(file)]
+    name = "training, last 20 episodes"
+    assert rows == [(name, "50000", "400.0"), (name, "100000", "1012.0")]
+    assert name in (tmp_path / "curves.svg").read_text()
 
 
 def test_a_run_that_failed_stays_on_the_page(trained, tmp_path):
