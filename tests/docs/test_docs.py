@@ -217,7 +217,7 @@ def run_launch(words, workplace):
     elif module == "launch.train":
         text = " ".join(arguments)
         family = next((family for family in TINY if family in text), "tdmpc2")
-        arguments += shortened(family, network="--from" not in arguments or "runs/NAME" in arguments)
+        arguments += shortened(family, network="--from" not in arguments or "--from runs/" in text)
         if "dm_control" in text or "dmc" in text or "atari" in text:
             arguments += ["--train.total_steps", "20", "--train.learning_starts", "19"]
         fresh = f"runs/{len(list((workplace / 'runs').iterdir()))}"
