@@ -112,14 +112,14 @@ class Result:
         return [self.task, seeds, f"{frame:,}", shown, theirs, apart, hours]
 
     def training_so_far(self) -> str:
-        """Say what training episodes returned, where nothing else has been measured yet."""
+        """Return what training episodes returned, in words, where nothing else has been measured yet."""
         curves = [(x, y) for x, y in (run.curve(TRAINING, "frames") for run in self.runs) if len(x)]
         each = ", ".join(f"{y[-1]:.1f} at {int(x[-1]):,}" for x, y in curves)
         return f"none; the last 20 training episodes: {each}" if each else "none"
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """What is drawn and noted: what the authors report, and the returns of training."""
+        """Return the metrics to draw and note: what the authors report, and the returns of training."""
         return tuple(dict.fromkeys((self.metric, TRAINING)))
 
 
@@ -177,7 +177,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for place, result in zip(places, results, strict=False):
         place.set_title(short(result.task), fontsize=10)
         if result.published:
-            first = min(x for x in result.published.frames if x > 0)  # what a run that is under way goes towards
+            first = min(
+                (x for x in result.published.frames if x > 0), default=0
+            )  # what a run that is under way goes towards
             shown = [i for i, x in enumerate(result.published.frames) if x <= max(1.25 * result.reached, first)]
             x, mean, std = (np.array([part[i] for i in shown], float) for part in curve_parts(result.published))
             place.fill_between(x, mean - std, mean + std, color=PUBLISHED, alpha=0.2, lw=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
 
 
 def weak() -> gym.Env[Any, Any]:
@@ -22,5 +23,7 @@ def backwards() -> gym.Env[Any, Any]:
 
 def _with_force(newtons: float) -> gym.Env[Any, Any]:
     env = gym.make("CartPole-v1")
-    env.unwrapped.force_mag = newtons  # type: ignore[attr-defined]
+    cartpole = env.unwrapped
+    assert isinstance(cartpole, CartPoleEnv)
+    cartpole.force_mag = newtons
     return env
