@@ -87,7 +87,7 @@ def _what(plan: Plan) -> str:
 
 
 @contextlib.contextmanager
-def _cluster(plan: Plan, runs: int) -> Iterator[Slots]:
+def _cluster(plan: Plan, runs: int, stop: GracefulStop) -> Iterator[Slots]:
     """A context in which this process has joined or started Ray; it tells how many runs fit."""
     import ray
 
@@ -95,6 +95,7 @@ def _cluster(plan: Plan, runs: int) -> Iterator[Slots]:
 
     alone = RunConfig(runtime=RuntimeConfig(env_actors=0))  # a cluster of its own has a CPU for each of the machine's
     owns = connect(alone, f"worldloom-sweep-{secrets.token_hex(3)}", str(plan.folder.path))
+    stop.take_back()
     try:
         has, devices = ray.cluster_resources(), {config.train.device for config in plan.runs.values()}
         found = slots(plan.parallel, runs, has.get("CPU", 1.0), 0.0 if devices == {"cpu"} else has.get("GPU", 0.0))
@@ -116,7 +117,7 @@ def _grid(plan: Plan, names: Sequence[str], stop: GracefulStop) -> None:
             parallel = plan.parallel or JOBS
             workers = JobWorkers(os.environ.get("RAY_API_SERVER_ADDRESS"), folder.path)
         else:
-            found = held.enter_context(_cluster(plan, len(names)))
+            found = held.enter_context(_cluster(plan, len(names), stop))
             parallel, workers = found.parallel, TaskWorkers(found, folder.stop_file)
         totals = {name: config.train.total_steps for name, config in plan.runs.items()}
         table = held.enter_context(contextlib.closing(SweepTable(folder, lambda: list(plan.runs), totals)))
@@ -155,7 +156,7 @@ def _search(plan: Plan, search: SearchConfig, stop: GracefulStop) -> None:
             ended = ended or (stop.requested and interrupt_search(folder))
             table.refresh()
 
-    with _cluster(plan, search.samples) as found:
+    with _cluster(plan, search.samples, stop) as found:
         table = SweepTable(folder, folder.runs_of_search, total)
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()

@@ -27,6 +27,11 @@ class GracefulStop:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
+    def take_back(self) -> None:
+        """Handle the signals again after a call that may have taken them, as ray.init takes SIGTERM."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -389,7 +389,8 @@ def test_ctrl_c_starts_no_more_runs_and_prints_the_command_that_goes_on(config, 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_on_ray_is_interrupted_goes_on_and_survives_a_run_that_fails(config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_on_ray_is_interrupted_goes_on_and_survives_a_run_that_fails(number, config, tmp_path):
     sweep = tmp_path / "sweep"
     command = [
         sys.executable, "-m", "launch.sweep", "--config", config, "--sweep-dir", str(sweep), "--parallel", "2",
@@ -401,7 +402,7 @@ def test_a_sweep_on_ray_is_interrupted_goes_on_and_survives_a_run_that_fails(con
     while not list(sweep.glob("*/checkpoints/step-*/manifest.json")) and begun.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    begun.send_signal(signal.SIGINT)
+    begun.send_signal(number)
     said = begun.communicate(timeout=240)[0]
     assert begun.returncode == INTERRUPTED, said
     assert "go on with:\n  python -m launch.sweep" in said
