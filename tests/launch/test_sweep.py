@@ -343,7 +343,7 @@ def at_once(monkeypatch):
         pass
 
     @contextlib.contextmanager
-    def cluster(plan, runs):
+    def cluster(plan, runs, stop):
         yield Slots(2, 1.0, 0.0, 1)
 
     monkeypatch.setattr(workers, "TaskWorkers", Fresh)
