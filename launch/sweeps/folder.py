@@ -19,6 +19,12 @@ from worldloom.report.boards import flat
 from worldloom.runs.config import RunConfig
 
 TAIL_BYTES = 64 * 2**10  # of metrics.jsonl, which hold the newest figures
+MAY_CHANGE = {  # what a run costs and what it writes, not what it learns
+    "checkpoint": ("interval", "keep", "compress", "on_error"),
+    "log": ("interval", "picture_interval", "to"),
+    "runtime": ("learner_threads", "collect_timeout", "build_timeout", "silence_timeout", "learner_timeout",
+                "replay_timeout"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ class SweepFolder:
             was, wants = flat(before["runs"][name]), flat(config)
             agent = {field for field in (*was, *wants) if field.startswith("agent.")}
             for field in sorted(agent | (set(was) & set(wants))):  # a later version may have other fields
+                section, _, setting = field.partition(".")
+                if setting in MAY_CHANGE.get(section, ()):
+                    continue
                 old, new = was.get(field, "not set"), wants.get(field, "not set")
                 if old != new:
                     raise ValueError(

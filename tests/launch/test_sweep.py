@@ -194,6 +194,9 @@ def test_a_folder_goes_on_with_the_same_sweep_and_refuses_another(config, tmp_pa
         begin(sweep, config, "--train.seed", "0..1", "--train.total_steps", "400")
     with pytest.raises(ValueError, match=r"agent.rho is 'not set', and now it is 0.4"):
         begin(sweep, config, "--train.seed", "0..1", "--agent.rho", "0.4")
+    begin(sweep, config, "--train.seed", "0..1", "--runtime.learner_threads", "2", "--checkpoint.keep", "9")
+    goes_on = yaml.safe_load((sweep / "configs" / "seed-1.yaml").read_text())  # what the runs go on with
+    assert (goes_on["runtime"]["learner_threads"], goes_on["checkpoint"]["keep"]) == (2, 9)
     with pytest.raises(ValueError, match=r"a sweep of other runs \(for example seed-0\)"):
         begin(sweep, config, "--train.seed", "1..2")
     del content["runs"]["seed-0"]["log"]["to"]  # an earlier version had no such field
@@ -436,3 +439,36 @@ def test_a_search_tries_its_samples_and_names_the_best(config, tmp_path, capsys,
     before = {path: path.stat().st_mtime for path in (tmp_path / "sweep").glob("sample-*/metrics.jsonl")}
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime for path in (tmp_path / "sweep").glob("sample-*/metrics.jsonl")}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_is_interrupted_and_goes_on(number, config, tmp_path):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    sweep = tmp_path / "sweep"
+    command = [
+        sys.executable, "-m", "launch.sweep", "--config", config, "--sweep-dir", str(sweep), "--parallel", "2",
+        "--env.id", "tests.environments:Counting-v0", "--train.total_steps", "2000", "--train.train_ratio", "1",
+        "--checkpoint.interval", "200", "--eval.interval", "500",
+        "--search", "{samples: 2, asha: false, space: {agent.lr: {loguniform: [1e-4, 1e-2]}}}",
+    ]  # fmt: skip
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not list(sweep.glob("*/checkpoints/step-*/manifest.json")) and begun.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begun.send_signal(number)
+    said = begun.communicate(timeout=240)[0]
+    assert begun.returncode == INTERRUPTED, said
+    assert "go on with:\n  python -m launch.sweep" in said
+    samples = sorted(path.parent for path in sweep.glob("sample-*/summary.json"))
+    cut = [run for run in samples if json.loads((run / "summary.json").read_text())["status"] == "interrupted"]
+    assert cut, said
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "best: sample-0000" in again.stdout
+    for run in cut:
+        assert json.loads((run / "summary.json").read_text())["status"] == "completed"
+        assert "resumed from step-" in (sweep / "logs" / f"{run.name}.log").read_text()
