@@ -226,7 +226,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         parser.error(str(error))
     if family not in suite.presets:
         parser.error(f"{options.suite} has no preset for {family}, expected one of: {', '.join(suite.presets)}.")
-    words = [word.replace("-", "_") for word in (options.tasks or "").split(",")]
+    words = [word.replace("-", "_") for word in (options.tasks or "").split(",") if word or not options.tasks]
     options.tasks = [task for task in suite.tasks if any(word in task.replace("-", "_") for word in words)]
     if not options.tasks:
         parser.error(f"{options.suite} has no such task, expected some of: {', '.join(suite.tasks)}.")

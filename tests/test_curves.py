@@ -124,6 +124,10 @@ def test_training_returns_are_compared_without_evaluations():
     assert curves.our_config(o, o.tasks[0], 1, more).eval.interval == 0
 
 
+def test_a_comma_at_the_end_of_tasks_adds_none():
+    assert curves.parse(["--tasks", "walker-run,"])[0].tasks == ["dm_control/walker-run-v0"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -16,15 +16,11 @@ from launch.arguments import dump_config
 from launch.claim import SILENT_SECONDS, holder_of, silence
 from worldloom.files import write_text
 from worldloom.report.boards import flat
+from worldloom.report.compared import OF_THE_MACHINE
+from worldloom.report.lines import current_lines
 from worldloom.runs.config import RunConfig
 
 TAIL_BYTES = 64 * 2**10  # of metrics.jsonl, which hold the newest figures
-MAY_CHANGE = {  # what a run costs and what it writes, not what it learns
-    "checkpoint": ("interval", "keep", "compress", "on_error"),
-    "log": ("interval", "picture_interval", "to"),
-    "runtime": ("learner_threads", "collect_timeout", "build_timeout", "silence_timeout", "learner_timeout",
-                "replay_timeout"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,11 +77,8 @@ class SweepFolder:
             was, wants = flat(before["runs"][name]), flat(config)
             agent = {field for field in (*was, *wants) if field.startswith("agent.")}
             for field in sorted(agent | (set(was) & set(wants))):  # a later version may have other fields
-                section, _, setting = field.partition(".")
-                if setting in MAY_CHANGE.get(section, ()):
-                    continue
                 old, new = was.get(field, "not set"), wants.get(field, "not set")
-                if old != new:
+                if old != new and not field.startswith(OF_THE_MACHINE):
                     raise ValueError(
                         f"{self.path} holds a sweep in which {field} is {old!r}, and now it is {new!r}. {advice}"
                     )
@@ -180,10 +173,7 @@ def newest_figures(run_dir: Path) -> tuple[int, float, float | None]:
             tail = file.read().decode(errors="replace").splitlines()
     except OSError:
         return 0, 0.0, None
-    lines = []
-    for text in tail:
-        with contextlib.suppress(ValueError):  # the first and the last may be cut
-            lines.append(json.loads(text))
+    lines = current_lines(tail)  # the first and the last may be cut
     steps = max((line.get("env_steps", 0) for line in lines), default=0)
     seconds = max((line.get("wall_seconds", 0.0) for line in lines), default=0.0)
     for metric in ("eval/return_mean", "episode/return"):

@@ -245,6 +245,9 @@ def test_the_standing_of_a_run_follows_from_its_files(config, tmp_path):
     make_run(folder.path / "seed-1", "completed")
     assert folder.standing("seed-1").status == "finished"
     assert newest_figures(folder.path / "nothing") == (0, 0.0, None)
+    with (folder.path / "seed-1" / "metrics.jsonl").open("a") as file:
+        file.write('\n{"env_steps": 10, "wall_seconds": 1.0, "episode/return": 7.0, "resumed_at": 0}\n')
+    assert newest_figures(folder.path / "seed-1") == (10, 1.0, 7.0)  # what came before is made again
 
 
 def test_only_what_no_checkpoint_continues_is_cleared(tmp_path):

@@ -223,6 +223,44 @@ def test_flat_files_are_cut_at_their_ends(tmp_path):
     assert parts[0]["truncations"].tolist() == [False, False, True]
 
 
+def test_flat_files_may_hold_the_last_observation_of_each_episode(tmp_path):
+    episodes = [counting(5), counting(7, 100), counting(2, 200)]
+    episodes[2]["dones"][-1] = False  # what remains is an episode, too
+    np.savez(tmp_path / "flat.npz", **{**d4rl(episodes), "observations": np.concatenate([e["obs"] for e in episodes])})
+    found = ReplayBuffer.from_trajectories(read_episodes(tmp_path / "flat.npz"), capacity=50)
+    assert same_rows(found, ReplayBuffer.from_trajectories(episodes, capacity=50))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("observations", 15, "15 observations and 12 actions of 2 episodes. Expected 12 .* each episode .14."),
+        ("terminals", 14, "12 actions, 12 rewards, 14 ends, 12 timeouts. Expected as many of each"),
+        ("rewards", 11, "12 actions, 11 rewards"),
+        ("next_observations", 11, "11 next observations"),
+    ],
+)
+def test_flat_files_of_other_lengths_are_refused(tmp_path, name, rows, words):
+    columns = d4rl([counting(5), counting(7, 100)])
+    np.savez(tmp_path / "flat.npz", **{**columns, name: np.zeros((rows, 1) if "obs" in name else rows)})
+    with pytest.raises(ValueError, match=words):
+        list(read_episodes(tmp_path / "flat.npz"))
+
+
+def test_floats_that_a_column_of_integers_would_change_are_refused():
+    images = np.random.default_rng(0).random((6, 3, 8, 8), np.float32)
+    with pytest.raises(ValueError, match=r"episode 0: obs holds float32 from 0\S* to 0\S*, which replay"):
+        ReplayBuffer.from_trajectories([{**counting(5), "obs": images}])
+    kept = ReplayBuffer.from_trajectories([{**counting(5), "obs": images}], obs_dtype="float32")
+    assert np.array_equal(kept.draw(1, 6)["obs"][0], images)
+    whole = ReplayBuffer.from_trajectories([{**counting(5), "obs": np.floor(images * 256)}])
+    assert np.array_equal(whole.draw(1, 6)["obs"][0], np.floor(images * 256))
+    with pytest.raises(ValueError, match="obs holds int64 from -3 to 200"):
+        ReplayBuffer.from_trajectories(
+            [{**counting(5), "obs": np.repeat([-3, 200], [1, 5]).reshape(6, 1, 1, 1) * np.ones((3, 8, 8), int)}]
+        )
+
+
 def test_hdf5_files_of_minari_and_d4rl_are_read(tmp_path):
     episodes = [counting(3, 100 * number) for number in range(11)]  # episode_10 sorts after episode_9
     with h5py.File(tmp_path / "minari.hdf5", "w") as file:
@@ -234,6 +272,7 @@ def test_hdf5_files_of_minari_and_d4rl_are_read(tmp_path):
     with h5py.File(tmp_path / "d4rl.h5", "w") as file:
         for name, value in d4rl(episodes, next_observations=np.concatenate([e["obs"][1:] for e in episodes])).items():
             file[name] = value
+        file["episode_returns"] = np.zeros(11)  # no episode
     wanted = ReplayBuffer.from_trajectories(episodes, capacity=60)
     for name in ("minari.hdf5", "d4rl.h5"):
         assert same_rows(wanted, ReplayBuffer.from_trajectories(read_episodes(tmp_path / name), capacity=60))

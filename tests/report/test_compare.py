@@ -118,6 +118,21 @@ def test_fields_that_differ_between_tasks_alone_make_no_variant(tmp_path):
     assert set(known) == {"agent.lr", "env.id"}
 
 
+def test_threads_and_timeouts_make_no_variant(tmp_path):
+    for seed, settings in enumerate(({}, {"learner_threads": 4}, {"silence_timeout": 90.0})):
+        fake_run(tmp_path / str(seed), WALKER, seed, 900)
+        path = tmp_path / str(seed) / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        path.write_text(
+            yaml.safe_dump(
+                {**config, "runtime": {**config["runtime"], "learner_threads": 1, "silence_timeout": 60.0, **settings}}
+            )
+        )
+    runs = read_compared([tmp_path])
+    assert {name: len(same) for name, same in grouped(runs)[WALKER].items()} == {"tdmpc2:5m": 3}
+    assert {"runtime.learner_threads", "runtime.silence_timeout"} <= set(differences(runs))  # the page names them
+
+
 def test_scores_are_scaled_by_what_is_known_of_the_suite(sweep, tmp_path):
     scores, text = normalised(grouped(read_compared([sweep])))
     assert "divided by 1,000" in text

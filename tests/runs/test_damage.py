@@ -16,6 +16,7 @@ from worldloom import load_agent
 from worldloom.encoding import pack
 from worldloom.files import CheckpointError, checksum
 from worldloom.manifest import checkpoints, newest_checkpoint, read_manifest
+from worldloom.report.page import read_metrics
 from worldloom.runs.config import CheckpointConfig
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
@@ -152,11 +153,18 @@ def test_a_damaged_agent_falls_back_to_the_checkpoint_before_and_says_so(run_dir
         np.testing.assert_array_equal(load_agent(tmp_path).acting_weights(), weights)
     assert f"{newest} is damaged (agent/model.safetensors has checksum" in caplog.text
     longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, total_steps=320))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"env_steps": 301, "upd')  # a line that a kill cut
     trainer = InlineTrainer(longer, tmp_path, resume=True)
     assert trainer.run.limiter.env_steps == 150
     assert trainer.train()["status"] == "completed"
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000000000300-1", "step-000000000320"]
     assert verify(tmp_path) == []
+    kept = [line["env_steps"] for line in read_metrics(tmp_path)]
+    assert kept == sorted(kept)  # the steps from 150 to 300, which were made twice, count once
+    written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(kept) < len(written) - 1
+    assert [json.loads(line)["resumed_at"] for line in written if "resumed_at" in line] == [150]
 
 
 def test_where_no_checkpoint_is_whole_the_files_are_named(run_dir, tmp_path):

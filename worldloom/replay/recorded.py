@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "dones": ("terminations", "terminated", "terminals", "dones"),
     "truncated": ("truncations", "truncated", "timeouts"),
 }
+EPISODE = re.compile(r"episode_\d+")
 NEXT_OBS = ("next_observations", "next_obs")
 LAST_ACTION_DROPPED = (
     "add_episode: there are as many observations as actions, so the observation after the last action of each episode "
@@ -92,10 +94,10 @@ def read_trajectories(trajectories: Iterable[Any], action_range: tuple[Any, Any]
 def read_episodes(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yield the episodes of an npz or HDF5 file, or of a directory: a Minari or LeRobot dataset, or npz files in order.
 
-    A file may hold the arrays of one episode; the arrays of many, cut where a step is terminal or timed out (D4RL; its
-    next_observations give the last observation); or HDF5 groups episode_0, episode_1, …, taken as they are. Datasets
-    are read as `read_minari` and `read_lerobot` read them. All but npz needs packages of worldloom[data]. Raises
-    ValueError for other files, FileNotFoundError if `path` does not exist.
+    A file may hold the arrays of one episode; the arrays of many, cut where a step is terminal or timed out (the last
+    observations are among the others, or in D4RL's next_observations); or HDF5 groups episode_0, …, as they are.
+    Datasets are read as `read_minari` and `read_lerobot` read them. All but npz needs packages of worldloom[data].
+    Raises ValueError for other files, FileNotFoundError if `path` does not exist.
     """
     found = Path(path)
     if not found.exists():
@@ -139,7 +141,7 @@ def _read_hdf5(path: Path) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}. Expected an HDF5 file.") from error
     with file:
-        groups = [name for name in file if name.startswith("episode_")]
+        groups = [name for name, node in file.items() if EPISODE.fullmatch(name) and isinstance(node, h5py.Group)]
         for name in sorted(groups, key=lambda name: int(name.removeprefix("episode_"))):
             yield {key: _tree(value) for key, value in file[name].items() if key != "infos"}
         if not groups:
@@ -154,33 +156,38 @@ def _tree(node: Any) -> Any:
 def _split(columns: Mapping[str, Array], source: str) -> Iterator[dict[str, Any]]:
     """Yield one episode, or many, each cut after the step that ended it."""
     found = {part: next((columns[n] for n in names if n in columns), None) for part, names in NAMES.items()}
-    if found["obs"] is None or found["actions"] is None or found["rewards"] is None:
+    obs, actions, rewards = found["obs"], found["actions"], found["rewards"]
+    if obs is None or actions is None or rewards is None:
         raise ValueError(
             f"{source} holds {sorted(columns)}, expected at least observations, actions and rewards (or obs, …)."
         )
-    arrays = {part: found[part] for part in ("obs", "actions", "rewards")}
-    counts = {part: len(array) if array is not None and array.ndim else 0 for part, array in arrays.items()}
-    count = counts["actions"]
-    if counts["rewards"] != count or not 0 < count <= counts["obs"]:
-        raise ValueError(
-            f"{source} holds {', '.join(f'{n} {part}' for part, n in counts.items())}. Expected as many rewards as "
-            "actions, and as many observations or one more."
-        )
+    obs, actions, rewards = np.atleast_1d(obs), np.atleast_1d(actions), np.atleast_1d(rewards)
+    count = len(actions)
     none = np.zeros(count, bool)
     dones = none if found["dones"] is None else _flags(found["dones"], count)
     timeouts = none if found["truncated"] is None else _flags(found["truncated"], count)
-    ends = np.flatnonzero(dones | timeouts)
-    cuts = [0, *(ends + 1).tolist(), *([count] if not len(ends) or ends[-1] != count - 1 else [])]
     following = next((columns[name] for name in NEXT_OBS if name in columns), None)
-    whole = len(cuts) == 2 and len(found["obs"]) == count + 1
-    for begin, end in pairwise(cuts):
-        obs = found["obs"] if whole else found["obs"][begin:end]
-        if following is not None and not whole:
-            obs = np.concatenate([obs, following[end - 1 : end]])
+    steps = {"rewards": rewards, "ends": dones, "timeouts": timeouts, "next observations": following}
+    counts = {part: len(array) for part, array in steps.items() if array is not None}
+    if not count or set(counts.values()) != {count}:
+        told = ", ".join(f"{n} {part}" for part, n in counts.items())
+        raise ValueError(f"{source} holds {count} actions, {told}. Expected as many of each, and at least one.")
+    cuts = [0, *(np.flatnonzero((dones | timeouts)[:-1]) + 1).tolist(), count]
+    seen, episodes = len(obs), len(cuts) - 1
+    if seen not in (count, count + 1, count + episodes):
+        raise ValueError(
+            f"{source} holds {seen} observations and {count} actions of {episodes} episodes. Expected {count} "
+            f"observations, or one more for each episode ({count + episodes})."
+        )
+    last = int(seen == count + episodes)  # observations that an episode has after its last action
+    for number, (begin, end) in enumerate(pairwise(cuts)):
+        seen_here = obs[begin + last * number : end + last * (number + 1)]
+        if following is not None and not last:
+            seen_here = np.concatenate([seen_here, following[end - 1 : end]])
         yield {
-            "observations": obs,
-            "actions": found["actions"][begin:end],
-            "rewards": found["rewards"][begin:end],
+            "observations": seen_here,
+            "actions": actions[begin:end],
+            "rewards": rewards[begin:end],
             "terminations": dones[begin:end],
             "truncations": timeouts[begin:end],
         }

@@ -51,12 +51,18 @@ class Ring:
         self._streams.clear()
 
     def check(self, columns: Mapping[str, Array], rows: int) -> None:
-        """Raise ValueError for columns of other names, shapes or lengths, and for more rows than the capacity."""
+        """Raise ValueError for columns of other names, shapes or lengths, for values that replay would change, and
+        for more rows than the capacity."""
         if columns.keys() != self.specs.keys():
             raise ValueError(f"replay got columns {sorted(columns)}, expected {sorted(self.specs)}.")
         for name, spec in self.specs.items():
             if columns[name].shape != (rows, *spec.shape):
                 raise ValueError(f"replay column {name!r} is {columns[name].shape}, expected {(rows, *spec.shape)}.")
+            if not _keeps(spec.dtype, values := columns[name]):
+                raise ValueError(
+                    f"{name} holds {values.dtype} from {values.min():g} to {values.max():g}, which replay would "
+                    f"change to {spec.dtype}. Give images of 0 to 255, or make the buffer with obs_dtype='float32'."
+                )
         if rows > self.capacity:
             raise ValueError(f"{rows} rows at once exceed replay.capacity={self.capacity}. Raise capacity.")
 
@@ -159,3 +165,11 @@ class Ring:
         if self.oldest:
             return self.rows_between(self.oldest, self.rows)
         return {**{n: c[: self.rows] for n, c in self.columns.items()}, "origin": self._origin[: self.rows]}
+
+
+def _keeps(dtype: str, values: Array) -> bool:
+    """Return whether a column keeps the values (uint8 makes zeros of floats in [0, 1]); floats may be rounded."""
+    if np.can_cast(values.dtype, dtype, "safe") or np.dtype(dtype).kind == "f":
+        return True
+    with np.errstate(invalid="ignore"):  # the cast of what does not fit
+        return np.array_equal(values.astype(dtype), values)

@@ -18,7 +18,11 @@ from worldloom.report.subject import Subject
 from worldloom.types import Array
 
 SEED = "train.seed"
-NO_VARIANT = ("log.", "checkpoint.", "env.id", SEED)  # they change no result, or group the runs already
+OF_THE_MACHINE = (  # they decide what a run costs and writes, not what it learns; names and their beginnings
+    "log.", "checkpoint.", "runtime.learner_threads", "runtime.collect_timeout", "runtime.build_timeout",
+    "runtime.silence_timeout", "runtime.learner_timeout", "runtime.replay_timeout",
+)  # fmt: skip
+NO_VARIANT = (*OF_THE_MACHINE, "env.id", SEED)  # the last two group the runs already
 EVALUATION, TRAINING = "eval/return_mean", "episode/return"
 
 

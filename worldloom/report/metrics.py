@@ -111,7 +111,7 @@ class Recorder:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._run_dir, self._subject, self._limiter = run_dir, subject, limiter
-        self._logger = MetricsLogger(run_dir, sinks)
+        self._logger = MetricsLogger(run_dir, sinks, limiter.env_steps if before else None)
         self._display = Display(subject.total_steps)
         self.counters = {name: int(before.get(name, 0)) for name in COUNTERS}
         self.timing, self._staleness = Timing(float(before.get("wall_seconds", 0.0)), self._counts), Staleness()

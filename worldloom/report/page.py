@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.report.lines import current_lines
 from worldloom.report.published import published_curve
 from worldloom.report.subject import Subject
 from worldloom.report.timing import WARM_UP
@@ -85,14 +86,8 @@ def write_report(run_dir: Path, subject: Subject, settings: str = "") -> Path:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl; a line that was cut short is left out."""
-    lines = []
-    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """Return the lines of metrics.jsonl that hold, as `current_lines` does."""
+    return current_lines((run_dir / "metrics.jsonl").read_text().splitlines())
 
 
 def _verdict(summary: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from worldloom.report.boards import Board, open_boards, renew_files
+from worldloom.report.lines import RESUMED_AT
 from worldloom.types import Array
 
 logger = logging.getLogger(__name__)
@@ -19,18 +20,24 @@ Sink = Callable[[Mapping[str, float | str]], None]  # takes a line of metrics.js
 class MetricsLogger:
     """Appends metrics to files; a resumed run goes on in the same files.
 
-    sinks: functions that are called with each line of metrics.jsonl.
+    sinks: functions that are called with each line of metrics.jsonl. resumed_at: steps of the checkpoint from which the
+    run is resumed; the first line holds them, so that readers know which earlier lines no longer count.
     """
 
-    def __init__(self, run_dir: Path, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink] = (), resumed_at: int | None = None) -> None:
         self._dir, self._sinks = run_dir, sinks
+        self._marks = {} if resumed_at is None else {RESUMED_AT: resumed_at}
         self._refused = False
         self._boards: list[Board] | None = None
         self._open()
 
     def _open(self) -> None:
         self._dir.mkdir(parents=True, exist_ok=True)
-        self._file = (self._dir / "metrics.jsonl").open("a", buffering=1)
+        path = self._dir / "metrics.jsonl"
+        cut = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", buffering=1)
+        if cut:  # by a kill: the next line is not a part of that one
+            self._file.write("\n")
 
     def open_boards(self) -> None:
         """Open the boards, if they are not open yet. By now the run has written its config.yaml, which names them."""
@@ -44,7 +51,8 @@ class MetricsLogger:
         words: texts for metrics.jsonl and the sinks."""
         counts = {"updates": updates} if env_steps is None else {"env_steps": env_steps, "updates": updates}
         line: dict[str, float | str] = {**counts, "wall_seconds": round(wall_seconds, 3), **metrics, **words}
-        self._append(json.dumps(line) + "\n")
+        self._append(json.dumps(line | self._marks) + "\n")
+        self._marks = {}
         for sink in self._sinks:
             sink(line)
         self.open_boards()
