@@ -18,3 +18,10 @@ def push(name):
 @pytest.mark.parametrize(("name", "times"), [("weak", 0.5), ("backwards", -1.0)])
 def test_a_changed_motor_pushes_as_it_says(name, times):
     assert push(f"examples.changed_cartpole:{name}") == pytest.approx(times * push("CartPole-v1"), rel=0.05)
+
+
+def test_a_changed_cartpole_is_filmed():
+    env = make_env("examples.changed_cartpole:weak", render_mode="rgb_array")
+    env.reset()
+    assert env.render().shape == (400, 600, 3)
+    env.close()

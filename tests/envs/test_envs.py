@@ -258,3 +258,41 @@ def test_resized_images_keep_their_mean_and_their_place():
     assert abs(small.mean() - 100) < 1
     assert (small[0, 0] > 190).all()
     assert (small[0, -1] < 10).all()
+
+
+@pytest.mark.parametrize("name", ["tests.envs.test_envs:Silent", "tests.envs.test_envs:silent"])
+def test_an_environment_that_renders_nothing_says_what_is_missing(name):
+    env = make_env(name, render_mode="rgb_array")
+    env.reset()
+    with pytest.raises(ValueError, match=r"renders no frames. Let its class or factory take render_mode='rgb_array'"):
+        env.render()
+
+
+class Silent(gymnasium.Env):
+    """Has no render(), as a first environment often does."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), float(action[0]), False, False, {}
+
+
+def silent():
+    """Make an environment whose render() returns None, since the factory drops render_mode."""
+    return gymnasium.make("CartPole-v1")
+
+
+def test_a_factory_of_any_arguments_is_told_the_render_mode():
+    env = make_env("tests.envs.test_envs:whatever", render_mode="rgb_array")
+    env.reset()
+    assert env.render().shape == (400, 600, 3)
+    env.close()
+
+
+def whatever(**arguments):
+    return gymnasium.make("CartPole-v1", **arguments)

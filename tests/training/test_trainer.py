@@ -233,10 +233,39 @@ def test_logs_are_written_to_every_place(buffer, held_out, tmp_path, capsys):
 def test_checkpoints_keep_the_newest_and_the_best(buffer, held_out, tmp_path):
     keeper = CheckpointCallback(tmp_path, interval=1, keep=2)
     Trainer(model_of("tdmpc2"), QUICK, callbacks=[keeper]).train(buffer, held_out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000000003", "step-000000004"]
+    kept = ["best", "best.json", "step-000000003", "step-000000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
     best = Trainer(model_of("tdmpc2"), QUICK, callbacks=[])
     best.load_checkpoint(tmp_path / "best")
     assert best.evaluate(held_out)["loss"] == pytest.approx(keeper.best)
+
+
+def test_a_training_that_goes_on_knows_the_best_and_a_new_one_keeps_its_own(buffer, held_out, tmp_path):
+    Trainer(model_of("tdmpc2"), QUICK, [CheckpointCallback(tmp_path, interval=2, keep=2)]).train(buffer, held_out)
+    best = json.loads((tmp_path / "best.json").read_text())
+    worse = TrainingConfig(**{**vars(QUICK), "total_steps": 6, "learning_rate": 10.0})
+    keeper = CheckpointCallback(tmp_path, interval=2, keep=2)
+    again = Trainer(model_of("tdmpc2"), worse, [keeper])
+    again.load_checkpoint(tmp_path / "step-000000004")
+    assert again.train(buffer, held_out)["eval/loss"] > best["value"] == keeper.best
+    assert json.loads((tmp_path / "best.json").read_text()) == best
+    assert json.loads((tmp_path / "best" / "manifest.json").read_text())
+    other = TrainingConfig(**{**vars(QUICK), "total_steps": 2})
+    Trainer(model_of("tdmpc2"), other, [CheckpointCallback(tmp_path, interval=1, keep=1)]).train(buffer)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-00000000{n}" for n in (2, 4, 6)]
+
+
+def test_a_checkpoint_replaces_nothing_but_a_checkpoint(buffer, tmp_path):
+    trainer = Trainer(model_of("tdmpc2"), QUICK, [])
+    (tmp_path / "mine").mkdir()
+    trainer.save_checkpoint(tmp_path / "mine")
+    trainer.save_checkpoint(tmp_path / "mine")
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match=r"mine holds 'thesis.txt', which is no part of a checkpoint"):
+        trainer.save_checkpoint(tmp_path / "mine")
+    trainer.save_checkpoint(tmp_path / "all" / "best")
+    with pytest.raises(ValueError, match="all holds 'best'"):
+        trainer.save_checkpoint(tmp_path / "all")
 
 
 def test_training_stops_early_when_the_held_out_loss_no_longer_falls(buffer, held_out):
@@ -279,7 +308,7 @@ def test_a_failing_callback_is_named_and_harms_no_checkpoint(event, buffer, held
         trainer.train(buffer, held_out)
     assert "end" in [name for name, _ in seen.events]
     assert not list(tmp_path.glob("*.partial"))
-    for folder in tmp_path.iterdir():
+    for folder in tmp_path.glob("*/"):
         Trainer(model_of("tdmpc2"), QUICK, callbacks=[]).load_checkpoint(folder)
 
 

@@ -68,8 +68,20 @@ class Environment:
         self.step(middle)
 
     def render(self) -> Array:
-        """Return an RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array")."""
-        return np.asarray(self._env.render())
+        """Return an RGB frame [H, W, 3] uint8; needs make_env(..., render_mode="rgb_array").
+
+        Raises ValueError if the environment gives no such frame.
+        """
+        try:
+            frame = np.asarray(self._env.render())
+        except NotImplementedError:
+            frame = np.asarray(None)
+        if frame.ndim != 3 or frame.shape[2] != 3:
+            raise ValueError(
+                f"{self.name} renders no frames. Let its class or factory take render_mode='rgb_array', and render() "
+                "return an image [height, width, 3]."
+            )
+        return frame
 
     @property
     def frames_per_second(self) -> float:

@@ -74,7 +74,9 @@ def _factory(env_id: str) -> Callable[..., Any] | None:
 
 def _call(factory: Callable[..., Any], env_id: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     """Call the factory, with render_mode if it takes one. Raises TypeError if the result is no gymnasium.Env."""
-    taken = {name: value for name, value in options.items() if name in inspect.signature(factory).parameters}
+    parameters = inspect.signature(factory).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = {name: value for name, value in options.items() if takes_all or name in parameters}
     made = factory(**taken)
     if not isinstance(made, gymnasium.Env):
         raise TypeError(f"{env_id} returned a {type(made).__name__}, expected a gymnasium.Env.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -10,8 +11,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from worldloom.files import write_text
 from worldloom.report.sinks import MetricsLogger
 from worldloom.training.trainer import Callback, Trainer
+
+BEST = "best.json"
 
 
 class LoggingCallback(Callback):
@@ -79,7 +83,8 @@ class CheckpointCallback(Callback):
     model to directory/best.
 
     interval: None takes config.save_interval. best: the lowest `monitor` of all evaluations, or of all logged means
-    if there is no validation data ("eval/loss" falls back to "loss").
+    if there is no validation data ("eval/loss" falls back to "loss"); directory/best.json holds its value, so that a
+    training that goes on from a checkpoint knows it. Checkpoints of later steps, from another training, are left alone.
     """
 
     def __init__(
@@ -95,6 +100,12 @@ class CheckpointCallback(Callback):
         self.directory, self.interval, self.keep, self.monitor = Path(directory), interval, keep, monitor
         self.best = math.inf
         self._evaluates = False
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        saved = self.directory / BEST
+        if trainer.step and saved.is_file() and (self.directory / "best").is_dir():
+            best = json.loads(saved.read_text())
+            self.best, self._evaluates = float(best["value"]), bool(best["evaluated"])
 
     def on_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
         interval = self.interval or trainer.config.save_interval
@@ -117,10 +128,13 @@ class CheckpointCallback(Callback):
         if value is not None and value < self.best:
             trainer.save_checkpoint(self.directory / "best")
             self.best = value
+            saved = {"value": value, "evaluated": self._evaluates, "step": trainer.step}
+            write_text(self.directory / BEST, json.dumps(saved) + "\n")
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.directory / f"step-{trainer.step:09d}")
-        for old in sorted(path for path in self.directory.glob("step-*") if not path.suffix)[: -self.keep]:
+        newest = trainer.save_checkpoint(self.directory / f"step-{trainer.step:09d}")
+        saved = sorted(path for path in self.directory.glob("step-*") if not path.suffix and path.name <= newest.name)
+        for old in saved[: -self.keep]:
             shutil.rmtree(old)
 
 

@@ -208,12 +208,14 @@ class Trainer:
         """Write model, optimiser, step and generators; `create_world_model(directory)` reads the model alone.
 
         All of it is written or nothing: an earlier checkpoint there stays until the new one is complete. Raises
-        FloatingPointError, and writes nothing, if parameters are NaN or infinite.
+        FloatingPointError if parameters are NaN or infinite, and ValueError if the directory holds anything else than
+        an earlier checkpoint; both before anything is written.
         """
         final = Path(directory)
         partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         self._learner.check_finite()
+        check_replaceable(final)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         self._learner.save(partial)
         write_msgpack(partial / "trainer.msgpack", {"step": self.step, "learner": self._learner.state_dict()})
@@ -264,6 +266,18 @@ class Trainer:
                 raise CallbackError(
                     f"callback {name} failed in {event} after update {self.step}: {type(error).__name__}: {error}"
                 ) from error
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise ValueError if the directory holds what is no part of a checkpoint of a Trainer, and would be lost."""
+    if not directory.exists():
+        return
+    known = {MANIFEST, "trainer.msgpack", "training.json", "model.safetensors", "behaviour.safetensors", "config.json"}
+    if other := sorted(path.name for path in directory.iterdir() if path.is_dir() or path.name not in known):
+        raise ValueError(
+            f"save_checkpoint: {directory} holds {other[0]!r}, which is no part of a checkpoint and would be lost. "
+            "Give a new directory, or one that holds an earlier checkpoint alone."
+        )
 
 
 def train(
