@@ -42,7 +42,7 @@ class Shares:
         """Return a sentence that compares what is asked for with what the cluster has; own: this run started it."""
         if own:  # its logical CPUs are at least one for each process
             gpus = ray.cluster_resources().get("GPU", 0.0)
-            return f"this machine: {os.cpu_count()} CPUs and {gpus:g} GPUs for {self.processes} processes"
+            return f"this machine: {usable_cpus()} CPUs and {gpus:g} GPUs for {self.processes} processes"
         total, gpus = ray.cluster_resources(), self.gpus * self.learners + self.server_gpus
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
         return (
@@ -101,7 +101,7 @@ def _connect(config: RunConfig, namespace: str, run: str) -> bool:
     with sigterm_blocked():
         ray.init(
             address="local",  # never another cluster that happens to run here
-            num_cpus=max(os.cpu_count() or 1, config.runtime.learners + config.runtime.env_actors),
+            num_cpus=max(usable_cpus(), config.runtime.learners + config.runtime.env_actors),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
@@ -180,6 +180,11 @@ def _share_gpus(config: RunConfig, gpus: float, own_server: bool) -> tuple[float
     return 1.0, float(own_server)
 
 
+def usable_cpus() -> int:
+    """Return the CPUs that this process may use, which a batch system or a container may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpus_for(processes: int, free: Sequence[float]) -> float:
     """The largest share of a CPU, at most 1 and in hundredths, of which nodes with `free` CPUs hold so many."""
     for hundredths in range(100, 0, -1):
@@ -202,4 +207,4 @@ def check_object_store(node: str, batch_bytes: int, batches: int) -> None:
 
 def learner_threads(config: RunConfig) -> int:
     """Return each learner's share of this machine's cores that env actors leave, at least one."""
-    return max(((os.cpu_count() or 1) - max(config.runtime.env_actors, 1)) // config.runtime.learners, 1)
+    return max((usable_cpus() - max(config.runtime.env_actors, 1)) // config.runtime.learners, 1)

@@ -85,6 +85,7 @@ class Coordinator:
     def train(self) -> dict[str, Any]:
         """Run to total_steps, or to the first Ctrl-C. Return what summary.json holds."""
         with GracefulStop() as stop:
+            self.parts.evaluating.stop = stop
             try:
                 lost: ActorLost | None = None
                 while True:
@@ -140,15 +141,15 @@ class Coordinator:
             self.run.end_unsaved(parts.learning.rescue(self._home.dir))
         parts.learning.draw_picture()
         parts.learning.finish_picture()
-        finished = self.run.finished and self._evaluate_at_the_end(stop)
+        finished = self.run.finished and self._evaluate_at_the_end()
         evaluation = recorder.last_evaluation if finished else None
         return recorder.summarise(self.run.status(finished), parts.state.spec.device, evaluation)
 
-    def _evaluate_at_the_end(self, stop: GracefulStop) -> bool:
+    def _evaluate_at_the_end(self) -> bool:
         """Evaluate the newest weights; return False if it was interrupted."""
         self.parts.learning.publish()
         self.parts.evaluating.due = self.run.limiter.env_steps
-        return self.parts.finish_evaluations(stop)
+        return self.parts.finish_evaluations()
 
     def _save_what_was_accepted(self) -> None:
         try:

@@ -10,6 +10,7 @@ from distributed.launcher import ActorLost
 from distributed.state import State
 from worldloom.acting.evaluation import Evaluation
 from worldloom.acting.rollout import ActingLost
+from worldloom.interrupt import GracefulStop
 from worldloom.runs.build import EVAL_SEED
 
 
@@ -18,6 +19,7 @@ class Evaluating:
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self.stop = GracefulStop()  # of the run: once it is requested, no evaluation is played on in this process
         self.due: int | None = None  # environment steps at which one fell due
         self.under_way: int | None = None  # environment steps that the current one belongs to
 
@@ -30,18 +32,20 @@ class Evaluating:
         if self.due is None or self.under_way is not None:
             return
         if own is not None:
-            self._state.run.recorder.evaluated(self.due, self._play(own))
-            self.due = None
+            if (evaluation := self._play(own)) is not None:
+                self._state.run.recorder.evaluated(self.due, evaluation)
+                self.due = None
         elif collector is not None:
             collector.evaluate(self._state, self.set_aside())
             self.under_way, self.due = self.due, None
 
-    def _play(self, own: EnvActor) -> Evaluation:
-        """Play a whole evaluation in this process. Raises ActorLost."""
+    def _play(self, own: EnvActor) -> Evaluation | None:
+        """Play an evaluation in this process; return None if Ctrl-C came before its end. Raises ActorLost."""
+        evaluation, weights = None, self._state.launcher.result(self.set_aside(), "learner")
         try:
-            evaluation = own.evaluate(self._state.launcher.result(self.set_aside(), "learner"), self._state.server)
-            while evaluation is None:
-                evaluation = own.evaluate(None)
+            while evaluation is None and not self.stop.requested:
+                evaluation = own.evaluate(weights, self._state.server)
+                weights = None  # the first call begins, the others go on
             return evaluation
         except ActingLost as error:
             raise ActorLost(str(error)) from error

@@ -15,7 +15,6 @@ from distributed.saving import Checkpoints
 from distributed.serving import Serving
 from distributed.shards import Shards
 from distributed.state import State
-from worldloom.interrupt import GracefulStop
 
 WAITED_TOGETHER = 50  # of so many references that are waited for, one at a time is taken in
 SHORT_SECONDS = 0.02
@@ -81,10 +80,10 @@ class Parts:
     def _to_settle(self) -> bool:
         return bool(self.learning.to_settle or self.inserting.under_way)
 
-    def finish_evaluations(self, stop: GracefulStop | None = None) -> bool:
-        """Have the evaluation that is due, or under way, played to its end; False if `stop` came first."""
+    def finish_evaluations(self) -> bool:
+        """Have the evaluation that is due, or under way, played to its end; False if Ctrl-C came first."""
         while self.evaluating.pending:
-            if stop is not None and stop.requested:
+            if self.evaluating.stop.requested:
                 return False
             self.collecting.expect_somebody()
             self.collecting.begin_evaluation()

@@ -19,6 +19,7 @@ from typing import IO
 
 LOCK, HEARTBEAT = ".lock", ".heartbeat"
 BEAT_SECONDS = 5.0
+END_SECONDS = 10.0  # for the watcher to end
 SILENT_SECONDS = 30.0  # a process whose heartbeat is older counts as gone: it may be on another machine
 CLEAN = b"."  # what the watcher reads from a process that ends in order
 
@@ -90,18 +91,27 @@ class Claim:
             start_new_session=True,  # Ctrl-C in the terminal is not meant for it
         )
         self._pulse.start()
+        os.register_at_fork(after_in_child=self._let_go)
         return self
+
+    def _let_go(self) -> None:
+        """Close what a forked process got of this one's: it may live longer, and would keep the lock."""
+        if self._lock is not None:
+            self._lock.close()
+        if self._watcher.stdin is not None:
+            self._watcher.stdin.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
         self._pulse.join()
-        with contextlib.suppress(OSError):  # somebody ended it
-            self._watcher.communicate(CLEAN)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # somebody ended it, or stopped it
+            self._watcher.communicate(CLEAN, timeout=END_SECONDS)
         (self._dir / HEARTBEAT).unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.truncate(0)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
 
     def _take(self) -> None:
@@ -134,7 +144,7 @@ def watch(pid: int, run_dir: Path, last_word: str, anyway: bool) -> None:
     """Wait for the end of process `pid`, whose pipe is standard input; print the last word unless it ended in order."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if sys.stdin.buffer.read() == CLEAN:
+    if sys.stdin.buffer.read(1) == CLEAN:  # not up to its end, which comes with that of the last forked process
         return
     saved = anyway or any(run_dir.glob("checkpoints/step-*/manifest.json"))
     told = last_word if saved else "Nothing was saved yet."

@@ -17,6 +17,7 @@ from worldloom.manifest import MANIFEST, checkpoint_folders
 from worldloom.report.boards import flat
 from worldloom.runs.checkpoint import drop_partial
 from worldloom.runs.config import RunConfig
+from worldloom.runs.home import Home
 
 RESUME = ("always", "auto", "never")
 SAME = ("algorithm", "env.", "start.")  # what a run keeps to its end
@@ -86,17 +87,18 @@ def saved_config(asked: Asked) -> Path | None:
     raise ValueError(f"--resume needs the --run-dir or --name of an earlier run, but {found}.")
 
 
-def check_unused(run: Path, resume: str) -> None:
+def check_unused(home: Home, resume: str) -> None:
     """Raise ValueError if a run lies there. With auto, what an attempt left that saved nothing is removed."""
-    metrics = run / "metrics.jsonl"
+    run, metrics = home.root, home.root / "metrics.jsonl"
     if checkpoint_folders(run) or (resume != "auto" and (_bytes(metrics) or find(run, "checkpoints"))):
         raise ValueError(
             f"{run} already holds a run. Go on with it by --resume, or choose another --run-dir or --name."
         )
     if _bytes(metrics):
         print(f"an earlier attempt in {run} ended before its first checkpoint: the run begins again", flush=True)
-        remove_file(metrics)
-        remove_folder(run / "tensorboard")
+        for place in {home.root, home.dir}:  # of a URL, the second holds copies
+            remove_file(place / "metrics.jsonl")
+            remove_folder(place / "tensorboard")
     drop_partial(run)
 
 

@@ -122,7 +122,7 @@ def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> 
     if fresh:
         held.callback(_remove_empty_run_dir, home.dir)
     if not resume:
-        check_unused(home.root, asked.resume)
+        check_unused(home, asked.resume)
     return home
 
 

@@ -11,8 +11,8 @@ from launch.arguments import Parser, run_config, run_parser
 from launch.places import run_place
 from launch.sweeps.folder import SweepFolder
 from launch.sweeps.grid import combinations, run_names, take_axes
-from launch.sweeps.search import SearchConfig, one_sample
-from worldloom.runs.build import check_config
+from launch.sweeps.search import SearchConfig, as_texts, samples_to_check
+from worldloom.runs.build import check_config, check_device_for_ray
 from worldloom.runs.config import RunConfig
 
 BASE = "base"  # the configuration that the samples of a search change
@@ -53,6 +53,8 @@ def read_plan(parser: Parser, argv: Sequence[str]) -> Plan:
         changes = [f"--{name}={value}" for name, value in values.items()]
         config = run_config(parser, parser.parse_args([*rest, *changes, *inline]))
         check_config(config)
+        if not jobs:
+            check_device_for_ray(config.train.device)
         return config
 
     if search is None and not axes:
@@ -65,7 +67,8 @@ def read_plan(parser: Parser, argv: Sequence[str]) -> Plan:
     if parsed.parallel != "auto" and parsed.parallel < 1:
         raise ValueError(f"--parallel is {parsed.parallel}, expected auto or at least 1.")
     if search is not None:
-        configured(one_sample(search))  # the names and types of the space
+        for sample in samples_to_check(search):  # the names and types of the space
+            configured(as_texts(sample))
         runs = {BASE: configured({})}
     else:
         points = combinations(axes)

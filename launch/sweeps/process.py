@@ -38,7 +38,7 @@ class OneRun:
 
     def arguments(self) -> list[str]:
         """Return the arguments of launch.train; they go on with the run if it has a checkpoint."""
-        resume = ["--resume"] if has_checkpoint(self.run_dir) else []
+        resume = ["--resume", "auto"] if has_checkpoint(self.run_dir) else []  # auto: an earlier try may still save
         changes = [f"--{name}={value}" for name, value in self.overrides.items()]
         return ["--config", str(self.config), *changes, "--run-dir", str(self.run_dir), *resume]
 

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from launch.sweeps.folder import SweepFolder, is_held
 from launch.sweeps.process import INTERRUPTED, OneRun, error_of, train_one
 from launch.sweeps.slots import Slots
@@ -19,6 +21,7 @@ from launch.sweeps.slots import Slots
 DISTRIBUTIONS = (
     "uniform", "quniform", "loguniform", "qloguniform", "randint", "qrandint", "lograndint", "choice", "grid_search",
 )  # fmt: skip
+LISTS = ("choice", "grid_search")  # those that list their values
 SAVE_SECONDS = 120.0  # for a run to save
 HOLD_SECONDS = 1.0
 STUDY = "tune"  # Ray Tune's own folder inside the sweep's
@@ -72,7 +75,7 @@ def tune_space(space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, distribution in space.items():
         ((kind, arguments),) = distribution.items()
-        several = isinstance(arguments, list) and kind not in ("choice", "grid_search")
+        several = isinstance(arguments, list) and kind not in LISTS
         try:
             found[name] = getattr(tune, kind)(*arguments if several else [arguments])
         except (TypeError, ValueError, AssertionError) as error:
@@ -86,6 +89,25 @@ def one_sample(search: SearchConfig) -> dict[str, Any]:
         name: domain["grid_search"][0] if isinstance(domain, dict) else domain.sample()
         for name, domain in tune_space(search.space).items()
     }
+
+
+def samples_to_check(search: SearchConfig) -> list[dict[str, Any]]:
+    """Return samples that hold every value of each choice, besides one of each other distribution."""
+    one = one_sample(search)
+    listed = [
+        {**one, name: value}
+        for name, distribution in search.space.items()
+        for kind, values in distribution.items()
+        if kind in LISTS
+        for value in values
+    ]
+    return [one, *listed]
+
+
+def as_texts(sampled: Mapping[str, Any]) -> dict[str, str]:
+    """Return values as the command line takes them: null, and not None."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in sampled.items()}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
 
 
 class NewLines:
@@ -119,10 +141,7 @@ def search_trainable(sampled: dict[str, Any], base: OneRun, sweep: Path, metric:
             if metric in line:
                 tune.report({metric: line[metric], "env_steps": line["env_steps"]})
 
-    overrides = {
-        field: json.dumps(value) if isinstance(value, (list, dict)) else value for field, value in sampled.items()
-    }
-    code = train_one(replace(base, run_dir=run_dir, log=log, overrides=overrides), report)
+    code = train_one(replace(base, run_dir=run_dir, log=log, overrides=as_texts(sampled)), report)
     while code == INTERRUPTED and base.stop_file.exists():  # it must not end: then Ray Tune would not resume it
         time.sleep(HOLD_SECONDS)
     if code:

@@ -1,6 +1,7 @@
 """Whose run directory it is, as `launch.status` and later runs see it."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -46,3 +47,18 @@ def test_a_process_of_this_machine_that_is_gone_is_known_at_once(tmp_path):
     ended.wait()
     (tmp_path / ".heartbeat").touch()
     assert silence(tmp_path, Holder(socket.gethostname(), ended.pid, time.time())) == float("inf")
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_process_that_lives_on_holds_up_neither_the_end_nor_the_next_run(tmp_path):
+    context = multiprocessing.get_context("fork")
+    end = context.Event()
+    with Claim(tmp_path, ""):
+        child = context.Process(target=end.wait, daemon=True)
+        child.start()
+    try:
+        with Claim(tmp_path, ""):
+            assert child.is_alive()
+    finally:
+        end.set()
+        child.join()

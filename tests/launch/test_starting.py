@@ -43,4 +43,4 @@ def test_the_banner_of_a_local_cluster_says_what_the_machine_has(monkeypatch):
 
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 5.0})  # logical ones, one for each process
     shares = Shares(cpus=1.0, gpus=0.0, server_gpus=0.0, learner_threads=1, processes=5)
-    assert shares.describe(own=True) == f"this machine: {os.cpu_count()} CPUs and 0 GPUs for 5 processes"
+    assert shares.describe(own=True) == f"this machine: {cluster.usable_cpus()} CPUs and 0 GPUs for 5 processes"

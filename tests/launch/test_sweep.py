@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,7 +20,7 @@ from launch.sweeps.folder import SweepFolder, clear_remains, newest_figures, onl
 from launch.sweeps.grid import combinations, run_names, take_axes, values_of
 from launch.sweeps.plan import read_plan, sweep_parser
 from launch.sweeps.process import INTERRUPTED, OneRun, error_of, train_one
-from launch.sweeps.search import NewLines, SearchConfig, one_sample
+from launch.sweeps.search import NewLines, SearchConfig, as_texts, one_sample
 from launch.sweeps.slots import Slots, slots
 from launch.sweeps.workers import Ending
 from tests.run_configs import TINY_YAML
@@ -128,11 +129,21 @@ def test_a_plan_holds_typed_configurations(config):
         (["--search", "{space: {agent.lr: {lognormal: [0, 1]}}}"], "search.space.agent.lr"),
         (["--search", "{space: {agent.lr: {loguniform: [1]}}}"], "loguniform does not take"),
         (["--search", "{space: {agent.rl: {uniform: [0, 1]}}}"], "agent.rl"),
+        (["--search", "{space: {train.seed: {choice: [1, 2, 3, 4, 5, 6, 7, 8, x]}}}"], "train.seed"),
+        (["--train.seed", "0..1", "--train.device", "cuda:3"], "train.device is 'cuda:3', but"),
     ],
 )
 def test_what_is_impossible_is_refused_before_anything_starts(config, tmp_path, capsys, arguments, words):
     assert words in refusal(capsys, "--config", config, "--sweep-dir", str(tmp_path / "sweep"), *arguments)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_every_value_of_a_choice_is_checked_and_null_is_null(config):
+    pytest.importorskip("pandas")
+    search = "{space: {train.train_ratio: {choice: [null, 256]}, log.to: {choice: [[], [tensorboard]]}}}"
+    read_plan(sweep_parser(), ["--config", config, "--search", search])
+    sampled = {"a": None, "b": [1, "x"], "c": np.int64(3), "d": 1e-4, "e": "text", "f": True}
+    assert as_texts(sampled) == {"a": "null", "b": '[1, "x"]', "c": "3", "d": "0.0001", "e": "text", "f": "true"}
 
 
 def test_samples_of_a_search_have_the_fields_of_its_space():
@@ -296,7 +307,7 @@ def test_a_run_saves_when_it_is_asked_to_and_goes_on(one):
 
     several = {**longer.overrides, "log.interval": 50}
     assert train_one(OneRun(*list(vars(one).values())[:6], several), stop_once_it_learns) == INTERRUPTED
-    assert "--resume" in one.arguments()
+    assert one.arguments()[-2:] == ["--resume", "auto"]
     assert json.loads((one.run_dir / "summary.json").read_text())["status"] == "interrupted"
     assert train_one(longer) == INTERRUPTED  # the stop file is still there
     one.stop_file.unlink()

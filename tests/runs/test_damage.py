@@ -167,6 +167,22 @@ def test_a_damaged_agent_falls_back_to_the_checkpoint_before_and_says_so(run_dir
     assert [json.loads(line)["resumed_at"] for line in written if "resumed_at" in line] == [150]
 
 
+def test_earlier_checkpoints_that_cannot_be_deleted_cost_no_new_one(tmp_path, monkeypatch, caplog):
+    """A store may refuse to delete while it takes what is written."""
+
+    def refuse(folder):
+        raise OSError("503 SlowDown")
+
+    config = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(interval=100, keep=1))
+    with monkeypatch.context() as patched:
+        patched.setattr("worldloom.runs.checkpoint.remove_folder", refuse)
+        summary = InlineTrainer(config, tmp_path).train()
+    assert (summary["status"], summary["checkpoints_failed"]) == ("completed", 0)
+    assert "earlier checkpoints cannot be deleted (503 SlowDown)" in caplog.text
+    assert newest_checkpoint(tmp_path).name.startswith("step-000000000300")
+    assert verify(tmp_path) == []
+
+
 def test_where_no_checkpoint_is_whole_the_files_are_named(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
     for folder in checkpoints(tmp_path):

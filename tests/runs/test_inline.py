@@ -81,6 +81,17 @@ def test_a_ratio_that_changes_at_a_resume_holds_for_what_follows():
         assert again.updates_due() == ratio
 
 
+def test_a_later_start_of_learning_at_a_resume_waits_no_longer_than_that():
+    before = RateLimiter(train_ratio=64, replayed_per_update=64, learning_starts=1000, pretrain=False)
+    before.env_steps, before.updates = 5000, 4000
+    after = RateLimiter(train_ratio=64, replayed_per_update=64, learning_starts=10_000, pretrain=False)
+    after.load_state_dict(before.state_dict())
+    after.env_steps = 9_999
+    assert after.updates_due() == 0
+    after.env_steps = 10_100
+    assert after.updates_due() == 100
+
+
 def test_pretraining_replays_the_warm_up_in_one_burst():
     limiter = RateLimiter(train_ratio=768, replayed_per_update=768, learning_starts=1000, pretrain=True)
     limiter.env_steps = 1000

@@ -11,15 +11,16 @@ import pytest
 
 from launch import runs, status, train
 from launch.claim import Claim
+from launch.earlier import check_unused
 from tests.run_configs import TINY_YAML, tiny_config
 from tests.s3 import new_bucket, s3_server
 from worldloom import load_agent
 from worldloom.files import CheckpointError
-from worldloom.locations import files_below, find, locate, read_bytes, write_bytes
+from worldloom.locations import files_below, find, locate, make_folder, read_bytes, write_bytes
 from worldloom.manifest import checkpoints, newest_checkpoint, read_manifest
 from worldloom.runs import checkpoint, home, lease
 from worldloom.runs.config import CheckpointConfig
-from worldloom.runs.home import open_home
+from worldloom.runs.home import fetch_small_files, open_home
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.lease import LEASE, Lease, LeaseLost, writer_of
 from worldloom.runs.verify import verify
@@ -295,6 +296,32 @@ def test_auto_begins_again_where_nothing_was_saved(tmp_path, capsys):
     assert train.main([*command, "--run-dir", str(run_dir), "--resume", "auto"]) == 0
     assert "ended before its first checkpoint: the run begins again" in capsys.readouterr().out
     assert '{"env_steps": 20}\n' not in (run_dir / "metrics.jsonl").read_text()
+
+
+def test_a_run_at_a_url_begins_again_without_the_lines_of_the_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = locate(f"memory://{uuid.uuid4().hex}/runs/a")
+    for name in ("metrics.jsonl", "config.yaml", "tensorboard/events.1"):
+        make_folder((run / name).parent)
+        write_bytes(run / name, b'{"env_steps": 900}\n')
+    with open_home(str(run)) as home:
+        check_unused(home, "auto")
+        (home.dir / "metrics.jsonl").open("a").write('{"env_steps": 100}\n')
+    assert read_bytes(run / "metrics.jsonl") == b'{"env_steps": 100}\n'
+    assert not list((home.dir / "tensorboard").glob("*"))
+
+
+def test_a_copy_of_a_run_has_its_summary_last_and_no_lock(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    names = ["summary.json", ".lock", ".heartbeat", "metrics.jsonl", "report.html"]
+    for name in names:
+        (run / name).write_text("x")
+    monkeypatch.setattr("worldloom.runs.home.files_below", lambda folder: dict.fromkeys(names, 1))
+    fetched = []
+    monkeypatch.setattr("worldloom.runs.home.download", lambda source, target: fetched.append(target.name))
+    fetch_small_files(run, tmp_path / "copy")
+    assert fetched == ["metrics.jsonl", "report.html", "summary.json"]
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,15 @@ def choose_device(name: str) -> str:
     return name
 
 
+def check_device_for_ray(name: str) -> None:
+    """Raise ValueError for a GPU by its number: what Ray starts sees only the GPUs that Ray gives it."""
+    if name.startswith("cuda:") and name != "cuda:0":
+        raise ValueError(
+            f"train.device is {name!r}, but Ray chooses the GPU. Use cuda; to choose yourself, set "
+            "CUDA_VISIBLE_DEVICES, or train with runtime.kind inline."
+        )
+
+
 def check_config(config: RunConfig) -> None:
     """Check everything that can be checked before anything starts. Raises ValueError or TypeError.
 
@@ -327,3 +336,5 @@ def check_config(config: RunConfig) -> None:
         check_share(config.runtime.learners, batch_size)
     if config.runtime.kind == "inline":
         choose_device(config.train.device)
+    else:
+        check_device_for_ray(config.train.device)

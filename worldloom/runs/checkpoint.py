@@ -63,15 +63,18 @@ def drop_partial(run_dir: Path) -> None:
 
 
 def commit_checkpoint(folder: Path, manifest: Mapping[str, Any], keep: int) -> None:
-    """Write the manifest, then delete all but the `keep` newest checkpoints.
+    """Write the manifest, then delete all but the `keep` newest checkpoints. If that fails, the next tries again.
 
-    Raises OSError, also if files of the checkpoint are gone."""
+    Raises OSError if the checkpoint cannot be written, or files of it are gone."""
     present = {*files_below(folder), *(f"../rows/{path.name}" for path in find(folder.parent / "rows", "*.msgpack"))}
     missing = [name for name in manifest["files"] if name not in present]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)} of the checkpoint were deleted while it was written")
     write_manifest(folder, manifest)
-    _prune(folder.parent, keep)
+    try:
+        _prune(folder.parent, keep)
+    except OSError as error:  # the new checkpoint stands
+        logger.warning("earlier checkpoints cannot be deleted (%s); the next checkpoint tries again.", error)
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -78,7 +78,7 @@ class TrainConfig:
         train_ratio: replayed steps per environment step; null takes the algorithm's own
         learning_starts: environment steps before the first update
         seed: seed of all random numbers
-        device: device of the learner: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+        device: device of the learner: auto, cpu or cuda, and inline also cuda:N; auto takes a GPU if there is one
         precision: precision of the learner's matrix products; auto takes that of the algorithm's authors on the device
         compile: run updates through torch.compile: the first takes about a minute longer, the rest are faster; auto
             does so on a GPU

@@ -18,7 +18,7 @@ from worldloom.runs.lease import LEASE, Lease
 logger = logging.getLogger(__name__)
 
 MIRROR_SECONDS = 30.0  # between two uploads of the files that grow
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SUMMARY = "checkpoints", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ def working_folder(root: Path) -> Path:
 
 
 def fetch_small_files(root: Path, folder: Path) -> None:
-    """Copy all files of a run but its checkpoints to a folder of this machine."""
+    """Copy all files of a run but its checkpoints, and those of its process, to a folder of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in files_below(root):
-        if name != LEASE and not name.startswith(f"{CHECKPOINTS}/"):
+    names = sorted(files_below(root), key=lambda name: name == SUMMARY)  # it counts if it is the newest
+    for name in names:
+        if name != LEASE and not _passing(name) and not name.startswith(f"{CHECKPOINTS}/"):
             download(root / name, folder / name)
 
 

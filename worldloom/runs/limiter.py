@@ -103,7 +103,7 @@ class RateLimiter:
         kept_by = {name: value for name, value in self.state_dict().items() if name in SETTINGS}
         if any(state[name] != value for name, value in kept_by.items()):
             self._ahead = 0.0
-            self._ahead = self.updates - self.owed() if self.learning else 0.0
+            self._ahead = self.updates - self.owed() if self.learning or self.updates else 0.0
 
 
 class Every:
