@@ -70,12 +70,12 @@ def random_mask(shape: Sequence[int], rate: float, generator: Generator | None, 
 
 
 def unit_pixels(image: Tensor) -> Tensor:
-    """Return images as floats in [0, 1]: uint8 over 255, floats as they are. Raises ValueError for other integers."""
+    """Return images as float32 in [0, 1]: uint8 over 255, floats as they are. Raises ValueError for other integers."""
     if image.dtype == torch.uint8:
         return image.float() / 255
     if not image.is_floating_point():
         raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, expected uint8, or floats in [0, 1].")
-    return image
+    return image.float()
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class ImaginingAgent(ABC):
         shown = self.world_model.as_mapping(shown, "act", 1)
         state = self._previous(act_state, len(next(iter(shown.values()))))
         kept = self._act.own(self._act({**split_obs(shown), "is_first": torch.as_tensor(is_first), **state}))
-        return kept["action"].cpu().numpy(), kept
+        return kept["action"].cpu().numpy().copy(), kept  # what is done to it must not change act_state
 
     @abstractmethod
     def _choose(self, given: Tensors) -> Tensors:
@@ -119,8 +119,8 @@ class ImaginingAgent(ABC):
         """Make one update, as the `core` of `learning` describes it; return metrics, and columns [B, T, ...] of the
         trained rows for replay.
 
-        Numbers that are not finite change nothing. Raises FloatingPointError after several updates with such numbers
-        in a row, ValueError for a batch of other keys or shapes.
+        A step whose loss or gradient is not finite changes nothing. Raises FloatingPointError after several of them in
+        a row, ValueError for a batch of other keys or shapes.
         """
         columns = self.learn(batch)
         return self.collect(), columns.arrays()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """Load `state` but keep the optimizer's own settings, so that a resumed run may lower its learning rate."""
     progress = ("params", "steps")
     own = [{k: v for k, v in group.items() if k not in progress} for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))  # torch keeps the tensors that it is given
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
 
@@ -118,12 +119,27 @@ class LaProp(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "clip": clip, "warmup": warmup})
         if len(self.param_groups) != 1:
             raise ValueError(f"LaProp has {len(self.param_groups)} groups of parameters, expected one list of tensors.")
+        tensors: list[Tensor] = self.param_groups[0]["params"]
+        for p in tensors:
+            self.state[p] = {"momentum": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        self.param_groups[0]["steps"] = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Make the flat arrays from the state of each parameter."""
         self.params: list[Tensor] = self.param_groups[0]["params"]
-        self._momentum, self._square = (torch.cat([torch.zeros_like(p).flatten() for p in self.params]) for _ in "ms")
-        self.param_groups[0]["steps"] = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+        self._momentum, self._square = (
+            torch.cat([self.state[p][name].flatten() for p in self.params]) for name in ("momentum", "square")
+        )
         self.change = laprop_  # may be replaced by its compiled form
         self.update_norm = torch.zeros(())  # of the last step, over all parameters
         self._keep_state_flat()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set up a copy, of which torch keeps no more than groups and state."""
+        super().__setstate__(state)
+        if not hasattr(self, "params"):  # torch calls this to load a state, too
+            self._set_up()
 
     def _keep_state_flat(self) -> None:
         parts = zip(self.params, views(self._momentum, self.params), views(self._square, self.params), strict=True)

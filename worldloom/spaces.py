@@ -34,7 +34,7 @@ class ObservationEntry:
         self._raw_shape: tuple[int, ...] = space.shape or ()
         self.space: spaces.Space[Any]
         if isinstance(space, spaces.Box) and is_image(space.shape) and space.dtype == np.uint8:
-            self._channels_last = space.shape[-1] < space.shape[0]
+            self._channels_last = _channels_last(*space.shape)
             channels, height, width = np.roll(space.shape, 1) if self._channels_last else space.shape
             if (height, width) == (image_size, image_size):
                 self._side = None  # needs no resizing
@@ -238,6 +238,13 @@ def action_classes(space: spaces.Space[Any]) -> tuple[int, ...]:
     if isinstance(space, spaces.MultiBinary):
         return (2,) * int(np.prod(space.shape))
     return ()
+
+
+def _channels_last(first: int, middle: int, last: int) -> bool:
+    """Return whether an image of that shape is [H, W, C]: a square tells, which many stacked frames would not."""
+    if (first == middle) != (middle == last):
+        return first == middle
+    return last < first
 
 
 def observation_columns(space: spaces.Space[Any]) -> dict[str, ColumnSpec]:

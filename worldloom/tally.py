@@ -18,7 +18,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._sums = torch.zeros(0)  # one for each metric; then updates made, skipped, and skipped in a row
+        self._sums = torch.zeros(3)  # one for each metric; then updates made, skipped, and skipped in a row
         self._last = torch.zeros(0)
 
     def prepare(self, device: torch.device, count: int) -> None:

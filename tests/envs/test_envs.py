@@ -260,6 +260,16 @@ def test_resized_images_keep_their_mean_and_their_place():
     assert (small[0, -1] < 10).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "stacked"),
+    [((16, 16, 3), (18, 16, 16)), ((3, 16, 16), (18, 16, 16)), ((20, 16, 3), (18, 20, 16)), ((8, 8, 9), (54, 8, 8))],
+)
+def test_a_stack_of_many_small_frames_stays_channel_first(shape, stacked):
+    codec = ObservationCodec("x", gymnasium.spaces.Box(0, 255, shape, np.uint8), frame_stack=6)
+    assert codec.space.shape == stacked
+    assert observation_columns(codec.space)["obs"].shape == stacked
+
+
 @pytest.mark.parametrize("name", ["tests.envs.test_envs:Silent", "tests.envs.test_envs:silent"])
 def test_an_environment_that_renders_nothing_says_what_is_missing(name):
     env = make_env(name, render_mode="rgb_array")

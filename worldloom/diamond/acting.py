@@ -19,6 +19,7 @@ class ActStep(nn.Module):
     def __init__(self, policy: ActorCritic, epsilon: float) -> None:
         super().__init__()
         self.policy, self.epsilon = copy.deepcopy(policy).cpu(), epsilon
+        self.policy.__dict__.pop("encode", None)  # a compiled form, which belongs to the original
 
     def forward(self, given: Tensors) -> Tensors:
         return act_step(self.policy, given, self.epsilon)

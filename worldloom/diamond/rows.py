@@ -15,7 +15,7 @@ from worldloom import functional as fn
 
 def as_frames(obs: Tensor) -> Tensor:
     """Return images, uint8 or floats in [0, 1], as float32 frames in [-1, 1] of the same shape."""
-    return fn.unit_pixels(obs).float() * 2 - 1
+    return fn.unit_pixels(obs) * 2 - 1
 
 
 def as_context(frames: Tensor, actions: Tensor, episode: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,8 @@ class DreamerV3Learning(ImaginingUpdate):
                 f"batch lacks {', '.join(missing)}, the stored latents. Sample it from a ReplayBuffer made with this "
                 "agent's columns, or set agent.replay_context to zeros."
             )
+        if "continues" in given:
+            given.setdefault("terminated", given["continues"] < 1)
         given |= split_obs({name: torch.as_tensor(value) for name, value in as_mapping(batch["obs"]).items()})
         used = {name: value for name, value in given.items() if name in ROWS or name.startswith("obs/")}
         rows = {name: value[:, 1:] if columns else value for name, value in used.items()}

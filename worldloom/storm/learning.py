@@ -73,6 +73,8 @@ class STORMLearning(ImaginingUpdate):
     def stage(self, batch: Batch) -> Tensors:
         """Return what the update reads of a batch, by name. Raises ValueError for other keys, shapes or lengths."""
         given = {name: torch.as_tensor(value) for name, value in batch.items() if name in ROWS}
+        if "continues" in batch:
+            given.setdefault("terminated", torch.as_tensor(batch["continues"]) < 1)
         shown = {name: torch.as_tensor(value) for name, value in as_mapping(batch["obs"]).items()}
         self.model.read(cast(Batch, {**given, "obs": shown}))
         return given | {f"obs/{name}": value for name, value in shown.items()}

@@ -152,8 +152,8 @@ class TDMPC2Agent:
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
         """Make one update: world model, then policy, then target values (Hansen et al. 2024, algorithm 2).
 
-        An update with a loss or gradient that is not finite changes nothing. Raises FloatingPointError after several of
-        them in a row, ValueError for a batch of other keys or shapes.
+        A step of the world model or of the policy whose loss or gradient is not finite changes nothing. Raises
+        FloatingPointError after several of them in a row, ValueError for a batch of other keys or shapes.
         """
         columns = self.learn(batch)
         return self.collect(), columns.arrays()
