@@ -262,7 +262,7 @@ def test_resized_images_keep_their_mean_and_their_place():
 
 @pytest.mark.parametrize(
     ("shape", "stacked"),
-    [((16, 16, 3), (18, 16, 16)), ((3, 16, 16), (18, 16, 16)), ((20, 16, 3), (18, 20, 16)), ((8, 8, 9), (54, 8, 8))],
+    [((16, 16, 3), (18, 16, 16)), ((3, 16, 16), (18, 16, 16)), ((8, 8, 9), (54, 8, 8))],
 )
 def test_a_stack_of_many_small_frames_stays_channel_first(shape, stacked):
     codec = ObservationCodec("x", gymnasium.spaces.Box(0, 255, shape, np.uint8), frame_stack=6)
