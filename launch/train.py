@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
 from launch.earlier import RESUME, Asked, changes, check_unused, is_complete, read_asked, saved_config
 from launch.failures import sentence
-from launch.places import in_ray_job
+from launch.places import in_ray_job, run_place
 from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
 from worldloom.files import CheckpointError
-from worldloom.locations import is_remote, read_bytes, write_bytes
+from worldloom.locations import is_remote, locate, read_bytes, write_bytes
 from worldloom.manifest import checkpoint_folders
 from worldloom.runs.agent_state import AgentSnapshot
 from worldloom.runs.build import check_config, probe_env
@@ -79,12 +80,21 @@ def _begin_from(parser: Parser, config: RunConfig) -> tuple[RunConfig, AgentSnap
     if config.start.checkpoint is None:
         return config, None
     try:
-        start = read_start(config, probe_env(config))
+        start = read_start(_with_start_found(config), probe_env(config))
         config = with_network_of(config, start.description, config.start.checkpoint)
     except (ValueError, TypeError, OSError, CheckpointError, EnvironmentFailed) as error:
         parser.refuse(sentence(error))
     print(f"starting from {config.start.checkpoint}: {config.algorithm}", flush=True)
     return config, start
+
+
+def _with_start_found(config: RunConfig) -> RunConfig:
+    """Return the config with start.checkpoint as a place: as for --run-dir, it may be a name in the storage."""
+    given = str(config.start.checkpoint)
+    place = locate(given)
+    if not is_remote(place) and not place.exists():
+        place = run_place(given, config.storage)
+    return replace(config, start=replace(config.start, checkpoint=str(place)))
 
 
 def _configs(parser: Parser, argv: list[str], saved: Path | None) -> tuple[RunConfig, RunConfig | None]:
@@ -218,7 +228,9 @@ def _conclude(summary: dict[str, Any], home: Home) -> int:
 SHORT = {"--runtime": "--runtime.kind", "--from": "--start.checkpoint", "--like": "--start.like"}
 RUN_DIR_HELP = "folder or URL of the run, instead of its --name in the storage"
 NAME_HELP = "name of the run, its folder in the storage; default: ENV-ALGORITHM-TIME"
-FROM_HELP = "fine-tune: start from the weights of a run, a model directory or a published file (start.checkpoint)"
+FROM_HELP = (
+    "fine-tune: start from the weights of a run (or its name in the storage), a model directory or a published file"
+)
 LIKE_HELP = "with --from a multi-task file: the task whose embedding the new task starts from (start.like)"
 RESUME_HELP = (
     "go on with the run of --name or --run-dir, replay included; auto: begin it if it does not exist (the default in a "

@@ -13,7 +13,7 @@ import torch
 from worldloom import diamond, dreamerv3, storm, tdmpc2
 from worldloom.arguments import channel_first, usable
 from worldloom.family import Family, check_overrides, import_family, installed
-from worldloom.locations import Location, is_file, locate, on_disk
+from worldloom.locations import Location, file_on_disk, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
 from worldloom.nearest import nearest
 from worldloom.pretrained import load_parameters, read_description
@@ -320,12 +320,14 @@ def load_agent(
     """
     folder = locate(directory)
     if is_file(folder):
-        family, model = _load_file(folder, obs_shape, None, device, episode_length, settings)
+        with file_on_disk(folder) as path:
+            family, model = _load_file(path, obs_shape, None, device, episode_length, settings)
         return cast(Agent, family.agent(model, seed, ()))
-    if obs_shape is not None:
-        raise ValueError(
-            f"load_agent: obs_shape is for a file that authors published; {directory} says its own. Leave it out."
-        )
+    for name, given in (("obs_shape", obs_shape), ("episode_length", episode_length)):
+        if given is not None:
+            raise ValueError(
+                f"load_agent: {name} is for a file that authors published; {directory} says its own. Leave it out."
+            )
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder) / "agent"
     elif not is_file(folder / "config.json"):

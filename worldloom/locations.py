@@ -42,6 +42,14 @@ def locate(where: Location) -> Path:
     return cast(Path, place)
 
 
+def local_folder(where: Location) -> Path:
+    """Return a folder or file of this machine, to write to. Raises ValueError for an object store."""
+    place = locate(where)
+    if is_remote(place):
+        raise ValueError(f"{where} is a URL, expected a place on this machine. Write there, and copy it to the store.")
+    return place
+
+
 def is_remote(place: Path) -> bool:
     return not isinstance(place, Path)
 
@@ -156,6 +164,17 @@ def _store(place: Path) -> Any:
 
 def _key(place: Path) -> str:
     return str(cast(Any, place).path)
+
+
+@contextlib.contextmanager
+def file_on_disk(path: Path) -> Iterator[Path]:
+    """Give a file on this machine: the file itself, or a copy of an object store's until the end."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="worldloom-") as local:
+        download(path, Path(local) / path.name)
+        yield Path(local) / path.name
 
 
 @contextlib.contextmanager

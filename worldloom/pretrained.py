@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from worldloom.locations import Location, is_file, locate, read_bytes
+from worldloom.locations import Location, is_file, local_folder, locate, read_bytes
 
 
 def save_model(directory: Location, description: dict[str, Any], model: nn.Module) -> None:
@@ -24,7 +24,7 @@ def save_model(directory: Location, description: dict[str, Any], model: nn.Modul
 
 def save_described(directory: Location, description: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Write what `save_model` writes, from a model's state dict."""
-    folder = Path(directory)
+    folder = local_folder(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_parameters(folder / "model.safetensors", parameters)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.extras import how_to_install
+from worldloom.locations import local_folder
 from worldloom.types import Agent, ObsShape, is_image
 
 M = TypeVar("M", bound=nn.Module)
@@ -136,10 +137,10 @@ def export(
     Actions [E, A] lie in [-1, 1] (samples of DreamerV3 may lie outside, and are to be clipped) or are one-hot. With
     the same noise they equal those of `agent.act`, up to rounding and, in plans, the order of sequences with exactly
     the same value; the modes that DreamerV3, STORM and DIAMOND give by default are not what `act` draws. Returns the
-    path. Raises ValueError for another suffix, an agent that has no program, or what it cannot do; ImportError,
+    path. Raises ValueError for another suffix, a URL, an agent that has no program, or what it cannot do; ImportError,
     which names the extra, without onnx.
     """
-    target = Path(path)
+    target = local_folder(path)
     if target.suffix not in (TORCH, ONNX):
         raise ValueError(f"export: {target} ends in {target.suffix!r}, expected {TORCH} (torch.export) or {ONNX}.")
     if envs < 1:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
+import uuid
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from worldloom.diamond import DiamondConfig, DiamondWorldModel
 from worldloom.diamond.actor_critic import ActorCritic
 from worldloom.dreamerv3 import DreamerV3Config, DreamerV3WorldModel
 from worldloom.dreamerv3.behaviour import Behaviour
+from worldloom.families import agent_from_description
+from worldloom.locations import locate, write_bytes
 from worldloom.runs.agent_state import take_agent, write_agent
 from worldloom.runs.build import agent_spec, make_run_agent, probe_env
 from worldloom.runs.config import StartConfig, TrainConfig
@@ -308,6 +311,32 @@ def test_a_run_fine_tunes_a_model_of_several_tasks_on_a_new_one(config, tmp_path
     assert torch.equal(model.task_embedding.weight[0], wide.task_embedding.weight[2])
     shutil.rmtree(source)
     assert main(["--resume", "--run-dir", str(run), "--train.total_steps", "140"]) == 0
+
+
+def test_a_model_of_one_task_starts_another_task_with_that_ones_length(tmp_path):
+    wide = trained(obs=5, action=4, tasks=TASKS)
+    wide.for_task("old-task", "mw-reach", (3,), 1, 100).save_pretrained(tmp_path / "old")
+    config = tiny_config(agent=CHEAP, start=StartConfig(checkpoint=str(tmp_path / "old")))
+    env = dataclasses.replace(probe_env(config), episode_length=None)
+    start = read_start(config, env)
+    assert [(task["name"], task["episode_length"]) for task in start.description["tasks"]] == [(config.env.id, None)]
+    made = agent_from_description(start.description).world_model
+    assert made.task_embedding.discounts.tolist() == pytest.approx([made.config.discount_max])
+    assert torch.equal(start.model["task_embedding.weight"][0], wide.task_embedding.weight[2])
+    unknown = dataclasses.replace(config, start=StartConfig(checkpoint=str(tmp_path / "old"), like="walker-walk"))
+    with pytest.raises(ValueError, match=r"knows 1 task, but none is called 'walker-walk'"):
+        read_start(unknown, env)
+
+
+def test_a_start_is_found_by_its_name_in_the_storage_and_at_a_url(config, official, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLDLOOM_STORAGE", str(tmp_path / "store"))
+    assert main(["--config", config, "--from", str(official), "--name", "first"]) == 0
+    assert main(["--config", config, "--from", "first", "--name", "second"]) == 0
+    assert yaml.safe_load((tmp_path / "store" / "second" / "config.yaml").read_text())["start"]["checkpoint"] == "first"
+    published = locate(f"memory://{uuid.uuid4().hex}/walker-walk-1.pt")
+    write_bytes(published, official.read_bytes())
+    assert_same_weights(load_agent(str(published)).world_model, load_agent(official).world_model)
+    capsys.readouterr()
 
 
 def test_a_task_of_the_models_own_is_found_by_its_name(tmp_path):

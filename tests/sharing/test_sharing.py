@@ -19,7 +19,7 @@ import worldloom
 from tests.dreamerv3_models import tiny_agent
 from tests.run_configs import tiny_config
 from tests.tdmpc2_models import tiny_model
-from worldloom import ModelCard, from_hub, load_agent, push_to_hub, save_agent
+from worldloom import ModelCard, export, from_hub, load_agent, push_to_hub, save_agent
 from worldloom.manifest import newest_checkpoint, read_manifest
 from worldloom.runs.inline import InlineTrainer
 from worldloom.tdmpc2 import TDMPC2Agent, save_official
@@ -177,6 +177,52 @@ def test_a_card_that_a_directory_has_is_kept_unless_another_is_given(tmp_path):
     for nothing in (tmp_path, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
             save_agent(nothing, tmp_path / "third")
+
+
+def test_a_licence_that_a_kept_card_would_hide_is_refused(tmp_path):
+    first = save_agent(tiny_agent(), tmp_path / "first")
+    with pytest.raises(ValueError, match=r"has a model card, README.md, which names a licence and is kept"):
+        save_agent(first, tmp_path / "second", licence="cc-by-nc-4.0")
+    assert not (tmp_path / "second").exists()
+
+
+def test_what_is_no_agent_or_no_folder_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    agent = tiny_agent()
+    with pytest.raises(TypeError, match=r"got a DreamerV3WorldModel, expected an agent"):
+        save_agent(agent.world_model, "shared")
+    with pytest.raises(FileNotFoundError):
+        save_agent("typo", "shared")
+    for write in (
+        lambda url: save_agent(agent, url),
+        agent.world_model.save_pretrained,
+        lambda url: export(agent, url),
+    ):
+        with pytest.raises(ValueError, match=r"memory://bucket/x.pt2 is a URL, expected a place on this machine"):
+            write("memory://bucket/x.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_example_plays_whole_games_from_seeds_of_their_own(run, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    (moved / "summary.json").unlink()
+    atari = {"life_loss": "end", "same_seed": True, "resize": "area", "unknown": 3}
+    (moved / "config.yaml").write_text(yaml.safe_dump({"env": {"action_repeat": 4, "atari": atari}}))
+    text = (save_agent(moved, tmp_path / "shared") / "README.md").read_text()
+    assert "action_repeat=4, atari=AtariConfig(resize='area'))" in text
+
+
+def test_a_family_that_a_download_names_is_not_imported(run, hub, tmp_path, monkeypatch):
+    folder = save_agent(run, tmp_path / "shared")
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**description, "family": "surprise"}))
+    (tmp_path / "surprise.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    push_to_hub(run, "me/other")
+    (hub.root / "me" / "other" / "main" / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"me/other holds an agent of family 'surprise'.* import it first"):
+        from_hub("me/other")
 
 
 def test_agents_go_to_the_hub_and_come_back(run, hub):

@@ -59,8 +59,9 @@ def read_start(config: RunConfig, env: Spaces) -> AgentSnapshot:
     source = str(config.start.checkpoint)
     agent = _load(config, source, observation_shape(env.observation_space))
     taken, model = dataclasses.replace(take_agent(agent), state={}), agent.world_model  # optimisers begin anew
-    if (like := _like(config, model, source)) is not None:
-        shape = observation_shape(env.observation_space)
+    like, shape = _like(config, model, source), observation_shape(env.observation_space)
+    several = len(getattr(model, "tasks", ())) > 1  # a model of one task reads what that task shows, and no more
+    if like is not None and (several or (model.obs_shape, model.action_dim) == (shape, env.action_dim)):
         model = model.for_task(config.env.id, like, shape, env.action_dim, env.episode_length)
         taken = dataclasses.replace(taken, description=model.describe(), model=model.state_dict())
     _check_fits(config, taken.description, model, env)
@@ -83,19 +84,20 @@ def _load(config: RunConfig, source: str, obs_shape: ObsShape) -> Agent:
 
 
 def _like(config: RunConfig, model: nn.Module, source: str) -> str | None:
-    """Return the task whose embedding the run starts from; None for a model that knows one task."""
+    """Return the task whose embedding the run starts from; None for a model without embeddings."""
     like, names = config.start.like, [task.name for task in getattr(model, "tasks", ())]
     if not isinstance(model, SeveralTasks) or not names:
         if like is not None:
             raise ValueError(f"start.like is {like!r}, but {source} holds a model of a single task. Leave it out.")
         return None
-    if len(names) == 1:
-        return None
-    like = like or paper_name(config.env.id)
+    if names == [config.env.id]:  # it was fitted to this task, and knows no longer what it was like
+        return config.env.id
+    like = like or (names[0] if len(names) == 1 else paper_name(config.env.id))
     if like not in names:
         raise ValueError(
-            f"{source} knows {len(names)} tasks, but none is called {like!r}. Give --like the one most like "
-            f"{config.env.id}, whose embedding it starts from, one of: {', '.join(names)}."
+            f"{source} knows {len(names)} {'tasks' if len(names) > 1 else 'task'}, but none is called {like!r}. "
+            f"Give --like the one most like {config.env.id}, whose embedding it starts from, one of: "
+            f"{', '.join(names)}."
         )
     return like
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,16 +136,23 @@ def card_of_run(run: Location, licence: str = LIBRARY_LICENCE) -> ModelCard:
 
 
 def _environment(env: dict[str, Any]) -> str:
-    """Return the arguments of make_env, other than id and action repeat, that differ from its own."""
+    """Return the arguments of make_env, other than id and action repeat, that differ from its own in evaluations."""
     plain = {"frame_stack": 1, "image_size": None}
     given = [f"{name}={env[name]!r}" for name, value in plain.items() if env.get(name, value) != value]
-    kinds: tuple[tuple[str, Any], ...] = (("atari", AtariConfig()), ("dmc", DMCConfig()))
-    for section, own in kinds:
-        fields = {name: value for name, value in env.get(section, {}).items() if value != getattr(own, name, value)}
+    atari, dmc = (_known(kind, env.get(name, {})) for kind, name in ((AtariConfig, "atari"), (DMCConfig, "dmc")))
+    kinds: tuple[tuple[str, Any], ...] = (("atari", AtariConfig(**atari).for_evaluation()), ("dmc", DMCConfig(**dmc)))
+    for section, used in kinds:
+        own = type(used)()
+        fields = {name: value for name, value in vars(used).items() if value != getattr(own, name)}
         if fields:
             words = ", ".join(f"{name}={value!r}" for name, value in fields.items())
             given.append(f"{section}={type(own).__name__}({words})")
     return ", ".join(given)
+
+
+def _known(kind: type[Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved fields that this version has."""
+    return {field.name: saved[field.name] for field in dataclasses.fields(kind) if field.name in saved}
 
 
 def card_of_agent(family: str, updates: int | None, licence: str, published: str | None = None) -> ModelCard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 from worldloom.extras import how_to_install
-from worldloom.families import load_agent
+from worldloom.families import FAMILIES, load_agent
+from worldloom.family import installed
 from worldloom.locations import Location
+from worldloom.pretrained import read_description
 from worldloom.sharing.card import ModelCard
 from worldloom.sharing.directory import PARTS, save_agent
 from worldloom.types import Agent
@@ -75,7 +78,18 @@ def from_hub(
             place = hub.hf_hub_download(repo_id, filename, revision=revision, token=token)
         else:
             place = hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(PARTS), token=token)
+    if filename is None:
+        _check_known(repo_id, str(read_description(place).get("family")))
     return load_agent(place, device, **settings)
+
+
+def _check_known(repo_id: str, family: str) -> None:
+    """Raise ValueError for a family that would have to be imported first, since what is downloaded names it."""
+    if family not in FAMILIES and family not in installed() and family not in sys.modules:
+        raise ValueError(
+            f"{repo_id} holds an agent of family {family!r}, which is none of {', '.join(FAMILIES)}. If you know that "
+            "module, import it first."
+        )
 
 
 def _hub() -> Any:

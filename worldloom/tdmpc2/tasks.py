@@ -46,12 +46,12 @@ class Task:
     """One of the tasks of a multi-task model.
 
     action_dim: the number of the model's action dimensions that it uses, the first ones. episode_length: agent steps,
-    which set its discount, unless it is given.
+    which set its discount, unless it is given; None without a limit.
     """
 
     name: str
     action_dim: int
-    episode_length: int = DM_CONTROL_STEPS
+    episode_length: int | None = DM_CONTROL_STEPS
     discount: float | None = None  # gamma
 
 

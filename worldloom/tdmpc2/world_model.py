@@ -16,7 +16,7 @@ from worldloom.pretrained import save_model
 from worldloom.tdmpc2.config import TDMPC2Config
 from worldloom.tdmpc2.losses import cut_windows, draw_loss_noise, joint_loss
 from worldloom.tdmpc2.networks import TDMPC2Networks
-from worldloom.tdmpc2.tasks import DM_CONTROL_STEPS, Task
+from worldloom.tdmpc2.tasks import Task
 from worldloom.types import Batch, LatentState, Obs, ObsShape, Trajectory
 
 
@@ -166,7 +166,7 @@ def one_task(
             f"for_task: {name} shows {obs_shape} and takes {action_dim} action dimensions, but this model reads up to "
             f"{most} numbers and acts with up to {size} dimensions."
         )
-    task = Task(name, action_dim, episode_length or DM_CONTROL_STEPS)
+    task = Task(name, action_dim, episode_length)
     made = TDMPC2WorldModel(shape, action_dim, model.config, task.episode_length, (task,))
     state, wide = dict(model.state_dict()), model.config.latent_dim + model.config.task_dim
     first = state["encoder.0.weight"]  # reads the observation, then the embedding
