@@ -129,8 +129,15 @@ def test_broken_npz_files_are_refused_in_a_sentence(tmp_path):
             list(read_episodes(path))
 
 
-@pytest.mark.parametrize("change", [{"actions": np.zeros((3, 2))}, {"obs": np.float32(1)}, {"rewards": np.ones(2)}])
-def test_npz_files_whose_arrays_do_not_fit_say_how_many_they_hold(change, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"actions": np.zeros((3, 2))}, "actions: 3, rewards: 8, ends: 8, .* Expected as many of each"),
+        ({"obs": np.float32(1)}, "observations: 1, actions: 8, episodes: 1. Expected 8 observations, or one more for"),
+        ({"rewards": np.ones(2)}, "actions: 8, rewards: 2, ends: 8, .* Expected as many of each"),
+    ],
+)
+def test_npz_files_whose_arrays_do_not_fit_say_how_many_they_hold(change, said, tmp_path):
     np.savez(tmp_path / "a.npz", **{**EPISODE, **change})
-    with pytest.raises(ValueError, match=r"a\.npz holds \d obs, \d actions, \d rewards. Expected as many rewards as"):
+    with pytest.raises(ValueError, match=rf"a\.npz holds {said}"):
         list(read_episodes(tmp_path / "a.npz"))

@@ -234,10 +234,10 @@ def test_flat_files_may_hold_the_last_observation_of_each_episode(tmp_path):
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("observations", 15, "15 observations and 12 actions of 2 episodes. Expected 12 .* each episode .14."),
-        ("terminals", 14, "12 actions, 12 rewards, 14 ends, 12 timeouts. Expected as many of each"),
-        ("rewards", 11, "12 actions, 11 rewards"),
-        ("next_observations", 11, "11 next observations"),
+        ("observations", 15, "observations: 15, actions: 12, episodes: 2. Expected 12 .* for each episode: 14"),
+        ("terminals", 14, "actions: 12, rewards: 12, ends: 14, timeouts: 12. Expected as many of each"),
+        ("rewards", 11, "actions: 12, rewards: 11"),
+        ("next_observations", 11, "next observations: 11"),
     ],
 )
 def test_flat_files_of_other_lengths_are_refused(tmp_path, name, rows, words):

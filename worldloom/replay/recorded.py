@@ -170,14 +170,14 @@ def _split(columns: Mapping[str, Array], source: str) -> Iterator[dict[str, Any]
     steps = {"rewards": rewards, "ends": dones, "timeouts": timeouts, "next observations": following}
     counts = {part: len(array) for part, array in steps.items() if array is not None}
     if not count or set(counts.values()) != {count}:
-        told = ", ".join(f"{n} {part}" for part, n in counts.items())
-        raise ValueError(f"{source} holds {count} actions, {told}. Expected as many of each, and at least one.")
+        told = ", ".join(f"{part}: {n}" for part, n in counts.items())
+        raise ValueError(f"{source} holds actions: {count}, {told}. Expected as many of each, and at least one.")
     cuts = [0, *(np.flatnonzero((dones | timeouts)[:-1]) + 1).tolist(), count]
     seen, episodes = len(obs), len(cuts) - 1
     if seen not in (count, count + 1, count + episodes):
         raise ValueError(
-            f"{source} holds {seen} observations and {count} actions of {episodes} episodes. Expected {count} "
-            f"observations, or one more for each episode ({count + episodes})."
+            f"{source} holds observations: {seen}, actions: {count}, episodes: {episodes}. Expected {count} "
+            f"observations, or one more for each episode: {count + episodes}."
         )
     last = int(seen == count + episodes)  # observations that an episode has after its last action
     for number, (begin, end) in enumerate(pairwise(cuts)):
