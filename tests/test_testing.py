@@ -1,5 +1,6 @@
 """Our own families, and the example of one's own, pass the checks that `check_family` makes; a broken one does not."""
 
+import numpy as np
 import pytest
 from gymnasium import spaces
 
@@ -8,7 +9,7 @@ from tests.own_families import EXAMPLE, MODEL
 from tests.run_configs import TINY_AGENT
 from worldloom.contract import ContractBroken
 from worldloom.testing import check_family, checks
-from worldloom.testing.subject import Subject
+from worldloom.testing.subject import Mirror, Subject
 
 CHOICES = spaces.MultiDiscrete([3, 2])
 
@@ -92,6 +93,15 @@ def test_what_is_missing_is_said_in_a_sentence(package, check, found, instead, s
     with pytest.raises(ContractBroken) as failure:
         check(Subject(MODEL, checks.VECTOR, checks.CONTINUOUS, {}))
     assert sentence in str(failure.value)
+
+
+@pytest.mark.parametrize("choices", [spaces.Discrete(5, start=2), spaces.MultiDiscrete([3, 4], start=[1, 5])])
+def test_the_task_of_the_checks_shows_and_rewards_what_its_spaces_hold(choices):
+    task = Mirror(choices, choices)
+    for _ in range(8):
+        assert task.reset()[0] in choices
+        best = np.asarray(getattr(choices, "nvec", getattr(choices, "n", 2))) - 1 if task.high else 0
+        assert task.step(choices.start + best)[1] == 1
 
 
 def test_a_family_that_fails_is_told_everything_at_once(package, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
     if limiter["env_steps"] != (steps := sum(replay["steps"] for replay in shards)):
         broken.append(f"I1: {limiter['env_steps']:,} steps are reported, but replay accepted {steps:,}.")
     for replay, names in zip(shards, manifest["rows"], strict=True):
-        broken += _check_rows(replay, [read_msgpack(folder.parent / "rows" / name) for name in names])
+        broken += _check_rows(replay, [_read_marks(folder.parent / "rows" / name) for name in names])
     actors = [entry[0] for replay in shards for entry in replay["sequence"]]
     if len(actors) != len(set(actors)):
         broken.append("I2: an actor has two last chunks in replay.")
@@ -45,6 +46,12 @@ def verify(run_dir: str | os.PathLike[str]) -> list[str]:
     if learner["updates"] != kept:
         broken.append(f"I6: the learner made {learner['updates']:,} updates, the manifest counts {kept:,}.")
     return broken
+
+
+def _read_marks(path: Path) -> dict[str, Array]:
+    """Read the columns that are checked. Copies, so that the observations are not kept: together they may be large."""
+    segment = read_msgpack(path)
+    return {name: np.array(segment[name]) for name in (*FLAGS, "origin", "rewards")}
 
 
 def _check_rows(replay: dict[str, Any], segments: list[dict[str, Array]]) -> list[str]:

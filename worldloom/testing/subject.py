@@ -45,6 +45,7 @@ class Mirror(gymnasium.Env[Any, Any]):
         else:
             most = getattr(self.action_space, "nvec", getattr(self.action_space, "n", 2))
             wanted = np.asarray(most) - 1 if self.high else np.zeros_like(np.asarray(most))
+            wanted = wanted + getattr(self.action_space, "start", 0)
             reward = float(np.mean(np.where(np.asarray(action) == wanted, 1.0, -1.0)))
         self.steps += 1
         return self._look(), reward, False, self.steps >= 12, {}
@@ -60,7 +61,7 @@ def _shown(space: spaces.Space[Any], high: bool) -> Any:
     if isinstance(space, spaces.Box):
         low_value, high_value = (0, 255) if space.dtype == np.uint8 else (-1, 1)
         return np.full(space.shape, high_value if high else low_value, space.dtype)
-    return np.full(space.shape or (), int(high), np.int64)
+    return np.full(space.shape or (), int(high), np.int64) + getattr(space, "start", 0)
 
 
 @dataclass(frozen=True)
