@@ -13,7 +13,7 @@ import torch
 from worldloom import diamond, dreamerv3, storm, tdmpc2
 from worldloom.arguments import channel_first, usable
 from worldloom.family import Family, check_overrides, import_family, installed
-from worldloom.locations import Location, file_on_disk, is_file, locate, on_disk
+from worldloom.locations import Location, is_file, locate, on_disk
 from worldloom.manifest import newest_checkpoint
 from worldloom.nearest import nearest
 from worldloom.pretrained import load_parameters, read_description
@@ -320,7 +320,7 @@ def load_agent(
     """
     folder = locate(directory)
     if is_file(folder):
-        with file_on_disk(folder) as path:
+        with on_disk(folder) as path:
             family, model = _load_file(path, obs_shape, None, device, episode_length, settings)
         return cast(Agent, family.agent(model, seed, ()))
     for name, given in (("obs_shape", obs_shape), ("episode_length", episode_length)):

@@ -167,23 +167,14 @@ def _key(place: Path) -> str:
 
 
 @contextlib.contextmanager
-def file_on_disk(path: Path) -> Iterator[Path]:
-    """Give a file on this machine: the file itself, or a copy of an object store's until the end."""
-    if not is_remote(path):
-        yield path
+def on_disk(place: Path) -> Iterator[Path]:
+    """Give a file or a folder on this machine: itself, or a copy of an object store's until the end."""
+    if not is_remote(place):
+        yield place
         return
-    with tempfile.TemporaryDirectory(prefix="worldloom-") as local:
-        download(path, Path(local) / path.name)
-        yield Path(local) / path.name
-
-
-@contextlib.contextmanager
-def on_disk(folder: Path) -> Iterator[Path]:
-    """Give the files of a folder on this machine: the folder itself, or a copy of an object store's until the end."""
-    if not is_remote(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="worldloom-") as local:
-        for name in files_below(folder):
-            download(folder / name, Path(local) / name)
-        yield Path(local)
+    with tempfile.TemporaryDirectory(prefix="worldloom-") as folder:
+        local = Path(folder) / place.name
+        names = [""] if is_file(place) else files_below(place)
+        for name in names:
+            download(place / name if name else place, local / name)
+        yield local

@@ -404,6 +404,20 @@ def test_ctrl_c_starts_no_more_runs_and_prints_the_command_that_goes_on(config, 
     assert not (sweep / "stop").exists()
 
 
+def interrupted(command, sweep, number):
+    """Send a sweep the signal once a run has a checkpoint; return what it said."""
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not list(sweep.glob("*/checkpoints/step-*/manifest.json")) and begun.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begun.send_signal(number)
+    said = begun.communicate(timeout=240)[0]
+    assert begun.returncode == INTERRUPTED, said
+    assert "go on with:\n  python -m launch.sweep" in said
+    return said
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -414,15 +428,7 @@ def test_a_sweep_on_ray_is_interrupted_goes_on_and_survives_a_run_that_fails(num
         "--env.id", "tests.environments:Counting-v0,Nope-v0", "--train.total_steps", "2000", "--train.train_ratio", "1",
         "--checkpoint.interval", "200",
     ]  # fmt: skip
-    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not list(sweep.glob("*/checkpoints/step-*/manifest.json")) and begun.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    begun.send_signal(number)
-    said = begun.communicate(timeout=240)[0]
-    assert begun.returncode == INTERRUPTED, said
-    assert "go on with:\n  python -m launch.sweep" in said
+    interrupted(command, sweep, number)
     run_dir = sweep / "id-tests.environments-Counting-v0"
     saved = json.loads((run_dir / "summary.json").read_text())
     assert saved["status"] == "interrupted"
@@ -468,15 +474,7 @@ def test_a_search_is_interrupted_and_goes_on(number, config, tmp_path):
         "--checkpoint.interval", "200", "--eval.interval", "500",
         "--search", "{samples: 2, asha: false, space: {agent.lr: {loguniform: [1e-4, 1e-2]}}}",
     ]  # fmt: skip
-    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not list(sweep.glob("*/checkpoints/step-*/manifest.json")) and begun.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    begun.send_signal(number)
-    said = begun.communicate(timeout=240)[0]
-    assert begun.returncode == INTERRUPTED, said
-    assert "go on with:\n  python -m launch.sweep" in said
+    said = interrupted(command, sweep, number)
     samples = sorted(path.parent for path in sweep.glob("sample-*/summary.json"))
     cut = [run for run in samples if json.loads((run / "summary.json").read_text())["status"] == "interrupted"]
     assert cut, said
