@@ -1,8 +1,10 @@
 """Acting backends: batches, acting states that never mix, and both backends acting alike."""
 
+import contextlib
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -238,6 +240,24 @@ def test_an_evaluation_on_a_server_plays_the_episodes_that_the_agent_plays(prese
         server.begin_evaluation(Weights(1, made.acting_weights()), 5)
         assert evaluate(Judge(), make, episodes=6, seed=5) == expected
     server.close()
+
+
+def test_an_evaluation_acts_in_one_thread_whoever_asks(serve):
+    threads = []
+
+    class Noting(Summing):
+        def act(self, *args, **more):
+            threads.append(threading.get_ident())
+            return super().act(*args, **more)
+
+    server = serve(Noting(), rows=1, deadline=0.0)
+    server.begin_evaluation(Weights(1, np.zeros(1, np.float32)), 5)
+    obs, is_first = np.zeros((1, 1), np.float32), np.array([True])
+    with contextlib.ExitStack() as held:
+        for asking in [held.enter_context(ThreadPoolExecutor(1)) for _ in range(3)]:
+            asking.submit(server.act_in_evaluation, obs, is_first).result()
+    assert len(threads) == 3
+    assert len(set(threads)) == 1
 
 
 # Lanes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,30 +91,41 @@ class Waiting:
 
 
 class EvaluationActing:
-    """Acts in one evaluation at a time, with its own agent and the weights that the evaluation began with."""
+    """Acts in one evaluation at a time, with its own agent and the weights that the evaluation began with.
 
-    def __init__(self, make_agent: Callable[[], Agent]) -> None:
-        self._make_agent, self._lock = make_agent, threading.Lock()
+    All in a thread of its own, whoever asks: CUDA's libraries have handles for each thread.
+    """
+
+    def __init__(self, make_agent: Callable[[], Agent], threads: int = 1) -> None:
+        self._make_agent = make_agent
+        self._thread = ThreadPoolExecutor(1, "evaluation", torch.set_num_threads, (threads,))
         self._agent: Agent | None = None
         self._state: ActState | None = None
 
     def begin(self, weights: Weights, seed: int) -> int:
         """Use these weights until the next evaluation begins, and return their version. The same weights and seed play
         the same episodes."""
-        with self._lock:
-            self._agent = self._agent or self._make_agent()
-            self._agent.load_acting_weights(weights.flat)
-            self._agent.acting_generator.manual_seed(seed)
-            self._state = None
-        return weights.version
+        return self._thread.submit(self._begin, weights, seed).result()
 
     def act(self, obs: ObsArray, is_first: Array) -> Array:
         """Return actions [E, A] without exploration. Raises RuntimeError if no evaluation has begun."""
-        with self._lock:
-            if self._agent is None:
-                raise RuntimeError("act_in_evaluation: no evaluation has begun. Call begin_evaluation first.")
-            actions, self._state = self._agent.act(obs, self._state, is_first, explore=False)
-            return actions
+        return self._thread.submit(self._act, obs, is_first).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _begin(self, weights: Weights, seed: int) -> int:
+        self._agent = self._agent or self._make_agent()
+        self._agent.load_acting_weights(weights.flat)
+        self._agent.acting_generator.manual_seed(seed)
+        self._state = None
+        return weights.version
+
+    def _act(self, obs: ObsArray, is_first: Array) -> Array:
+        if self._agent is None:
+            raise RuntimeError("act_in_evaluation: no evaluation has begun. Call begin_evaluation first.")
+        actions, self._state = self._agent.act(obs, self._state, is_first, explore=False)
+        return actions
 
 
 @dataclass
@@ -136,7 +147,7 @@ class ActingServer:
 
     def __init__(self, make_agent: Callable[[], Agent], rows: int, deadline: float, threads: int = 1) -> None:
         self._agent, self._version, self._threads = make_agent(), 0, threads
-        self._evaluation = EvaluationActing(make_agent)
+        self._evaluation = EvaluationActing(make_agent, threads)
         self._states: dict[tuple[int, int], tuple[Client, ActState]] = {}  # by actor and lane
         self._waiting, self._served = Waiting(rows, deadline), Served()
         self._thread = threading.Thread(target=self._serve, name="acting", daemon=True)
@@ -165,9 +176,10 @@ class ActingServer:
         return self._evaluation.act(obs, is_first)
 
     def close(self) -> None:
-        """Answer the requests that wait, then end the thread."""
+        """Answer the requests that wait, then end the threads."""
         self._waiting.close()
         self._thread.join()
+        self._evaluation.close()
 
     def gauges(self) -> dict[str, float]:
         """Return, as means over all batches, the filled share of `rows` and the seconds of acting."""
