@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import traceback
+from pathlib import Path
 
 from worldloom.extras import missing_extra
 
@@ -25,3 +28,11 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, ImportError) and (hint := missing_extra(error)):
         return hint
     return str(error)
+
+
+def keep_traceback(error: BaseException, path: Path) -> str:
+    """Write where an error came from, in actors too, to a file; return a line that names it, "" if that fails."""
+    with contextlib.suppress(OSError):
+        path.write_text("".join(traceback.format_exception(error)))
+        return f"The traceback is in {path}.\n"
+    return ""

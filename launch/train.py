@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from launch.arguments import Parser, dump_config, run_config, run_parser
 from launch.claim import HEARTBEAT, LOCK, Claim
 from launch.earlier import RESUME, Asked, changes, check_unused, is_complete, read_asked, saved_config
-from launch.failures import sentence
+from launch.failures import keep_traceback, sentence
 from launch.places import in_ray_job, run_place
 from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
@@ -139,6 +139,7 @@ def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> 
 def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | None) -> int:
     path, saved = home.dir / "config.yaml", checkpoint_folders(home.root)
     before = path.read_bytes() if resume else None
+    (home.dir / ERROR).unlink(missing_ok=True)
     try:
         summary = _train(config, home, resume, start)
     except KeyboardInterrupt:
@@ -152,9 +153,21 @@ def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | Non
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # it shows the place in the user's code
-        print(f"launch.train: {sentence(error)}", file=sys.stderr)
+        print(f"launch.train: {sentence(error)}\n{_more(error, home)}".rstrip(), file=sys.stderr)
         return 1
     return _conclude(summary, home)
+
+
+def _more(error: Exception, home: Home) -> str:
+    """Return where the traceback is and how to go on; nothing if the run was refused before it did anything."""
+    if not _logged(home.dir) and (isinstance(error, EnvironmentFailed) or not isinstance(error, RuntimeError)):
+        return ""
+    more = keep_traceback(error, home.dir / ERROR)
+    with contextlib.suppress(OSError):  # the store does not answer
+        command = _resume_command(home.root)
+        if checkpoint_folders(home.root) and command not in str(error):
+            more += f"Go on from the last checkpoint with:\n  {command}\n"
+    return more
 
 
 def _same_checkpoints(home: Home, saved: list[Path]) -> bool:
@@ -181,9 +194,13 @@ def _default_name(config: RunConfig) -> str:
 
 def _remove_empty_run_dir(run_dir: Path) -> None:
     """Remove the directory of a run that ended before it logged any metrics."""
-    metrics = run_dir / "metrics.jsonl"
-    if all(path.name in LEFTOVERS for path in run_dir.iterdir()) and not (metrics.exists() and metrics.stat().st_size):
+    if all(path.name in LEFTOVERS for path in run_dir.iterdir()) and not _logged(run_dir):
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _logged(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _train(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | None) -> dict[str, Any]:
@@ -236,6 +253,7 @@ RESUME_HELP = (
     "go on with the run of --name or --run-dir, replay included; auto: begin it if it does not exist (the default in a "
     "Ray job); never: refuse if it exists (the default elsewhere)"
 )
+ERROR = "error.txt"
 # Written before the first line of metrics.
 LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard", FOLDER)
 END_SECONDS, RETRY_SECONDS = 180.0, 10.0  # of waiting for the end of another process, and between two looks

@@ -26,6 +26,7 @@ from worldloom.manifest import newest_checkpoint, read_manifest, write_manifest
 from worldloom.runs.checkpoint import begin_checkpoint, commit_checkpoint
 from worldloom.runs.inline import InlineTrainer
 from worldloom.runs.verify import verify
+from worldloom.tdmpc2.agent import TDMPC2Agent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -369,6 +370,29 @@ def test_two_runs_on_one_directory_are_refused_and_the_first_goes_on(config, tmp
         assert f"is in use by process {os.getpid()} on" in said
         assert (run_dir / "config.yaml").read_text() == before
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0
+
+
+def test_a_run_that_an_error_ends_keeps_its_traceback_and_says_how_to_go_on(config, tmp_path, capsys, monkeypatch):
+    run_dir, learn = tmp_path / "run", TDMPC2Agent.learn
+
+    def learn_until(agent, batch):
+        if agent.updates == 130:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return learn(agent, batch)
+
+    def train(*more):
+        return main(["--run-dir", str(run_dir), "--runtime", "inline", *more])
+
+    monkeypatch.setattr(TDMPC2Agent, "learn", learn_until)
+    assert train("--config", config, "--checkpoint.interval", "100") == 1
+    said = capsys.readouterr().err
+    assert "launch.train: CUDA error: an illegal memory access was encountered\n" in said
+    assert f"The traceback is in {run_dir / 'error.txt'}." in said
+    assert f"python -m launch.train --resume --run-dir {run_dir}" in said
+    assert "in learn_until" in (run_dir / "error.txt").read_text()
+    monkeypatch.setattr(TDMPC2Agent, "learn", learn)
+    assert train("--resume") == 0
+    assert not (run_dir / "error.txt").exists()
 
 
 @pytest.mark.parametrize("wrong", [["--env.id", "Nowhere-v0"], ["--replay.capacity", "1000000000000"]])
