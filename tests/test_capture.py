@@ -161,3 +161,19 @@ def test_a_copy_makes_its_own_recordings(log):
     copied(given())
     function(given())
     assert log == ["call", "replay"]
+
+
+@pytest.mark.gpu
+def test_threads_that_take_turns_get_what_an_uncaptured_function_gives():
+    """Ray's threads do so; a recording in a thread that has no cuBLAS handle yet fails."""
+    device = torch.device("cuda")
+    weights = torch.randn(64, 64, device=device)
+    function = Captured(lambda inputs: {"y": inputs["x"] @ weights}, device, torch.Generator(device))
+    with contextlib.ExitStack() as held:
+        threads = [held.enter_context(ThreadPoolExecutor(1)) for _ in range(3)]
+        for _ in range(4):
+            for thread in threads:
+                x = torch.randn(8, 64)
+                found = thread.submit(lambda x=x: function({"x": x})["y"].cpu()).result()
+                torch.testing.assert_close(found, x @ weights.cpu(), atol=1e-2, rtol=1e-2)  # TF32
+    assert any(recording.graph is not None for recording in function._recordings.values())
