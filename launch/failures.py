@@ -30,9 +30,9 @@ def sentence(error: BaseException) -> str:
     return str(error)
 
 
-def keep_traceback(error: BaseException, path: Path) -> str:
-    """Write where an error came from, in actors too, to a file; return a line that names it, "" if that fails."""
+def keep_traceback(error: BaseException, path: Path) -> bool:
+    """Write where an error came from, in actors too, to a file; return whether this was possible."""
     with contextlib.suppress(OSError):
         path.write_text("".join(traceback.format_exception(error)))
-        return f"The traceback is in {path}.\n"
-    return ""
+        return True
+    return False

@@ -29,7 +29,7 @@ from launch.places import in_ray_job, run_place
 from worldloom.command import COMMAND
 from worldloom.envs import EnvironmentFailed
 from worldloom.files import CheckpointError
-from worldloom.locations import is_remote, locate, read_bytes, write_bytes
+from worldloom.locations import is_remote, locate, read_bytes, remove_file, write_bytes
 from worldloom.manifest import checkpoint_folders
 from worldloom.runs.agent_state import AgentSnapshot
 from worldloom.runs.build import check_config, probe_env
@@ -138,9 +138,10 @@ def _take(held: contextlib.ExitStack, run: Path, asked: Asked, resume: bool) -> 
 
 def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | None) -> int:
     path, saved = home.dir / "config.yaml", checkpoint_folders(home.root)
-    before = path.read_bytes() if resume else None
-    (home.dir / ERROR).unlink(missing_ok=True)
+    before, logged = path.read_bytes() if resume else None, _logged(home.dir)
     try:
+        for place in {home.root, home.dir}:  # of a URL, the second holds copies
+            remove_file(place / ERROR)
         summary = _train(config, home, resume, start)
     except KeyboardInterrupt:
         go_on = f"go on from the last checkpoint with:\n  {_resume_command(home.root)}"
@@ -153,16 +154,17 @@ def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | Non
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # it shows the place in the user's code
-        print(f"launch.train: {sentence(error)}\n{_more(error, home)}".rstrip(), file=sys.stderr)
+        more = _more(error, home, refused=_logged(home.dir) == logged)
+        print(f"launch.train: {sentence(error)}\n{more}".rstrip(), file=sys.stderr)
         return 1
     return _conclude(summary, home)
 
 
-def _more(error: Exception, home: Home) -> str:
+def _more(error: Exception, home: Home, refused: bool) -> str:
     """Return where the traceback is and how to go on; nothing if the run was refused before it did anything."""
-    if not _logged(home.dir) and (isinstance(error, EnvironmentFailed) or not isinstance(error, RuntimeError)):
+    if refused and (isinstance(error, EnvironmentFailed) or not isinstance(error, RuntimeError)):
         return ""
-    more = keep_traceback(error, home.dir / ERROR)
+    more = f"The traceback is in {home.root / ERROR}.\n" if keep_traceback(error, home.dir / ERROR) else ""
     with contextlib.suppress(OSError):  # the store does not answer
         command = _resume_command(home.root)
         if checkpoint_folders(home.root) and command not in str(error):
@@ -198,9 +200,10 @@ def _remove_empty_run_dir(run_dir: Path) -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _logged(run_dir: Path) -> bool:
+def _logged(run_dir: Path) -> int:
+    """Return how many bytes of metrics there are."""
     metrics = run_dir / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
+    return metrics.stat().st_size if metrics.exists() else 0
 
 
 def _train(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | None) -> dict[str, Any]:

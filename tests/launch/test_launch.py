@@ -424,6 +424,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(config, tmp_path, cap
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400", "--agent.mlp_dim", "24"]) == 1
     assert "is of another model" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == before
+    assert not (run_dir / "error.txt").exists()
     assert main(["--resume", "--run-dir", str(run_dir), "--train.total_steps", "400"]) == 0
 
 
