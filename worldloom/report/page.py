@@ -109,7 +109,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("environment steps", f"{summary['env_steps']:,}"),
         ("updates", f"{summary['updates']:,}"),
         ("wall time", duration(summary["wall_seconds"])),
-        ("train ratio, actual / target", f"{summary['train_ratio_actual']:g} / {summary['train_ratio_target']:g}"),
+        ("train ratio, actual / target", f"{summary['train_ratio_actual']:.4g} / {summary['train_ratio_target']:g}"),
         ("seed, device, runtime", f"{summary['seed']}, {summary['device']}, {summary['runtime']}"),
     ]
 
