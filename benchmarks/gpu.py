@@ -1,10 +1,11 @@
 """Everything worth knowing of a GPU, in order of worth: python -m benchmarks.gpu --minutes 25 --out gpu
 
 Stages: (1) correctness against the CPU, captured and not; (2) milliseconds of update, plan and act by size, eager,
-captured, compiled, and both; (3) the peers whose checkouts are given, in the same run; (4) TD-MPC2 on walker-walk;
-(5) DreamerV3 from pixels. Each job is a process with a bound of its own, and its figures are written as they come, to
-OUT/figures.jsonl; a job whose figures are there is not run again. Jobs of a stage warm up and compile beside each other
-and are timed one at a time. OUT/table.md holds the tables.
+captured, compiled, and both; (3) the peers whose checkouts are given, in the same run; (4) TD-MPC2 through Ray, the
+learner acting for env actors, and its evaluation; (5) TD-MPC2 on walker-walk; (6) DreamerV3 from pixels. Each job is a
+process with a bound of its own, and its figures are written as they come, to OUT/figures.jsonl; a job whose figures are
+there is not run again. Jobs of a stage warm up and compile beside each other and are timed one at a time. OUT/table.md
+holds the tables.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 IMAGES = {"obs": "image", "batch": 16, "length": 64}
-LEARNING = ("walker", "pixels")  # stages that train
+LEARNING = ("ray", "walker", "pixels")  # stages that train
+RAY_STEPS = 4_000  # 1,500 of them learn
 OTHERS: dict[str, dict[str, Any]] = {  # as published
     "storm:18m": {"batch": 16, "length": 64, "precision": "bfloat16"},
     "diamond:atari": {"batch": 32, "length": 15, "precision": "float32"},
@@ -104,15 +106,15 @@ def peers(o: argparse.Namespace) -> list[Job]:
 
 
 def learning(o: argparse.Namespace) -> list[Job]:
-    def train(name: str, preset: str, *more: str) -> Job:
-        command = [sys.executable, "-m", "launch.train", "--config", f"configs/{preset}.yaml", "--runtime", "inline"]
-        where = ["--run-dir", str(o.out / name), "--train.device", o.device]
-        return Job(name, name, [*command, *where, *more], o.learning_seconds)
+    def train(name: str, preset: str, steps: int, *runtime: str) -> Job:
+        command = [sys.executable, "-m", "launch.train", "--config", f"configs/{preset}.yaml", "--runtime", *runtime]
+        how = ["--run-dir", str(o.out / name), "--train.device", o.device, "--train.total_steps", str(steps)]
+        return Job(name, name, [*command, *how, *o.train_more.split()], o.learning_seconds)
 
-    steps = str(o.steps)
     return [
-        train("walker", "tdmpc2_dmc", "--train.total_steps", steps, *o.train_more.split()),
-        train("pixels", "dreamerv3_dmc_vision", "--train.total_steps", steps, *o.train_more.split()),
+        train("ray", "tdmpc2_dmc", min(o.steps, RAY_STEPS), "ray", "--runtime.env_actors", "2"),
+        train("walker", "tdmpc2_dmc", o.steps, "inline"),
+        train("pixels", "dreamerv3_dmc_vision", o.steps, "inline"),
     ]
 
 
@@ -209,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--stages", default="correctness,timing,peers,walker,pixels")
+    parser.add_argument("--stages", default="correctness,timing,peers,ray,walker,pixels")
     parser.add_argument("--tdmpc2-sizes", default="5m,1m,19m,48m,317m")
     parser.add_argument("--dreamer-sizes", default="size12m,size1m,size50m,size200m")
     parser.add_argument("--others", default="storm:18m,diamond:atari", help=f"of {', '.join(OTHERS)}")

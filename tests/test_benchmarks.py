@@ -51,3 +51,18 @@ def test_learning_runs_are_interrupted_in_time_and_leave_their_run(tmp_path):
     summary = json.loads((tmp_path / "pixels" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert summary["updates"] > 0
+
+
+def test_a_run_through_ray_learns_and_is_evaluated(tmp_path):
+    more = "--env.id tests.environments:Counting-v0 --env.action_repeat 1 --runtime.acting server --eval.interval 0"
+    learns = (
+        "--algorithm tdmpc2:1m --agent.num_samples 16 --agent.num_elites 4 --agent.num_pi_trajs 2 --agent.iterations 2"
+    )
+    _, figures = measure(
+        *(tmp_path, "--stages", "ray", "--steps", "300", "--learning-seconds", "600"),
+        *("--train-more", f"{more} {learns} --train.learning_starts 200 --eval.episodes 2"),
+    )
+    assert {figure["job"] for figure in figures if "done" in figure} == {"ray"}, (tmp_path / "log.txt").read_text()
+    summary = json.loads((tmp_path / "ray" / "summary.json").read_text())
+    assert (summary["status"], summary["runtime"]) == ("completed", "ray")
+    assert summary["eval_episodes"] == 2
