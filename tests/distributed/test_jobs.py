@@ -1,8 +1,10 @@
 """Runs of Ray jobs, whose working directory is a copy of the checkout that comes and goes."""
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -88,15 +90,19 @@ def test_a_runs_folder_that_is_relative_is_refused(job, monkeypatch, capsys):
     assert status.main(["--run-dir", "runs/mine"]) == 1
 
 
+def free_ports():
+    """Yield ports below those that systems hand out, which Ray's other servers get while it starts."""
+    for port in random.sample(range(20_000, 32_000), 1_000):
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            yield port
+
+
 @pytest.fixture
 def head(tmp_path):
     """Address of a cluster that `ray start` began, with ports and a folder of its own; jobs keep runs in tmp_path."""
     names = ("--port", "--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port")
-    with contextlib.ExitStack() as open_ones:
-        sockets = [open_ones.enter_context(socket.socket()) for _ in names]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [str(each.getsockname()[1]) for each in sockets]
+    ports = [str(port) for port in itertools.islice(free_ports(), len(names))]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "WORLDLOOM_STORAGE": str(tmp_path / "runs")}
     with tempfile.TemporaryDirectory(prefix="wl") as folder:  # short, since Ray's sockets lie there
         options = [*(word for pair in zip(names, ports, strict=True) for word in pair), "--temp-dir", folder]
@@ -121,7 +127,7 @@ def test_a_job_that_is_submitted_again_from_a_changed_checkout_goes_on(head, tmp
     (checkout / "tiny.yaml").write_text(TINY_YAML.replace("kind: inline", "kind: ray, env_actors: 1"))
     said = submit(head, checkout, "--config", "tiny.yaml", "--run-dir", "runs/mine")
     log = said.split("Running entrypoint for job", 1)[1].splitlines()[1:]
-    assert log[0] == f"run directory: {run_dir}", said
+    assert log[:2] == ["training of tiny.yaml in runs/mine: loading …", f"run directory: {run_dir}"], said
     steps = int(newest_checkpoint(run_dir).name.removeprefix("step-"))
     assert steps >= 300
     (checkout / "launch" / "__init__.py").write_text('"""Changed."""\n')
