@@ -158,6 +158,7 @@ def test_a_real_run_is_interrupted_goes_on_and_is_kept(algorithm, fields, tmp_pa
     small = {
         "--env.num_envs": 1, "--train.learning_starts": 100, "--train.train_ratio": 24, "--train.compile": "false",
         "--train.device": "cpu", "--eval.episodes": 1, "--checkpoint.interval": 100, "--replay.capacity": 5000,
+        "--runtime.learner_threads": 1,
     }  # fmt: skip
     small |= {f"--agent.{name}": value for name, value in fields.items()}
     words = ["--algorithm", algorithm, "--tasks", "cartpole-swingup", "--steps", "1000", "--out", str(tmp_path)]
@@ -176,5 +177,5 @@ def test_a_real_run_is_interrupted_goes_on_and_is_kept(algorithm, fields, tmp_pa
     subprocess.run([*command, "--seeds", "1"], cwd=ROOT, check=True)
     assert summary.read_text() == complete
     row = (tmp_path / "table.md").read_text().splitlines()[-1]
-    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1 (completed) | 2,000 | ")
+    assert row.startswith("| dm_control/cartpole-swingup-v0 | 1 (completed at 2,000) | 2,000 | ")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
