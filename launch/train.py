@@ -150,11 +150,11 @@ def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | Non
     except Exception as error:
         if before is not None and _same_checkpoints(home, saved):  # they belong to the earlier config
             write_bytes(path, before)
+        more = _more(error, home, refused=_logged(home.dir) == logged)
         if not isinstance(error, EXPECTED):
             raise
         if isinstance(error, EnvironmentFailed) and error.__cause__:
             traceback.print_exception(error.__cause__)  # it shows the place in the user's code
-        more = _more(error, home, refused=_logged(home.dir) == logged)
         print(f"launch.train: {sentence(error)}\n{more}".rstrip(), file=sys.stderr)
         return 1
     return _conclude(summary, home)
@@ -162,7 +162,7 @@ def _run(config: RunConfig, home: Home, resume: bool, start: AgentSnapshot | Non
 
 def _more(error: Exception, home: Home, refused: bool) -> str:
     """Return where the traceback is and how to go on; nothing if the run was refused before it did anything."""
-    if refused and (isinstance(error, OWN) or not isinstance(error, RuntimeError)):
+    if refused and isinstance(error, REFUSALS):
         return ""
     more = f"The traceback is in {home.root / ERROR}.\n" if keep_traceback(error, home.dir / ERROR) else ""
     with contextlib.suppress(OSError):  # the store does not answer
@@ -261,7 +261,7 @@ ERROR = "error.txt"
 LEFTOVERS = (LOCK, HEARTBEAT, "config.yaml", "metrics.jsonl", "ray.log", "tensorboard", FOLDER)
 END_SECONDS, RETRY_SECONDS = 180.0, 10.0  # of waiting for the end of another process, and between two looks
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, FloatingPointError, ModuleNotFoundError)
-OWN = (EnvironmentFailed, CheckpointError)  # RuntimeErrors that say themselves where they came from
+REFUSALS = (ValueError, TypeError, OSError, MemoryError, ModuleNotFoundError, EnvironmentFailed, CheckpointError)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ class StandInStream:
 
 @pytest.fixture
 def log(monkeypatch):
-    """What happens, in order: "call" or "record" where the function runs, and "replay"."""
+    """Return a list that grows by what happens: "call" or "record" where the function runs, and "replay"."""
     happened, recording = Log(), threading.local()
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Turns:
-    """Whose turn it is, among the threads of this process: a wait for the whole device breaks a recording elsewhere.
+    """Keeps recordings and uncaptured calls of different threads apart: a wait for the whole device breaks a recording.
 
     A recording begins with such a wait, and uncaptured calls may contain one, as libraries initialise themselves.
     """
@@ -29,7 +29,7 @@ class Turns:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """A context in which nothing is recorded. Waits for the recording that is being made."""
+        """Open a context in which nothing is recorded. Waits for the recording that is being made."""
         with self.lock:
             self.uncaptured += 1
         try:
@@ -56,7 +56,7 @@ class Recording:
 
     @property
     def warm(self) -> bool:
-        """Whether the current thread has run the function often enough to record it."""
+        """Return whether the current thread has run the function often enough to record it."""
         return getattr(self.thread, "calls", 0) >= WARMUP
 
     def count(self) -> None:
@@ -85,7 +85,7 @@ class Captured:
         self._beside: torch.cuda.Stream | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no recordings: they use the tensors of the original."""
+        """Leave out of copies what uses the tensors of the original."""
         return {**self.__dict__, "_recordings": {}, "_pool": None, "_beside": None}
 
     def __call__(self, inputs: Mapping[str, Tensor], **settings: Hashable) -> Tensors:
@@ -132,7 +132,7 @@ class Captured:
         return outputs
 
     def _stream(self) -> torch.cuda.Stream:
-        """The stream of uncaptured calls and recordings, which no other thread uses: torch has but 32 in turn."""
+        """Return the stream of uncaptured calls and recordings: one, as torch has 32, which it hands out in turn."""
         self._beside = self._beside or torch.cuda.Stream(self._device)
         return self._beside
 
@@ -148,7 +148,7 @@ class Captured:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self._generator)
-            with torch.cuda.graph(graph, self._pool, self._stream(), "thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream(), capture_error_mode="thread_local"):
                 recording.outputs = self._function(recording.inputs, **settings)
             recording.graph = graph
         return True

@@ -374,10 +374,11 @@ def test_two_runs_on_one_directory_are_refused_and_the_first_goes_on(config, tmp
 
 def test_a_run_that_an_error_ends_keeps_its_traceback_and_says_how_to_go_on(config, tmp_path, capsys, monkeypatch):
     run_dir, learn = tmp_path / "run", TDMPC2Agent.learn
+    error: Exception = RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def learn_until(agent, batch):
         if agent.updates == 130:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise error
         return learn(agent, batch)
 
     def train(*more):
@@ -390,6 +391,10 @@ def test_a_run_that_an_error_ends_keeps_its_traceback_and_says_how_to_go_on(conf
     assert f"The traceback is in {run_dir / 'error.txt'}." in said
     assert f"python -m launch.train --resume --run-dir {run_dir}" in said
     assert "in learn_until" in (run_dir / "error.txt").read_text()
+    error = KeyError("a slip of the programmer's")
+    with pytest.raises(KeyError):  # is shown whole, and kept too
+        train("--resume", "--train.total_steps", "400")
+    assert "KeyError" in (run_dir / "error.txt").read_text()
     monkeypatch.setattr(TDMPC2Agent, "learn", learn)
     assert train("--resume") == 0
     assert not (run_dir / "error.txt").exists()

@@ -93,7 +93,7 @@ class Waiting:
 class EvaluationActing:
     """Acts in one evaluation at a time, with its own agent and the weights that the evaluation began with.
 
-    All in a thread of its own, whoever asks: CUDA's libraries have handles for each thread.
+    Does so in a thread of its own, whoever asks: CUDA's libraries have handles for each thread.
     """
 
     def __init__(self, make_agent: Callable[[], Agent], threads: int = 1) -> None:
